@@ -1,0 +1,41 @@
+"""One file per published schedule. `build_schedule` finds them by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from helixpipe.errors import ConfigError, nearest
+from helixpipe.schedule.check import check
+from helixpipe.schedule.families.gpipe import gpipe
+from helixpipe.schedule.families.helix import helix
+from helixpipe.schedule.families.one_f_one_b import one_f_one_b
+from helixpipe.schedule.schedule import Schedule
+
+FAMILIES: dict[str, Callable[..., Schedule]] = {"gpipe": gpipe, "1f1b": one_f_one_b, "helix": helix}
+
+
+def options(family: str) -> tuple[str, ...]:
+    """The options of a family beyond ranks, layers and micro-batches."""
+    if family not in FAMILIES:
+        raise ConfigError(f"schedule.family: '{family}' is not known{nearest(family, FAMILIES)}")
+    return tuple(inspect.signature(FAMILIES[family]).parameters)[3:]
+
+
+def build_schedule(family: str, *, ranks: int, layers: int, microbatches: int, **given: Any) -> Schedule:
+    """The schedule of a family, checked.
+
+    `given` are the family's own options (`options(family)` names them), such as `folds` and `travel` of
+    `helix`. Raises ConfigError for a family, option or size that cannot be.
+    """
+    known = options(family)
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"schedule.{name}: {family} has no such option{nearest(name, known)}")
+    for name, number in (("ranks", ranks), ("layers", layers), ("microbatches", microbatches)):
+        if number < 1:
+            raise ConfigError(f"schedule.{name}: {number}; give at least 1")
+    schedule = FAMILIES[family](ranks, layers, microbatches, **given)
+    check(schedule)
+    return schedule

@@ -1,0 +1,99 @@
+"""HelixPipe (arXiv 2507.00394): attention parallel pipeline, first in last out.
+
+Attention has no parameters, so it may run anywhere. The block between two attentions, "end of layer l-1,
+start of layer l", is on rank l mod p; the attention of layer l for offset d in a group of p
+micro-batches is on rank (l+d+1) mod p: offset 0's where the next block is, offset p-1's where this one is.
+
+    p=3, L=3, a group of 3 micro-batches; Pld is block l of offset d, Ald attention of layer l, offset d:
+
+    rank 0   P00 P01 P02 A02 ... A11 ... A20 P30 P31 P32 | mirrored
+    rank 1   ... A00 P10 P11 P12 A12 ... A21 ... ... ... |
+    rank 2   ... ... A01 A10 P20 P21 P22 A22 ... ... ... |
+
+The backward is the exact mirror: first in, last out. `folds`: a group is folds*p micro-batches and each
+slot runs the same offset of every fold, so that one fold's messages travel under the other's compute.
+
+Bubble of one naive group (folds=1, section 3): (p-1)(t_pre + t_post), F, B and recompute summed; no
+attention in it, and no L/p.
+
+What travels: `none` ships q, k, v to the attention's rank and o back, x beside it; `qkv` ships n and the
+weights of qkv, o back; `attention` moves norm, qkv, attention and proj with their weights: x there, y
+back, two messages a layer, and the serial block is the MLP alone. The paper does not have the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from helixpipe.errors import ConfigError
+from helixpipe.schedule.action import Action, Pass
+from helixpipe.schedule.parts import Part, Stage, chain, cut
+from helixpipe.schedule.schedule import Schedule
+
+# what travels -> the kind that opens the travelling stage, the kind that opens the serial one after it
+TRAVEL = {"none": ("attn", "proj"), "qkv": ("qkv", "proj"), "attention": ("norm", "mlp")}
+GROUPS = ("sequential", "forward_first")
+
+
+def helix(
+    ranks: int, layers: int, microbatches: int, folds: int = 2, travel: str = "none", groups: str = "sequential"
+) -> Schedule:
+    """Stage 2l is serial block l, on rank l mod p; stage 2l+1 travels with the attention of layer l.
+
+    `groups="sequential"` finishes a group, backward and all, before the next: memory of one group, a
+    bubble for each. `groups="forward_first"` runs every group's forward, then every backward, last group
+    first: one bubble, memory of all groups. Any `microbatches` and `layers`; the last group may be short.
+    """
+    if travel not in TRAVEL:
+        raise ConfigError(f"schedule.travel: '{travel}' is not known; known: {', '.join(TRAVEL)}")
+    if groups not in GROUPS:
+        raise ConfigError(f"schedule.groups: '{groups}' is not known; known: {', '.join(GROUPS)}")
+    if folds < 1:
+        raise ConfigError(f"schedule.folds: {folds}; give at least 1 (1 is the naive order, 2 the two-fold)")
+    size = folds * ranks
+    batches = [range(first, min(first + size, microbatches)) for first in range(0, microbatches, size)]
+    runs = [batches] if groups == "forward_first" else [[batch] for batch in batches]
+    orders = []
+    for rank in range(ranks):
+        order: list[Action] = []
+        for run in runs:
+            forward = [Action(stage, Pass.F, mb) for stage, mb in _forward(rank, ranks, layers, run)]
+            order += forward + [action.sibling(Pass.B) for action in reversed(forward)]
+        orders.append(tuple(order))
+    return Schedule(_stages(ranks, layers, travel), tuple(orders))
+
+
+def _stages(ranks: int, layers: int, travel: str) -> tuple[Stage, ...]:
+    opens = [Part(kind, layer) for layer in range(layers) for kind in TRAVEL[travel]]
+    pieces = cut(chain(layers), opens)
+    # a travelling stage with weights is at home where the block before it is
+    return tuple(
+        Stage(parts, home=(s // 2) % ranks if s % 2 and travel != "none" else None) for s, parts in enumerate(pieces)
+    )
+
+
+def _forward(rank: int, ranks: int, layers: int, groups: Sequence[range]) -> Iterator[tuple[int, int]]:
+    """(stage, micro-batch) of one rank's forwards of some groups, one flowing into the next.
+
+    All attention of one diagonal l+d is on one rank, the one of block l+d+1; it ends with offset 0, whose
+    block follows. So a rank walks its diagonals: attention from the oldest layer down to offset 0, then
+    the block for every offset as it arrives. The next group continues the count of layers, rounded up to
+    the ranks, as if its first layer stood on the last group's last: its block 0 follows block L.
+    """
+    stride = -(-layers // ranks) * ranks
+
+    def slot(group: range, stage: int, offset: int) -> Iterator[tuple[int, int]]:
+        for mb in group[offset::ranks]:  # every fold of this offset
+            yield stage, mb
+
+    for diagonal in range(rank - 1, len(groups) * stride + ranks, ranks):
+        for offset in range(ranks - 1, -1, -1):
+            g, layer = divmod(diagonal - offset, stride)
+            if 0 <= g < len(groups) and layer < layers:
+                yield from slot(groups[g], 2 * layer + 1, offset)
+        g, block = divmod(diagonal + 1, stride)
+        for offset in range(ranks):
+            if block == 0 and stride == layers and 0 < g <= len(groups):
+                yield from slot(groups[g - 1], 2 * layers, offset)
+            if block <= layers and g < len(groups):
+                yield from slot(groups[g], 2 * block, offset)

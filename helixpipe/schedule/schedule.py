@@ -1,0 +1,107 @@
+"""Schedule: stages, and one ordered list of actions per rank. Nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from helixpipe.schedule.action import BACKWARD, Action, Pass
+from helixpipe.schedule.parts import Edge, Stage, edges
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """WHAT runs WHERE and in which ORDER.
+
+    `stages` cut the model's chain of parts; `ranks[r]` is what rank r does, in order. All else, the
+    placement, the micro-batch count, the edges, is derived from these two.
+    """
+
+    stages: tuple[Stage, ...]
+    ranks: tuple[tuple[Action, ...], ...]
+
+    @cached_property
+    def layers(self) -> int:
+        return max(part.layer for stage in self.stages for part in stage.parts)
+
+    @cached_property
+    def microbatches(self) -> int:
+        return 1 + max((action.microbatch for order in self.ranks for action in order), default=-1)
+
+    @cached_property
+    def segments(self) -> int:
+        return 1 + max((action.segment for order in self.ranks for action in order), default=-1)
+
+    @cached_property
+    def edges(self) -> tuple[Edge, ...]:
+        return edges(self.stages)
+
+    @cached_property
+    def edges_into(self) -> tuple[tuple[Edge, ...], ...]:
+        """Per stage, the edges that bring its inputs."""
+        return tuple(tuple(e for e in group) for group in _group(self.edges, 1, len(self.stages)))
+
+    @cached_property
+    def edges_out_of(self) -> tuple[tuple[Edge, ...], ...]:
+        """Per stage, the edges that take its outputs on."""
+        return tuple(tuple(e for e in group) for group in _group(self.edges, 0, len(self.stages)))
+
+    @cached_property
+    def placement(self) -> dict[tuple[int, int], int]:
+        """(stage, micro-batch) -> the rank that runs it."""
+        return {(a.stage, a.microbatch): rank for rank, order in enumerate(self.ranks) for a in order}
+
+    @cached_property
+    def ranks_of(self) -> tuple[tuple[int, ...], ...]:
+        """Per stage, the ranks that run it for some micro-batch, ascending."""
+        found: list[set[int]] = [set() for _ in self.stages]
+        for (stage, _), rank in self.placement.items():
+            found[stage].add(rank)
+        return tuple(tuple(sorted(ranks)) for ranks in found)
+
+    def owner(self, stage: int) -> int:
+        """The rank that owns the stage's parameters: its home, or the one rank that runs it."""
+        home = self.stages[stage].home
+        return self.ranks_of[stage][0] if home is None else home
+
+    @cached_property
+    def input_gradient(self) -> dict[tuple[int, int, int], Pass]:
+        """(stage, micro-batch, segment) -> the pass, B or I, that makes its input gradients."""
+        return {
+            (a.stage, a.microbatch, a.segment): a.kind for order in self.ranks for a in order if a.kind in BACKWARD
+        }
+
+    def backward_of(self, stage: int, microbatch: int, segment: int) -> Action:
+        """The B or I action of a stage's forward."""
+        kind = self.input_gradient.get((stage, microbatch, segment), Pass.B)
+        return Action(stage, kind, microbatch, segment)
+
+    def dependencies(self, action: Action) -> list[Action]:
+        """The actions that must end before `action` starts.
+
+        F: the stages it reads from, and the segment before (its keys and values).
+        B, I: its own F (or R), the stages that read from it, and the segment after.
+        W: its own I. R: its own F.
+        """
+        stage, kind, mb, seg = action
+        if kind is Pass.F:
+            found = [Action(e.producer, Pass.F, mb, seg) for e in self.edges_into[stage]]
+            return found + [Action(stage, Pass.F, mb, seg - 1)] if seg else found
+        if kind is Pass.W:
+            return [Action(stage, Pass.I, mb, seg)]
+        if kind is Pass.R:
+            return [Action(stage, Pass.F, mb, seg)]
+        found = [Action(stage, Pass.F, mb, seg)]
+        found += [self.backward_of(e.consumer, mb, seg) for e in self.edges_out_of[stage]]
+        return found + [self.backward_of(stage, mb, seg + 1)] if seg + 1 < self.segments else found
+
+    def forward_only(self) -> Schedule:
+        """The same schedule with its forwards alone: what an evaluation runs."""
+        return Schedule(self.stages, tuple(tuple(a for a in order if a.kind is Pass.F) for order in self.ranks))
+
+
+def _group(found: tuple[Edge, ...], field: int, stages: int) -> list[list[Edge]]:
+    groups: list[list[Edge]] = [[] for _ in range(stages)]
+    for edge in found:
+        groups[int(edge[field])].append(edge)  # type: ignore[call-overload]
+    return groups
