@@ -1,0 +1,201 @@
+"""Lowering: Schedule + ModelShape -> Program.
+
+What to send is derived. A value whose producer and consumer run on different ranks becomes a message, and
+its gradient the message back. A parameter used on a rank that does not own it travels there once a step,
+and its gradient home: this is how a visiting stage gets its weights, and a tied head its table.
+
+How messages are ordered, and why that cannot deadlock:
+
+    time  ------------------------------------------>       every message has one time: when it can leave,
+    src   [ producer ]S [        ]                          in a run of the schedule against a clock of our own.
+    dst   R [        ] [      ] [ consumer ]                Its receive is posted before the action that runs at
+                                                            that time (and one action earlier, against jitter).
+    Between two ranks, both post all their messages in the order of these times. So whatever waits, waits for
+    something earlier in one common order: also where a pair's messages match by order alone (NCCL).
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from helixpipe.errors import ConfigError
+from helixpipe.schedule.action import BACKWARD, Action, Pass
+from helixpipe.schedule.order import Times, times
+from helixpipe.schedule.program import (
+    Accumulate,
+    Instruction,
+    Kind,
+    Message,
+    Program,
+    Receive,
+    Run,
+    Send,
+    parameter_owners,
+)
+from helixpipe.schedule.schedule import Schedule
+
+if TYPE_CHECKING:
+    from helixpipe.shape import Batch, ModelShape
+
+# a message is received so many actions before it can leave: buffers against jitter
+LOOKAHEAD = 1
+
+
+class _Draft(NamedTuple):
+    """A message before it has a number. `time` and `place` order it."""
+
+    time: float
+    place: int
+    kind: Kind
+    src: int
+    dst: int
+    producer: Action | None
+    consumer: Action | None
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+def lower(
+    schedule: Schedule, shape: ModelShape, batch: Batch, duration: Callable[[Action], float] | None = None
+) -> Program:
+    """The program of a checked schedule. `duration` (any unit) orders messages; FLOPs when not given."""
+    if schedule.layers != shape.layers:
+        raise ConfigError(
+            f"schedule.layers: the schedule has {schedule.layers} layers and the model {shape.layers}; build it for the model"
+        )
+    if schedule.segments != len(batch.segment_lengths):
+        raise ConfigError(
+            f"schedule.segments: the schedule has {schedule.segments} segments and the batch {len(batch.segment_lengths)}"
+        )
+    clock = times(schedule, duration or flops(schedule, shape, batch))
+    drafts = [*_values(schedule, shape, batch, clock), *_parameters(schedule, shape, clock)]
+    drafts.sort(key=lambda draft: draft[:2])
+    messages = tuple(Message(number, *draft[2:]) for number, draft in enumerate(drafts))
+    when = [draft.time for draft in drafts]
+    ranks = tuple(_place(rank, schedule, clock, messages, when) for rank in range(len(schedule.ranks)))
+    return Program(schedule, shape, batch, messages, ranks)
+
+
+def flops(schedule: Schedule, shape: ModelShape, batch: Batch) -> Callable[[Action], float]:
+    """FLOPs of each action, as a duration: enough to order messages by. I and W are half a B each."""
+    segments = range(len(batch.segment_lengths))
+    forward = [[sum(shape.forward_flops(p, batch, s) for p in stage.parts) for s in segments] for stage in schedule.stages]
+    backward = [[sum(shape.backward_flops(p, batch, s) for p in stage.parts) for s in segments] for stage in schedule.stages]
+
+    def duration(action: Action) -> float:
+        if action.kind in (Pass.F, Pass.R):
+            return 1.0 + forward[action.stage][action.segment]
+        share = 1.0 if action.kind is Pass.B else 0.5
+        return 1.0 + share * backward[action.stage][action.segment]
+
+    return duration
+
+
+def _values(schedule: Schedule, shape: ModelShape, batch: Batch, clock: Times) -> list[_Draft]:
+    """Every edge between two ranks, forward and back."""
+    drafts = []
+    named = [(edge, tuple(map(str, edge.values))) for edge in schedule.edges]
+    shapes = [
+        [tuple(shape.value_shape(v, batch, seg) for v in edge.values) for seg in range(schedule.segments)]
+        for edge in schedule.edges
+    ]
+    for e, (edge, names) in enumerate(named):
+        for mb in range(schedule.microbatches):
+            src, dst = schedule.placement[edge.producer, mb], schedule.placement[edge.consumer, mb]
+            if src == dst:
+                continue
+            for seg in range(schedule.segments):
+                made, read = Action(edge.producer, Pass.F, mb, seg), Action(edge.consumer, Pass.F, mb, seg)
+                drafts.append(
+                    _Draft(clock.end[made], clock.place[made], Kind.VALUES, src, dst, made, read, names, shapes[e][seg])
+                )
+                if (edge.consumer, mb, seg) not in schedule.input_gradient:
+                    continue  # forward only
+                made = schedule.backward_of(edge.consumer, mb, seg)
+                read = schedule.backward_of(edge.producer, mb, seg)
+                drafts.append(
+                    _Draft(clock.end[made], clock.place[made], Kind.GRADIENTS, dst, src, made, read, names, shapes[e][seg])
+                )
+    return drafts
+
+
+def _parameters(schedule: Schedule, shape: ModelShape, clock: Times) -> list[_Draft]:
+    """Weights to each rank that uses but does not own them, before their first use; gradients home after the last."""
+    owners = parameter_owners(schedule, shape)
+    drafts = []
+    for stage, rank, names, shapes in _visits(schedule, shape, owners):
+        uses = [a for a in schedule.ranks[rank] if a.stage == stage]
+        by_owner: dict[int, list[int]] = {}
+        for i, name in enumerate(names):
+            by_owner.setdefault(owners[name], []).append(i)
+        for owner, chosen in by_owner.items():
+            payload = tuple(names[i] for i in chosen), tuple(shapes[i] for i in chosen)
+            first = uses[0]
+            time, place = _early(schedule.ranks[rank], clock, first)
+            drafts.append(_Draft(time, place, Kind.WEIGHTS, owner, rank, None, first, *payload))
+            last = uses[-1]
+            if last.kind in BACKWARD or last.kind is Pass.W:
+                time, place = clock.end[last], clock.place[last]
+                drafts.append(_Draft(time, place, Kind.WEIGHT_GRADIENTS, rank, owner, last, None, *payload))
+    return drafts
+
+
+def _visits(
+    schedule: Schedule, shape: ModelShape, owners: dict[str, int]
+) -> list[tuple[int, int, list[str], list[tuple[int, ...]]]]:
+    """(stage, rank, names, shapes) of the parameters that rank uses in that stage and does not own."""
+    found = []
+    for s, stage in enumerate(schedule.stages):
+        named = [(shape.parameter_name(p, n), size) for p in stage.parts for n, size in shape.parameters(p).items()]
+        for rank in schedule.ranks_of[s]:
+            visiting = [(name, size) for name, size in named if owners[name] != rank]
+            if visiting:
+                found.append((s, rank, [name for name, _ in visiting], [size for _, size in visiting]))
+    return found
+
+
+def _early(order: tuple[Action, ...], clock: Times, first: Action) -> tuple[float, int]:
+    """A moment shortly before `first`: weights can leave at any time, so they need not crowd the step's start."""
+    at = bisect.bisect_left(order, clock.start[first], key=clock.start.__getitem__)
+    before = order[max(0, at - 1 - LOOKAHEAD)]
+    return clock.start[before], -1
+
+
+def _place(
+    rank: int, schedule: Schedule, clock: Times, messages: tuple[Message, ...], when: list[float]
+) -> tuple[Instruction, ...]:
+    """One rank's instructions: its actions, and between them the messages it posts, each pair's in order."""
+    order = schedule.ranks[rank]
+    ends = [clock.end[action] for action in order]
+    index = {action: i for i, action in enumerate(order)}
+    slots: list[list[Instruction]] = [[] for _ in range(len(order) + 1)]  # slot i is before action i
+    adds: list[list[Instruction]] = [[] for _ in range(len(order) + 1)]
+    waits: dict[Action, list[Message]] = {}
+    floor: dict[int, int] = {}  # other rank -> the slot of the pair's last message
+    posts: list[tuple[int, Message]] = []
+    for message in messages:
+        if rank not in (message.src, message.dst):
+            continue
+        other = message.dst if message.src == rank else message.src
+        running = bisect.bisect_right(ends, when[message.number])  # the first action that ends later
+        if message.src == rank and message.producer is not None:
+            slot = index[message.producer] + 1
+        else:
+            slot = max(running - LOOKAHEAD, floor.get(other, 0))
+            slot = min(slot, len(order))
+        floor[other] = max(slot, floor.get(other, 0))
+        posts.append((floor[other], message))
+        if message.dst == rank and message.consumer is not None:
+            waits.setdefault(message.consumer, []).append(message)
+        if message.dst == rank and message.consumer is None:
+            adds[min(max(running + 1, floor[other]), len(order))].append(Accumulate(message))
+    for slot, message in posts:
+        slots[slot].append(Send(message) if message.src == rank else Receive(message))
+    program: list[Instruction] = []
+    for i in range(len(order) + 1):
+        program += slots[i] + adds[i]
+        if i < len(order):
+            program.append(Run(order[i], tuple(waits.get(order[i], ()))))
+    return tuple(program)

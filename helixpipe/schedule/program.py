@@ -1,0 +1,111 @@
+"""Program: a schedule lowered for a model shape. Per rank, actions and messages in order.
+
+The simulator and the executor both read it: what is predicted is what runs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from helixpipe.schedule.action import Action
+from helixpipe.schedule.schedule import Schedule
+
+if TYPE_CHECKING:
+    from helixpipe.shape import Batch, ModelShape
+
+
+class Kind(StrEnum):
+    """What a message carries."""
+
+    VALUES = "values"  # forward: what one stage makes and the next reads
+    GRADIENTS = "gradients"  # backward: the gradients of those values
+    WEIGHTS = "weights"  # from the owner to a rank where the stage visits
+    WEIGHT_GRADIENTS = "weight_gradients"  # and their gradients home
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Message:
+    """Tensors that travel together from rank `src` to rank `dst`.
+
+    `number` is its place in the one order that both ranks of every pair follow. `producer` and `consumer`
+    are actions: the one after which it can leave, the one that waits for it; weights have no producer
+    and weight gradients no consumer. `names` are values, or parameters by their full name; `shapes` theirs.
+    """
+
+    number: int
+    kind: Kind
+    src: int
+    dst: int
+    producer: Action | None
+    consumer: Action | None
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def elements(self) -> int:
+        return sum(map(math.prod, self.shapes))
+
+    def __str__(self) -> str:
+        action = self.producer or self.consumer
+        what = {Kind.WEIGHTS: "weights for", Kind.WEIGHT_GRADIENTS: "weight gradients of"}.get(self.kind)
+        return f"{what or ' '.join(self.names) + ' of'} {action} from rank {self.src} to rank {self.dst}"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Run:
+    """Execute an action, once the messages it waits for are here."""
+
+    action: Action
+    waits: tuple[Message, ...] = ()
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Send:
+    """Hand a message to the transport; the rank goes on at once."""
+
+    message: Message
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Receive:
+    """Make room for a message and start to receive it; the rank goes on at once."""
+
+    message: Message
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Accumulate:
+    """Wait for weight gradients that came home and add them to the owner's."""
+
+    message: Message
+
+
+Instruction = Run | Send | Receive | Accumulate
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """`ranks[r]` is what rank r does, in order. `messages` are all of them, by number."""
+
+    schedule: Schedule
+    shape: ModelShape
+    batch: Batch
+    messages: tuple[Message, ...]
+    ranks: tuple[tuple[Instruction, ...], ...]
+
+    def owner_of(self) -> dict[str, int]:
+        """Full name of every parameter -> the rank that owns it."""
+        return parameter_owners(self.schedule, self.shape)
+
+
+def parameter_owners(schedule: Schedule, shape: ModelShape) -> dict[str, int]:
+    """Full name of every parameter -> the rank that owns it. A tied table belongs to the embedding's rank."""
+    owners: dict[str, int] = {}
+    for s, stage in enumerate(schedule.stages):
+        for part in stage.parts:
+            for name in shape.parameters(part):
+                owners.setdefault(shape.parameter_name(part, name), schedule.owner(s))
+    return owners
