@@ -1,0 +1,72 @@
+"""Timeline: start and end of everything a rank did, and its live bytes over time.
+
+Predicted (`simulate`) and measured (`runtime.recorder`) timelines are this one type, and `view` draws both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+from helixpipe.schedule.action import Action
+
+
+class Span(NamedTuple):
+    """One action on a rank, seconds from the step's start. `awaited` is the message it stood waiting for, if any."""
+
+    action: Action
+    start_s: float
+    end_s: float
+    awaited: str = ""
+
+
+class MemoryPoint(NamedTuple):
+    """From `time_s` on, a rank holds so many bytes of activations (what forwards keep) and of message buffers."""
+
+    time_s: float
+    activation_bytes: int
+    buffer_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """`spans[r]` are rank r's actions in the order executed; `memory[r]` its live bytes, by time."""
+
+    spans: tuple[tuple[Span, ...], ...]
+    memory: tuple[tuple[MemoryPoint, ...], ...] = field(default=())
+
+    @property
+    def ranks(self) -> int:
+        return len(self.spans)
+
+    @cached_property
+    def makespan_s(self) -> float:
+        """From the step's start to the end of the last action."""
+        return max((span.end_s for spans in self.spans for span in spans), default=0.0)
+
+    @cached_property
+    def busy_s(self) -> tuple[float, ...]:
+        """Per rank, seconds spent in actions."""
+        return tuple(sum(span.end_s - span.start_s for span in spans) for spans in self.spans)
+
+    @property
+    def idle_s(self) -> tuple[float, ...]:
+        """Per rank, seconds of the step spent in none."""
+        return tuple(self.makespan_s - busy for busy in self.busy_s)
+
+    @property
+    def bubble_ratio(self) -> float:
+        """The idle share of all ranks' time: 0 when every rank always works."""
+        whole = self.makespan_s * self.ranks
+        return 1 - sum(self.busy_s) / whole if whole else 0.0
+
+    @cached_property
+    def peak_activation_bytes(self) -> tuple[int, ...]:
+        """Per rank, the most bytes that forwards kept at one time."""
+        return tuple(max((point.activation_bytes for point in points), default=0) for points in self.memory)
+
+    @property
+    def order(self) -> tuple[tuple[Action, ...], ...]:
+        """Per rank, the actions in the order executed."""
+        return tuple(tuple(span.action for span in spans) for spans in self.spans)
