@@ -1,0 +1,82 @@
+"""Decoder: a model described by a ModelShape, handed out part by part.
+
+A model is anything with a `shape` and a `part` (see `Model`). Ranks ask only for the parts they run, so
+no rank ever holds a whole model.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from helixpipe.model.attention import Attention
+from helixpipe.model.layers import MLP, QKV, Block, Embed, Head, Proj, Rope, norm
+from helixpipe.schedule.parts import Part
+from helixpipe.shape import ModelShape
+
+
+class Model(Protocol):
+    """What a pipeline asks of a model. The calls of each part are drawn in `model.layers`."""
+
+    @property
+    def shape(self) -> ModelShape:
+        """From which messages and costs are computed."""
+
+    def part(self, part: Part) -> nn.Module:
+        """The module of a part, with its initial parameters; the same values whoever asks."""
+
+
+class Decoder:
+    """The model of a ModelShape. Parameters are initialised by name from the seed, whatever the placement."""
+
+    def __init__(self, shape: ModelShape, seed: int = 0, mlp_chunk: int = 0, head_chunk: int = 0) -> None:
+        """`mlp_chunk`, `head_chunk`: tokens at a time through the MLP and the head; 0 is all at once."""
+        self.shape, self.seed = shape, seed
+        self.mlp_chunk, self.head_chunk = mlp_chunk, head_chunk
+        self._rope = Rope(shape.head_dim, shape.rope_base) if shape.positions == "rope" else None
+
+    def part(self, part: Part) -> nn.Module:
+        with torch.device("meta"):
+            module = self._module(part)
+        module.to_empty(device="cpu")
+        for name, parameter in module.named_parameters():
+            self._initialise(self.shape.parameter_name(part, name), parameter)
+        return module
+
+    def _module(self, part: Part) -> nn.Module:
+        shape = self.shape
+        match part.kind:
+            case "embed":
+                return Embed(shape)
+            case "norm":
+                return norm(shape)
+            case "qkv":
+                return QKV(shape, self._rope)
+            case "attn":
+                return Attention(shape.causal)
+            case "proj":
+                return Proj(shape)
+            case "mlp":
+                return MLP(shape, self.mlp_chunk)
+            case "head":
+                return Head(shape, self.head_chunk)
+            case _:
+                return Block(
+                    norm(shape), QKV(shape, self._rope), Attention(shape.causal), Proj(shape), MLP(shape, self.mlp_chunk)
+                )
+
+    @torch.no_grad()
+    def _initialise(self, name: str, parameter: nn.Parameter) -> None:
+        """GPT-2's: normal of 0.02, smaller by sqrt(2L) where a layer adds to the residual; norms 1, biases 0."""
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif parameter.dim() == 1:
+            parameter.fill_(1.0)
+        else:
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
+            residual = name.endswith(("o.weight", "down.weight"))
+            parameter.normal_(0.0, 0.02 / math.sqrt(2 * self.shape.layers if residual else 1), generator=generator)

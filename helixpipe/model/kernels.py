@@ -1,0 +1,72 @@
+"""Fused attention forward and backward with log-sum-exp, on tensors [b, heads, s, head_dim].
+
+Each forward gives (out, lse) and each backward takes them, so that an output kept from an earlier run can
+be differentiated without running attention again. `lse` is [b, heads, s], float32 or wider.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """Attention by the fastest fused kernel of the device; k and v may have fewer heads."""
+    if q.device.type == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+        return out, lse
+    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
+        return out, lse
+    k, v = _repeated(q, k), _repeated(q, v)
+    if q.device.type == "cuda" and q.dtype == torch.float32:
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)
+        return out, lse
+    scores = _scores(q, k, causal)
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+def attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, by the kernel that `attention_forward` would choose."""
+    if q.device.type == "cpu":
+        dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal)
+        return dq, dk, dv
+    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
+        random = torch.empty(0, dtype=torch.uint64, device=q.device)  # no dropout, so never read
+        lengths = q.shape[2], k.shape[2]
+        dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
+            grad, q, k, v, out, lse, None, None, *lengths, 0.0, causal, random, random
+        )
+        return dq, dk, dv
+    whole_k, whole_v = _repeated(q, k), _repeated(q, v)
+    if q.device.type == "cuda" and q.dtype == torch.float32:
+        random = torch.empty(0, dtype=torch.int64, device=q.device)
+        dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
+            grad, q, whole_k, whole_v, None, out, lse, random, random, 0.0, [True, True, True, False], causal
+        )
+    else:
+        weights = (_scores(q, whole_k, causal) - lse.unsqueeze(-1)).exp()
+        dv = weights.mT @ grad
+        dscores = weights * (grad @ whole_v.mT - (grad * out).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
+        dq, dk = dscores @ whole_k, dscores.mT @ q
+    return dq, _summed(dk, k), _summed(dv, v)
+
+
+def _repeated(q: Tensor, k: Tensor) -> Tensor:
+    return k.repeat_interleave(q.shape[1] // k.shape[1], dim=1) if k.shape[1] != q.shape[1] else k
+
+
+def _summed(grad: Tensor, like: Tensor) -> Tensor:
+    return grad.unflatten(1, (like.shape[1], -1)).sum(2) if grad.shape[1] != like.shape[1] else grad
+
+
+def _scores(q: Tensor, k: Tensor, causal: bool) -> Tensor:
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    if causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(later, float("-inf"))
+    return scores

@@ -1,0 +1,66 @@
+"""Ledger: the bytes that forwards keep for their backwards, counted by storage as they come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+
+class Kept:
+    """A tensor on the ledger; off it again when nobody holds this any more."""
+
+    __slots__ = ("ledger", "nbytes", "pointer", "tensor")
+
+    def __init__(self, ledger: Ledger, tensor: Tensor) -> None:
+        # a detached alias: the graph must not hold the leaf, whose own data the tape may drop
+        self.tensor = tensor.detach()
+        storage = self.tensor.untyped_storage()
+        self.ledger, self.pointer, self.nbytes = ledger, storage.data_ptr(), storage.nbytes()
+        ledger.enter(self.pointer, self.nbytes)
+
+    def __del__(self) -> None:
+        self.ledger.leave(self.pointer, self.nbytes)
+
+
+class Ledger:
+    """Counts each storage once, however many graphs or inputs keep it. Parameters do not count."""
+
+    def __init__(self, is_parameter: Callable[[int], bool]) -> None:
+        self._is_parameter = is_parameter
+        self._holders: dict[int, int] = {}
+        self.bytes = 0
+        self.high_bytes = 0
+        """The most since `reset_high`."""
+
+    def keep(self, tensor: Tensor) -> Kept:
+        return Kept(self, tensor)
+
+    def graphs(self) -> AbstractContextManager[object]:
+        """Within it, whatever autograd saves is on the ledger for as long as its graph lives."""
+        return torch.autograd.graph.saved_tensors_hooks(self.keep, _tensor)
+
+    def reset_high(self) -> None:
+        self.high_bytes = self.bytes
+
+    def enter(self, pointer: int, nbytes: int) -> None:
+        holders = self._holders.get(pointer, 0)
+        self._holders[pointer] = holders + 1
+        if not holders and not self._is_parameter(pointer):
+            self.bytes += nbytes
+            self.high_bytes = max(self.high_bytes, self.bytes)
+
+    def leave(self, pointer: int, nbytes: int) -> None:
+        holders = self._holders.get(pointer, 0)
+        if holders > 1:
+            self._holders[pointer] = holders - 1
+            return
+        self._holders.pop(pointer, None)
+        if holders and not self._is_parameter(pointer):
+            self.bytes -= nbytes
+
+
+def _tensor(kept: Kept) -> Tensor:
+    return kept.tensor

@@ -1,0 +1,205 @@
+"""Pipeline: a model and a schedule on this rank, ready to step."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from helixpipe.errors import ConfigError, RankError
+from helixpipe.model.decoder import Model
+from helixpipe.model.layers import IGNORED
+from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
+from helixpipe.runtime.executor import execute
+from helixpipe.runtime.ledger import Ledger
+from helixpipe.runtime.recorder import Recorder
+from helixpipe.runtime.stages import Stages
+from helixpipe.runtime.tape import POLICIES, Feed, Tape
+from helixpipe.runtime.transport import Transport
+from helixpipe.runtime.watch import Watch
+from helixpipe.runtime.weights import Weights
+from helixpipe.schedule.action import Action, Pass
+from helixpipe.schedule.check import check
+from helixpipe.schedule.lower import lower
+from helixpipe.schedule.program import Program
+from helixpipe.schedule.schedule import Schedule
+from helixpipe.shape import Batch
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class Pipeline:
+    """Steps of a model under a schedule, one process per rank.
+
+    Every rank makes one with the same arguments and calls the same methods. A schedule of one rank needs no
+    process group. Gradients collect in `parameters` until `zero_gradients`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        schedule: Schedule,
+        mesh: DeviceMesh | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        recompute: str = "selective",
+        timeout_s: float = 60.0,
+    ) -> None:
+        """`mesh` is one-dimensional, over the pipeline's ranks; None is all ranks of the default group.
+
+        `dtype` is what parts compute in; the masters, their gradients and the optimizer stay float32 (float64
+        for float64). `recompute`: none, full or selective (see `runtime.tape`). Raises ConfigError, ScheduleError.
+        """
+        check(schedule)
+        if recompute not in POLICIES:
+            raise ConfigError(f"runtime.recompute: '{recompute}' is not known; known: {', '.join(POLICIES)}")
+        odd = next((a for order in schedule.ranks for a in order if a.kind not in (Pass.F, Pass.B)), None)
+        if odd is not None:
+            raise ConfigError(f"schedule: this runtime runs F and B, and the schedule has {odd}")
+        self.model, self.schedule, self.device = model, schedule, torch.device(device)
+        self.group = mesh.get_group() if mesh is not None else (dist.group.WORLD if dist.is_initialized() else None)
+        self.rank = dist.get_rank(self.group) if self.group is not None else 0
+        self.ranks = dist.get_world_size(self.group) if self.group is not None else 1
+        if self.ranks != len(schedule.ranks):
+            raise ConfigError(
+                f"schedule.ranks: the schedule has {len(schedule.ranks)} ranks and {self.ranks} are running; start as many"
+            )
+        self._weights = Weights(model, schedule, self.rank, self.device, dtype)
+        self._watch = Watch(_store() if self.group is not None else None, self.rank, self.ranks)
+        self._transport = Transport(
+            self.group, self.device, dtype, self._weights.master_dtype, timeout_s, self._watch
+        )
+        self._ledger = Ledger(self._weights.is_parameter)
+        self._tapes = {
+            s: Tape(stage, self._weights.modules, recompute, self._ledger)
+            for s, stage in enumerate(schedule.stages)
+            if self.rank in schedule.ranks_of[s]
+        }
+        self._recorder = Recorder(self.device)
+        self._programs: dict[tuple[Batch, bool], Program] = {}
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The masters this rank owns, by full name."""
+        return self._weights.masters
+
+    def step(self, tokens: Tensor, targets: Tensor) -> float:
+        """Forward and backward of one batch; the mean loss per target token, the same on every rank.
+
+        `tokens`, `targets`: int64 [microbatches * microbatch_size, s], the same on every rank; a target of
+        -100 does not count. Gradients are added to those in `parameters`.
+        """
+        return self._run(tokens, targets, training=True)
+
+    def evaluate(self, tokens: Tensor, targets: Tensor) -> float:
+        """The loss of one batch, as `step` gives it, and nothing else."""
+        return self._run(tokens, targets, training=False)
+
+    def zero_gradients(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def clip_gradients(self, max_norm: float) -> float:
+        """The norm of all gradients of all ranks, which are scaled down to `max_norm` when it is above.
+
+        Collective. Norms are added in rank order, so the result is the same everywhere and every time.
+        """
+        gradients = [p.grad for _, p in sorted(self.parameters.items()) if p.grad is not None]
+        squared = sum((float(g.double().square().sum()) for g in gradients), 0.0)
+        norm = math.sqrt(sum(row[0] for row in self._gathered([squared])))
+        if norm > max_norm:
+            for gradient in gradients:
+                gradient.mul_(max_norm / (norm + 1e-6))
+        return norm
+
+    def timeline(self) -> Timeline:
+        """Measured timeline of the last step, all ranks. Collective."""
+        mine = self._recorder.spans(), self._recorder.memory()
+        everyone: list[tuple[tuple[Span, ...], tuple[MemoryPoint, ...]] | None] = [None] * self.ranks
+        if self.group is None:
+            everyone = [mine]
+        else:
+            with_names = [(*map(str, span[:1]), *span[1:]) for span in mine[0]], [tuple(p) for p in mine[1]]
+            gathered: list[tuple[list[tuple[str, float, float, str]], list[tuple[float, int, int]]]] = [([], [])] * self.ranks
+            dist.all_gather_object(gathered, with_names, self.group)
+            everyone = [
+                (
+                    tuple(Span(Action.parse(a), s, e, w) for a, s, e, w in spans),
+                    tuple(MemoryPoint(*point) for point in points),
+                )
+                for spans, points in gathered
+            ]
+        return Timeline(tuple(each[0] for each in everyone if each), tuple(each[1] for each in everyone if each))
+
+    def program(self, batch: Batch, training: bool = True) -> Program:
+        """The program of a batch's shape: lowered once."""
+        key = batch, training
+        if key not in self._programs:
+            schedule = self.schedule if training else self.schedule.forward_only()
+            self._programs[key] = lower(schedule, self.model.shape, batch)
+        return self._programs[key]
+
+    def close(self) -> None:
+        """Stop telling the other ranks what this one does."""
+        self._watch.close()
+
+    def _run(self, tokens: Tensor, targets: Tensor, training: bool) -> float:
+        batch = self._batch(tokens, targets)
+        program = self.program(batch, training)
+        counted = int((targets != IGNORED).sum())
+        scale = 1.0 / max(counted, 1)
+        stages = Stages(program, self._tapes, self._ledger, self._feeds(tokens, targets, batch), scale, training)
+        self._gathered([0.0])  # clocks start together
+        execute(program.ranks[self.rank], stages, self._weights, self._transport, self._recorder, self._watch)
+        loss = sum((float(stages.losses[key].double()) for key in sorted(stages.losses)), 0.0) * scale
+        return math.fsum(row[0] for row in self._gathered([loss]))
+
+    def _batch(self, tokens: Tensor, targets: Tensor) -> Batch:
+        m = self.schedule.microbatches
+        if tokens.dim() != 2 or tokens.shape != targets.shape:
+            raise ConfigError(
+                f"tokens {list(tokens.shape)}, targets {list(targets.shape)}: give both as [sequences, tokens]"
+            )
+        if tokens.shape[0] % m:
+            raise ConfigError(f"tokens: {tokens.shape[0]} sequences do not divide into {m} micro-batches")
+        return Batch(tokens.shape[0] // m, (tokens.shape[1],))
+
+    def _feeds(self, tokens: Tensor, targets: Tensor, batch: Batch) -> dict[tuple[int, int], Feed]:
+        pairs = zip(
+            tokens.to(self.device).split(batch.microbatch_size), targets.to(self.device).split(batch.microbatch_size),
+            strict=True,
+        )  # fmt: skip
+        return {
+            (mb, seg): Feed(*(t[:, batch.start(seg) : batch.start(seg) + length] for t in pair), batch.start(seg))
+            for mb, pair in enumerate(pairs)
+            for seg, length in enumerate(batch.segment_lengths)
+        }
+
+    def _gathered(self, mine: list[float]) -> list[list[float]]:
+        """Every rank's numbers, by rank."""
+        if self.group is None:
+            return [mine]
+        row = torch.tensor(mine, dtype=torch.float64, device=self._wire)
+        rows = [torch.empty_like(row) for _ in range(self.ranks)]
+        try:
+            dist.all_gather(rows, row, self.group)
+        except RuntimeError as error:
+            silent = ", ".join(f"of rank {r}: {self._watch.told(r)}" for r in self._watch.silent())
+            raise RankError(
+                f"rank {self.rank} waited for all ranks between steps and lost one; {silent or 'all were heard of lately'}"
+            ) from error
+        return [r.tolist() for r in rows]
+
+    @property
+    def _wire(self) -> torch.device:
+        return self.device if dist.get_backend(self.group) == "nccl" else torch.device("cpu")
+
+
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store().clone()
+
+

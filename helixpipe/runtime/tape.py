@@ -1,0 +1,182 @@
+"""Tape: what a forward keeps for its backward, under a recompute policy.
+
+    none        the autograd graph as it is
+    full        the inputs; everything is recomputed
+    selective   the inputs, and attention's output and log-sum-exp: recomputation without attention
+                (HelixPipe, section 4.4)
+
+A stage runs as chunks, each about a layer: no kind of part twice in one, the head alone. Each chunk keeps
+its own inputs, and the backward recomputes and differentiates one chunk at a time:
+
+    forward    in -> [chunk 0] -> keep -> [chunk 1] -> keep -> [chunk 2] -> out
+    backward   recompute 2, differentiate 2, let go; recompute 1, ...     the transient is one chunk's
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from helixpipe.model.attention import Attention, KeptAttention
+from helixpipe.runtime.ledger import Kept, Ledger
+from helixpipe.schedule.parts import Part, Stage, Value
+
+POLICIES = ("none", "full", "selective")
+Tensors = dict[Value, Tensor]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What a stage reads beside values: tokens and targets [b, s], and the segment's first position."""
+
+    tokens: Tensor
+    targets: Tensor
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A run of a stage's parts that is recomputed and differentiated as one."""
+
+    parts: tuple[Part, ...]
+    reads: tuple[Value, ...]
+    makes: tuple[Value, ...]
+
+
+@dataclass
+class Record:
+    """What one chunk keeps: its inputs and attention, or its graph as edges to start and end at."""
+
+    inputs: Mapping[Value, Kept]
+    attention: tuple[Kept, Kept] | None
+    outputs: dict[Value, GradientEdge]
+    leaves: Tensors
+
+
+def chunks(stage: Stage, whole: bool) -> tuple[Chunk, ...]:
+    """A stage's chunks; one for all of it when `whole`. Every value made in a chunk counts as made by it."""
+    runs: list[list[Part]] = [[]]
+    for part in stage.parts:
+        again = part.kind == "head" or part.kind in {p.kind for p in runs[-1]} | {"block"} & {p.kind for p in runs[-1]}
+        if again and runs[-1] and not whole:
+            runs.append([])
+        runs[-1].append(part)
+    found = []
+    for run in runs:
+        makes = tuple(value for part in run for value in part.makes)
+        reads = dict.fromkeys(value for part in run for value in part.reads if value not in makes)
+        found.append(Chunk(tuple(run), tuple(reads), makes))
+    return tuple(found)
+
+
+class Tape:
+    """Runs one stage forward and backward on this rank."""
+
+    def __init__(self, stage: Stage, modules: Mapping[Part, nn.Module], policy: str, ledger: Ledger) -> None:
+        self.stage, self.modules, self.policy, self.ledger = stage, modules, policy, ledger
+        self.chunks = chunks(stage, whole=policy == "none")
+
+    def forward(self, inputs: Tensors, feed: Feed) -> tuple[Tensors, list[Record]]:
+        """All values the stage makes, and one record per chunk."""
+        values = dict(inputs)
+        records = []
+        for chunk in self.chunks:
+            given = {value: values[value] for value in chunk.reads}
+            if self.policy == "none":
+                made, record = self._graph(chunk, given, feed, None)
+            else:
+                made, record = self._keep(chunk, given, feed)
+            values.update((value, tensor.detach()) for value, tensor in made.items())
+            records.append(record)
+        return values, records
+
+    def evaluate(self, inputs: Tensors, feed: Feed) -> Tensors:
+        """All values the stage makes, and nothing kept."""
+        values = dict(inputs)
+        with torch.no_grad():
+            for chunk in self.chunks:
+                values |= self._run(chunk, values, feed, None)
+        return values
+
+    def backward(self, records: list[Record], gradients: Tensors, feed: Feed) -> Tensors:
+        """Gradients of the stage's inputs, from those of its outputs; parameters collect their own."""
+        gradients = dict(gradients)
+        for chunk in reversed(self.chunks):
+            record = records.pop()
+            if self.policy != "none":
+                record = self._recompute(chunk, record, feed)
+            roots = [value for value in record.outputs if value in gradients]
+            with self.ledger.graphs():  # a chunked part builds its graphs here
+                torch.autograd.backward([record.outputs[v] for v in roots], [gradients.pop(v) for v in roots])  # type: ignore[arg-type]
+            for value, leaf in record.leaves.items():
+                if leaf.grad is not None:
+                    gradients[value] = gradients[value] + leaf.grad if value in gradients else leaf.grad
+        return gradients
+
+    def _keep(self, chunk: Chunk, given: Tensors, feed: Feed) -> tuple[Tensors, Record]:
+        """Run without a graph; keep the inputs, and attention's output when that is the policy."""
+        kept = KeptAttention() if self.policy == "selective" else None
+        with torch.no_grad():
+            made = self._run(chunk, given, feed, kept)
+        attention = None
+        if kept is not None and kept.out is not None and kept.lse is not None:
+            attention = self.ledger.keep(kept.out), self.ledger.keep(kept.lse)
+        return made, Record({v: self.ledger.keep(t) for v, t in given.items()}, attention, {}, {})
+
+    def _recompute(self, chunk: Chunk, record: Record, feed: Feed) -> Record:
+        """The graph that a forward under `none` would have kept."""
+        given = {value: kept.tensor for value, kept in record.inputs.items()}
+        attention = None
+        if record.attention is not None:
+            attention = KeptAttention(record.attention[0].tensor, record.attention[1].tensor)
+        return self._graph(chunk, given, feed, attention)[1]
+
+    def _graph(
+        self, chunk: Chunk, given: Tensors, feed: Feed, kept: KeptAttention | None
+    ) -> tuple[Tensors, Record]:
+        """Run with a graph. Only edges of it are kept: what no operation saved may go."""
+        leaves = {value: tensor.detach().requires_grad_() for value, tensor in given.items()}
+        with torch.enable_grad(), self.ledger.graphs():
+            made = self._run(chunk, leaves, feed, kept)
+        edges = {value: get_gradient_edge(tensor) for value, tensor in made.items() if tensor.requires_grad}
+        for leaf in leaves.values():  # the leaf is there to collect a gradient; its data is on the ledger if needed
+            leaf.data = leaf.data.new_empty(1).expand(leaf.shape)
+        return made, Record({}, None, edges, leaves)
+
+    def _run(self, chunk: Chunk, given: Tensors, feed: Feed, kept: KeptAttention | None) -> Tensors:
+        values = dict(given)
+        made: Tensors = {}
+        for part in chunk.parts:
+            out = run_part(part, self.modules[part], [values[value] for value in part.reads], feed, kept)
+            made.update(zip(part.makes, out, strict=True))
+            values.update(made)
+        return made
+
+
+def run_part(
+    part: Part, module: nn.Module, inputs: Sequence[Tensor], feed: Feed, kept: KeptAttention | None
+) -> Sequence[Tensor]:
+    """Call a part's module as `model.layers` draws it; what it makes, in the order of `part.makes`."""
+    match part.kind:
+        case "embed":
+            return (module(feed.tokens, feed.start),)
+        case "head":
+            return (module(*inputs, feed.targets),)
+        case "qkv":
+            return tuple(module(*inputs, feed.start))
+        case "block":
+            return (module(*inputs, feed.start),)
+        case "attn" if isinstance(module, Attention):
+            return (module(*inputs, kept=kept),)
+        case _:
+            return (module(*inputs),)
+
+
+def parts_of(tapes: Sequence[Tape]) -> Iterator[Part]:
+    """All parts that these tapes run."""
+    for tape in tapes:
+        yield from tape.stage.parts
