@@ -1,0 +1,99 @@
+"""What benchmarks share: pinned local ranks, the same model as plain modules, interleaved rounds, medians of ratios."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from helixpipe.model.decoder import Decoder
+from helixpipe.schedule.parts import Part, chain
+from helixpipe.shape import ModelShape
+
+
+def launch(ranks: int, function: Callable[..., Any], *args: Any) -> None:
+    """function(rank, *args) on local ranks, one thread and one core each."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    mp.spawn(_start, (ranks, store.port, function, args), nprocs=ranks)
+
+
+def _start(rank: int, ranks: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=600))
+    function(rank, *args)
+    dist.destroy_process_group()
+
+
+class PlainParts(nn.Module):
+    """A run of whole layers as one plain module; embed at the front and head at the end when it has them.
+
+    The last gives logits, so that any loss function can follow.
+    """
+
+    def __init__(self, shape: ModelShape, layers: range, seed: int = 0) -> None:
+        super().__init__()
+        decoder = Decoder(shape, seed)
+        mine = [p for p in chain(shape.layers) if p.kind not in ("embed", "head") and p.layer in layers]
+        mine += [Part("embed", 0)] * (layers.start == 0) + [Part("head", shape.layers)] * (layers.stop == shape.layers)
+        self.shape, self.layers = shape, layers
+        self.parts = nn.ModuleDict({str(part).replace(".", "_"): decoder.part(part) for part in mine})
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.parts
+        if "embed" in parts:
+            x = parts["embed"](x, 0)
+        for i in self.layers:
+            q, k, v = parts[f"qkv_{i}"](parts[f"norm_{i}"](x), 0)
+            y = parts[f"proj_{i}"](parts[f"attn_{i}"](q, k, v), x)
+            x = parts[f"mlp_{i}"](y)
+        head = f"head_{self.shape.layers}"
+        return parts[head].output(parts[head].norm(x)) if head in parts else x
+
+
+def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+def interleaved(contenders: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each contender in each round, between barriers; the order turns from round to round."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for turn in range(-warmup, rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            dist.barrier()
+            begun = time.perf_counter()
+            contenders[name]()
+            dist.barrier()
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - begun)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], of: str, over: str) -> tuple[float, float, float]:
+    """Median, least and most of the paired ratios."""
+    ratios = [a / b for a, b in zip(seconds[of], seconds[over], strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def machine() -> str:
+    """One line on where this ran."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as lines:
+            name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {os.cpu_count()} cores, torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}"

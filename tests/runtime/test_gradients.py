@@ -1,0 +1,132 @@
+"""Loss to 1e-12 and every gradient to 1e-9 relative of plain autograd, in float64."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from oracle import batch, plain_step
+from ranks import Ranks
+from torch.distributed.device_mesh import DeviceMesh
+
+from helixpipe.model.decoder import Decoder
+from helixpipe.runtime.pipeline import Pipeline
+from helixpipe.schedule.families import build_schedule
+from helixpipe.shape import ModelShape
+
+BASE: dict[str, Any] = {"layers": 3, "hidden": 16, "heads": 4, "ffn": 24, "vocabulary": 19}
+LENGTH = 12
+
+
+@dataclass(frozen=True)
+class Case:
+    ranks: int
+    microbatches: int
+    family: str = "helix"
+    options: dict[str, Any] = field(default_factory=dict)
+    recompute: str = "selective"
+    chunk: int = 0
+    shape: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        words = [self.family, f"p{self.ranks}", f"m{self.microbatches}", self.recompute, f"chunk{self.chunk}"]
+        words += [f"{k}={v}" for k, v in {**self.options, **self.shape}.items()]
+        return "-".join(words)
+
+
+_meshes: dict[int, DeviceMesh] = {}  # in a worker: made once, since every rank must make each group
+
+
+def run_case(case: Case) -> tuple[float, dict[str, torch.Tensor]] | None:
+    """On a rank of the four: this rank's loss and gradients; None on the ranks the case does not use."""
+    if not _meshes:
+        for p in range(1, dist.get_world_size() + 1):
+            group = dist.new_group(list(range(p)))
+            if dist.get_rank() < p:
+                _meshes[p] = DeviceMesh.from_group(group, "cpu", mesh=list(range(p)), mesh_dim_names=("pp",))
+    if dist.get_rank() >= case.ranks:
+        return None
+    shape = ModelShape(**(BASE | case.shape))
+    schedule = build_schedule(
+        case.family, ranks=case.ranks, layers=shape.layers, microbatches=case.microbatches, **case.options
+    )
+    model = Decoder(shape, mlp_chunk=case.chunk, head_chunk=case.chunk)
+    pipeline = Pipeline(
+        model, schedule, _meshes[case.ranks], dtype=torch.float64, recompute=case.recompute, timeout_s=30
+    )
+    loss = pipeline.step(*batch(shape, case.microbatches, LENGTH))
+    evaluated = pipeline.evaluate(*batch(shape, case.microbatches, LENGTH))
+    assert abs(loss - evaluated) < 1e-12
+    assert pipeline._ledger.bytes == 0
+    pipeline.close()
+    return loss, {name: p.grad for name, p in pipeline.parameters.items()}
+
+
+def holds(four_ranks: Ranks, case: Case) -> None:
+    shape = ModelShape(**(BASE | case.shape))
+    loss, gradients = plain_step(shape, *batch(shape, case.microbatches, LENGTH))
+    found: dict[str, torch.Tensor] = {}
+    for result in four_ranks.run(run_case, case)[: case.ranks]:
+        assert abs(result[0] - loss) < 1e-12
+        assert not found.keys() & result[1].keys(), "a parameter has two owners"
+        found |= result[1]
+    assert found.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert found[name] is not None, name
+        error = (found[name] - gradient).norm() / gradient.norm().clamp_min(1e-30)
+        assert error < 1e-9, f"{name}: {error:.1e}"
+
+
+SHAPES: list[dict[str, Any]] = [
+    {"tied": True},
+    {"causal": False, "mlp": "gelu", "norm": "layer", "bias": True, "qkv_bias": True},
+    {"kv_heads": 2, "qk_norm": True},
+    {"tied": True, "positions": "learned", "context": 16, "mlp": "gelu", "head_dim": 6, "kv_heads": 1},
+]
+TRAVEL = ("none", "qkv", "attention")
+RECOMPUTE = ("none", "full", "selective")
+COUNTS = (1, 2, 3, 4, 6, 8)
+
+
+def covering() -> list[Case]:
+    """Every value of every choice with every rank count, and every pair of travel and recompute."""
+    cases = []
+    wheel = itertools.cycle(itertools.product((0, 5), SHAPES, (1, 2, 3)))
+    for i, (ranks, m, travel) in enumerate(itertools.product((1, 2, 3, 4), COUNTS, TRAVEL)):
+        chunk, shape, folds = next(wheel)
+        layers = (1, 2, 3, 4, 5)[i % 5]
+        groups = ("sequential", "forward_first")[i // 3 % 2]
+        options = {"folds": folds, "travel": travel, "groups": groups}
+        cases.append(Case(ranks, m, "helix", options, RECOMPUTE[i % 7 % 3], chunk, {"layers": layers, **shape}))
+    for i, (ranks, m, family) in enumerate(itertools.product((1, 2, 3, 4), (1, 3, 4), ("gpipe", "1f1b"))):
+        chunk, shape, _ = next(wheel)
+        cases.append(Case(ranks, m, family, {}, RECOMPUTE[i % 3], chunk, {"layers": ranks + i % 3, **shape}))
+    return cases
+
+
+@pytest.mark.parametrize("case", covering(), ids=str)
+def test_gradients(four_ranks: Ranks, case: Case) -> None:
+    holds(four_ranks, case)
+
+
+def product() -> list[Case]:
+    found = []
+    for ranks, m, folds, travel, recompute, chunk, layers in itertools.product(
+        (1, 2, 3, 4), COUNTS, (1, 2), TRAVEL, RECOMPUTE, (0, 5), (3, 4)
+    ):
+        for tied, causal, kv_heads in itertools.product((False, True), (False, True), (4, 2)):
+            shape = {"layers": layers, "tied": tied, "causal": causal, "kv_heads": kv_heads}
+            found.append(Case(ranks, m, "helix", {"folds": folds, "travel": travel}, recompute, chunk, shape))
+    return found
+
+
+@pytest.mark.full
+@pytest.mark.timeout(7200)
+def test_gradients_full_product(four_ranks: Ranks) -> None:
+    """13,824 cases in one test: run it with `pytest -m full tests/runtime/test_gradients.py`."""
+    for case in product():
+        holds(four_ranks, case)
