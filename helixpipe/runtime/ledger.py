@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,17 +13,23 @@ from torch import Tensor
 class Kept:
     """A tensor on the ledger; off it again when nobody holds this any more."""
 
-    __slots__ = ("ledger", "nbytes", "pointer", "tensor")
+    __slots__ = ("ledger", "pointer", "tensor")
 
     def __init__(self, ledger: Ledger, tensor: Tensor) -> None:
         # a detached alias: the graph must not hold the leaf, whose own data the tape may drop
         self.tensor = tensor.detach()
         storage = self.tensor.untyped_storage()
-        self.ledger, self.pointer, self.nbytes = ledger, storage.data_ptr(), storage.nbytes()
-        ledger.enter(self.pointer, self.nbytes)
+        self.ledger, self.pointer = ledger, storage.data_ptr()
+        ledger.enter(self.pointer, storage.nbytes())
 
     def __del__(self) -> None:
-        self.ledger.leave(self.pointer, self.nbytes)
+        self.ledger.leave(self.pointer)
+
+
+@dataclass
+class _Storage:
+    holders: int
+    nbytes: int
 
 
 class Ledger:
@@ -30,7 +37,7 @@ class Ledger:
 
     def __init__(self, is_parameter: Callable[[int], bool]) -> None:
         self._is_parameter = is_parameter
-        self._holders: dict[int, int] = {}
+        self._storages: dict[int, _Storage] = {}
         self.bytes = 0
         self.high_bytes = 0
         """The most since `reset_high`."""
@@ -46,20 +53,19 @@ class Ledger:
         self.high_bytes = self.bytes
 
     def enter(self, pointer: int, nbytes: int) -> None:
-        holders = self._holders.get(pointer, 0)
-        self._holders[pointer] = holders + 1
-        if not holders and not self._is_parameter(pointer):
-            self.bytes += nbytes
+        storage = self._storages.get(pointer)
+        if storage is None:
+            storage = self._storages[pointer] = _Storage(0, 0 if self._is_parameter(pointer) else nbytes)
+            self.bytes += storage.nbytes
             self.high_bytes = max(self.high_bytes, self.bytes)
+        storage.holders += 1
 
-    def leave(self, pointer: int, nbytes: int) -> None:
-        holders = self._holders.get(pointer, 0)
-        if holders > 1:
-            self._holders[pointer] = holders - 1
-            return
-        self._holders.pop(pointer, None)
-        if holders and not self._is_parameter(pointer):
-            self.bytes -= nbytes
+    def leave(self, pointer: int) -> None:
+        storage = self._storages[pointer]
+        storage.holders -= 1
+        if not storage.holders:
+            self.bytes -= storage.nbytes
+            del self._storages[pointer]
 
 
 def _tensor(kept: Kept) -> Tensor:

@@ -5,8 +5,8 @@
     selective   the inputs, and attention's output and log-sum-exp: recomputation without attention
                 (HelixPipe, section 4.4)
 
-A stage runs as chunks, each about a layer: no kind of part twice in one, the head alone. Each chunk keeps
-its own inputs, and the backward recomputes and differentiates one chunk at a time:
+A stage runs as chunks (`schedule.chunks`), each about a layer. Each chunk keeps its own inputs, and the
+backward recomputes and differentiates one chunk at a time:
 
     forward    in -> [chunk 0] -> keep -> [chunk 1] -> keep -> [chunk 2] -> out
     backward   recompute 2, differentiate 2, let go; recompute 1, ...     the transient is one chunk's
@@ -14,7 +14,7 @@ its own inputs, and the backward recomputes and differentiates one chunk at a ti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from helixpipe.model.attention import Attention, KeptAttention
 from helixpipe.runtime.ledger import Kept, Ledger
+from helixpipe.schedule.chunks import Chunk, chunks
 from helixpipe.schedule.parts import Part, Stage, Value
 
 POLICIES = ("none", "full", "selective")
@@ -38,15 +39,6 @@ class Feed:
     start: int = 0
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """A run of a stage's parts that is recomputed and differentiated as one."""
-
-    parts: tuple[Part, ...]
-    reads: tuple[Value, ...]
-    makes: tuple[Value, ...]
-
-
 @dataclass
 class Record:
     """What one chunk keeps: its inputs and attention, or its graph as edges to start and end at."""
@@ -55,22 +47,6 @@ class Record:
     attention: tuple[Kept, Kept] | None
     outputs: dict[Value, GradientEdge]
     leaves: Tensors
-
-
-def chunks(stage: Stage, whole: bool) -> tuple[Chunk, ...]:
-    """A stage's chunks; one for all of it when `whole`. Every value made in a chunk counts as made by it."""
-    runs: list[list[Part]] = [[]]
-    for part in stage.parts:
-        again = part.kind == "head" or part.kind in {p.kind for p in runs[-1]} | {"block"} & {p.kind for p in runs[-1]}
-        if again and runs[-1] and not whole:
-            runs.append([])
-        runs[-1].append(part)
-    found = []
-    for run in runs:
-        makes = tuple(value for part in run for value in part.makes)
-        reads = dict.fromkeys(value for part in run for value in part.reads if value not in makes)
-        found.append(Chunk(tuple(run), tuple(reads), makes))
-    return tuple(found)
 
 
 class Tape:
@@ -174,9 +150,3 @@ def run_part(
             return (module(*inputs, kept=kept),)
         case _:
             return (module(*inputs),)
-
-
-def parts_of(tapes: Sequence[Tape]) -> Iterator[Part]:
-    """All parts that these tapes run."""
-    for tape in tapes:
-        yield from tape.stage.parts

@@ -94,6 +94,8 @@ class Weights:
             working = self._working[name]
             gradient = self._collected.pop(name, None)
             gradients.append(torch.zeros_like(working, dtype=self.master_dtype) if gradient is None else gradient)
+            # the next tensor at this address may be an activation
+            self._storages.discard(working.untyped_storage().data_ptr())
             working.data = _nothing(working, self.dtype)
         return gradients
 

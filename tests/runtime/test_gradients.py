@@ -41,14 +41,20 @@ class Case:
 _meshes: dict[int, DeviceMesh] = {}  # in a worker: made once, since every rank must make each group
 
 
-def run_case(case: Case) -> tuple[float, dict[str, torch.Tensor]] | None:
-    """On a rank of the four: this rank's loss and gradients; None on the ranks the case does not use."""
+def mesh_of(ranks: int) -> DeviceMesh | None:
+    """On a rank of the four: the mesh of the first `ranks`; None on the others."""
     if not _meshes:
         for p in range(1, dist.get_world_size() + 1):
             group = dist.new_group(list(range(p)))
             if dist.get_rank() < p:
                 _meshes[p] = DeviceMesh.from_group(group, "cpu", mesh=list(range(p)), mesh_dim_names=("pp",))
-    if dist.get_rank() >= case.ranks:
+    return _meshes.get(ranks)
+
+
+def run_case(case: Case) -> tuple[float, dict[str, torch.Tensor]] | None:
+    """On a rank of the four: this rank's loss and gradients; None on the ranks the case does not use."""
+    mesh = mesh_of(case.ranks)
+    if mesh is None:
         return None
     shape = ModelShape(**(BASE | case.shape))
     schedule = build_schedule(
@@ -56,7 +62,7 @@ def run_case(case: Case) -> tuple[float, dict[str, torch.Tensor]] | None:
     )
     model = Decoder(shape, mlp_chunk=case.chunk, head_chunk=case.chunk)
     pipeline = Pipeline(
-        model, schedule, _meshes[case.ranks], dtype=torch.float64, recompute=case.recompute, timeout_s=30
+        model, schedule, mesh, dtype=torch.float64, recompute=case.recompute, timeout_s=30
     )
     loss = pipeline.step(*batch(shape, case.microbatches, LENGTH))
     evaluated = pipeline.evaluate(*batch(shape, case.microbatches, LENGTH))

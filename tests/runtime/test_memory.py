@@ -1,0 +1,115 @@
+"""Bytes the tape keeps, measured by storage, against the formulas of `predict.memory`, within 5%."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from oracle import batch
+from ranks import Ranks
+from test_gradients import Case, mesh_of
+
+from helixpipe.model.decoder import Decoder
+from helixpipe.predict.memory import Keeping, activation_bytes
+from helixpipe.predict.timeline import Timeline
+from helixpipe.runtime.pipeline import Pipeline
+from helixpipe.schedule.families import build_schedule
+from helixpipe.schedule.lower import lower
+from helixpipe.shape import Batch, ModelShape
+
+BASE: dict[str, Any] = {"layers": 4, "hidden": 64, "heads": 4, "ffn": 256, "vocabulary": 64, "mlp": "gelu"}
+LENGTH = 64
+
+
+def measured(case: Case) -> Timeline | None:
+    mesh = mesh_of(case.ranks)
+    if mesh is None:
+        return None
+    shape = ModelShape(**(BASE | case.shape))
+    schedule = build_schedule(
+        case.family, ranks=case.ranks, layers=shape.layers, microbatches=case.microbatches, **case.options
+    )
+    model = Decoder(shape, mlp_chunk=case.chunk, head_chunk=case.chunk)
+    pipeline = Pipeline(model, schedule, mesh, recompute=case.recompute, timeout_s=30)
+    pipeline.step(*batch(shape, case.microbatches, LENGTH))
+    pipeline.close()
+    return pipeline.timeline()
+
+
+def predicted(case: Case) -> tuple[tuple[tuple[int, int], ...], ...]:
+    shape = ModelShape(**(BASE | case.shape))
+    schedule = build_schedule(
+        case.family, ranks=case.ranks, layers=shape.layers, microbatches=case.microbatches, **case.options
+    )
+    program = lower(schedule, shape, Batch(1, (LENGTH,)))
+    return activation_bytes(program, Keeping(case.recompute, 4, case.chunk, case.chunk))
+
+
+CASES = [
+    Case(ranks, 4, "helix", {"travel": travel}, recompute, chunk, {"norm": norm})
+    for ranks in (2, 4)
+    for travel in ("none", "qkv", "attention")
+    for recompute in ("none", "full", "selective")
+    for chunk, norm in ((0, "layer"), (16, "rms"))
+] + [Case(2, 4, "1f1b", {}, recompute, chunk) for recompute in ("none", "full", "selective") for chunk in (0, 16)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bytes_kept_equal_the_formula(four_ranks: Ranks, case: Case) -> None:
+    timeline = four_ranks.run(measured, case)[0]
+    for rank, expected in enumerate(predicted(case)):
+        points = timeline.memory[rank]
+        held = [point.activation_bytes for point in points[1::2]]
+        ended = [end for _, end in expected]
+        largest = max(ended)
+        assert held[-1] == 0
+        assert max(held) == pytest.approx(largest, rel=0.05)
+        assert held == pytest.approx(ended, abs=0.05 * largest)
+        high = max(high for high, _ in expected)
+        if not case.chunk:  # a chunked part's own transient is one slice's, which the formula leaves out
+            assert timeline.peak_activation_bytes[rank] == pytest.approx(high, rel=0.05)
+
+
+def transient(timeline: Timeline, rank: int, stages: set[int]) -> int:
+    """The most that a backward of these stages held beyond what was kept when it ended."""
+    points = timeline.memory[rank]
+    return max(
+        points[2 * i].activation_bytes - points[2 * i + 1].activation_bytes
+        for i, span in enumerate(timeline.spans[rank])
+        if span.action.kind == "B" and span.action.stage in stages
+    )
+
+
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+def test_chunked_mlp_and_head_against_unchunked(four_ranks: Ranks, recompute: str) -> None:
+    """With the attention block travelling, even stages are the MLP alone (the last with the head)."""
+    case = Case(2, 2, "helix", {"travel": "attention"}, recompute, 0, {"vocabulary": 512})
+    whole = four_ranks.run(measured, case)[0]
+    sliced = four_ranks.run(measured, replace(case, chunk=8))[0]
+    mlps = {2, 4, 6, 8}
+    for rank in range(2):
+        assert sliced.peak_activation_bytes[rank] < whole.peak_activation_bytes[rank]
+        assert transient(sliced, rank, mlps) < 0.5 * transient(whole, rank, mlps)
+
+
+def test_selective_by_hand() -> None:
+    """The paper's table, per layer and micro-batch in b*s*h elements, for MLP 4h and as many kv heads as heads."""
+    from helixpipe.predict.memory import kept
+    from helixpipe.schedule.chunks import chunks
+
+    shape = ModelShape(**(BASE | {"norm": "layer"}))
+    unit = LENGTH * shape.hidden * 4
+    lse = LENGTH * shape.heads * 4
+    for travel, elements in (("none", 6), ("qkv", 4), ("attention", 3)):
+        schedule = build_schedule("helix", ranks=4, layers=4, microbatches=8, travel=travel)
+        found = 0
+        for stage in schedule.stages[2:4]:  # the serial block between layers 0 and 1, and attention of layer 1
+            for chunk in chunks(stage, whole=False):
+                found += sum(kept(chunk, shape, Batch(1, (LENGTH,)), 0, Keeping("selective")).values())
+        assert found == elements * unit + lse
+    one = build_schedule("1f1b", ranks=1, layers=4, microbatches=1)
+    none = sum(kept(chunks(one.stages[0], True)[0], shape, Batch(1, (LENGTH,)), 0, Keeping("none")).values())
+    per_layer = 16 * unit + lse + 4 * LENGTH * 4  # and two norms' mean and deviation
+    head = 2 * unit + LENGTH * shape.vocabulary * 4 + 2 * LENGTH * 4
+    assert none == 4 * per_layer + head
