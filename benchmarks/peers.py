@@ -96,4 +96,6 @@ def machine() -> str:
             name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    return f"{name}, {os.cpu_count()} cores, torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}"
+    return (
+        f"{name}, {os.cpu_count()} cores, torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}"
+    )

@@ -1,0 +1,77 @@
+"""helixpipe trains transformers on sequences too long for one accelerator.
+
+A pipeline schedule is a value: the same value is checked, drawn, priced, lowered and executed.
+Importing this does not import torch; `Pipeline` and `Decoder` do when they are first asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
+
+from helixpipe.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    HelixpipeError,
+    RankError,
+    ScheduleError,
+)
+from helixpipe.predict.simulate import simulate_program, simulate_schedule
+from helixpipe.predict.timeline import Timeline
+from helixpipe.schedule.action import Action, Pass
+from helixpipe.schedule.check import check
+from helixpipe.schedule.families import build_schedule
+from helixpipe.schedule.lower import lower
+from helixpipe.schedule.parts import Part, Stage, Value
+from helixpipe.schedule.program import Program
+from helixpipe.schedule.schedule import Schedule
+from helixpipe.shape import Batch, ModelShape, named_shape
+
+if TYPE_CHECKING:
+    from helixpipe.model.decoder import Decoder, Model
+    from helixpipe.runtime.pipeline import Pipeline
+
+__version__ = _version("helixpipe")
+
+# names that need torch -> where they are
+_LATE = {
+    "Decoder": "helixpipe.model.decoder",
+    "Model": "helixpipe.model.decoder",
+    "Pipeline": "helixpipe.runtime.pipeline",
+}
+
+__all__ = [
+    "Action",
+    "Batch",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "Decoder",
+    "HelixpipeError",
+    "Model",
+    "ModelShape",
+    "Part",
+    "Pass",
+    "Pipeline",
+    "Program",
+    "RankError",
+    "Schedule",
+    "ScheduleError",
+    "Stage",
+    "Timeline",
+    "Value",
+    "build_schedule",
+    "check",
+    "lower",
+    "named_shape",
+    "simulate_program",
+    "simulate_schedule",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATE:
+        return getattr(import_module(_LATE[name]), name)
+    raise AttributeError(f"module 'helixpipe' has no attribute '{name}'")

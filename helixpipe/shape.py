@@ -105,14 +105,16 @@ class ModelShape:
         h, q, kv = self.hidden, self.q_size, self.kv_size
 
         def norm(name: str) -> dict[str, tuple[int, ...]]:
-            return {f"{name}weight": (h,)} | ({f"{name}bias": (h,)} if self.norm == "layer" else {})
+            names = ("weight", "bias") if self.norm == "layer" else ("weight",)
+            return {f"{name}{each}": (h,) for each in names}
 
         def linear(name: str, out: int, into: int, bias: bool) -> dict[str, tuple[int, ...]]:
-            return {f"{name}.weight": (out, into)} | ({f"{name}.bias": (out,)} if bias else {})
+            found: dict[str, tuple[int, ...]] = {f"{name}.weight": (out, into)}
+            return found | {f"{name}.bias": (out,)} if bias else found
 
         if part.kind == "embed":
-            learned = {"positions.weight": (self.context, h)} if self.positions == "learned" else {}
-            return {"tokens.weight": (self.vocabulary, h)} | learned
+            rows = {"tokens": self.vocabulary} | ({"positions": self.context} if self.positions == "learned" else {})
+            return {f"{name}.weight": (count, h) for name, count in rows.items()}
         if part.kind == "norm":
             return norm("")
         if part.kind == "qkv":

@@ -37,9 +37,7 @@ class Ranks:
         self._results = context.Queue()
         self._jobs = [context.Queue() for _ in range(ranks)]
         self._processes = [
-            context.Process(
-                target=_serve, args=(r, ranks, self._store.port, self._jobs[r], self._results), daemon=True
-            )
+            context.Process(target=_serve, args=(r, ranks, self._store.port, self._jobs[r], self._results), daemon=True)
             for r in range(ranks)
         ]
         for process in self._processes:

@@ -26,7 +26,9 @@ SPLIT = "perfect split"
 TORCH = "torch 1F1B"
 
 
-def contender_steps(rank: int, shape: ModelShape, m: int, tokens: torch.Tensor, targets: torch.Tensor) -> dict[str, Any]:
+def contender_steps(
+    rank: int, shape: ModelShape, m: int, tokens: torch.Tensor, targets: torch.Tensor
+) -> dict[str, Any]:
     """Name -> one step of it on this rank. Same parameters, same data, no recompute anywhere."""
     steps: dict[str, Any] = {}
 
@@ -129,7 +131,14 @@ def table(result: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    for name, default in (("layers", 4), ("hidden", 128), ("heads", 2), ("length", 4096), ("microbatches", 4), ("rounds", 9)):
+    for name, default in (
+        ("layers", 4),
+        ("hidden", 128),
+        ("heads", 2),
+        ("length", 4096),
+        ("microbatches", 4),
+        ("rounds", 9),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", action="store_true")
     launch(RANKS, worker, parser.parse_args())

@@ -42,9 +42,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         grad = grad.unflatten(2, (q.shape[2], q.shape[3])).transpose(1, 2)
-        grads = attention_backward(
-            grad, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out, lse, ctx.causal
-        )
+        grads = attention_backward(grad, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out, lse, ctx.causal)
         return *(g.transpose(1, 2) for g in grads), None, None
 
 

@@ -66,7 +66,11 @@ class Decoder:
                 return Head(shape, self.head_chunk)
             case _:
                 return Block(
-                    norm(shape), QKV(shape, self._rope), Attention(shape.causal), Proj(shape), MLP(shape, self.mlp_chunk)
+                    norm(shape),
+                    QKV(shape, self._rope),
+                    Attention(shape.causal),
+                    Proj(shape),
+                    MLP(shape, self.mlp_chunk),
                 )
 
     @torch.no_grad()

@@ -61,7 +61,11 @@ def _repeated(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _summed(grad: Tensor, like: Tensor) -> Tensor:
-    return grad.unflatten(1, (like.shape[1], -1)).sum(2) if grad.shape[1] != like.shape[1] else grad
+    if grad.shape[1] == like.shape[1]:
+        return grad
+    groups: Tensor = grad.unflatten(1, (like.shape[1], -1))
+    summed: Tensor = groups.sum(2)
+    return summed
 
 
 def _scores(q: Tensor, k: Tensor, causal: bool) -> Tensor:

@@ -1,8 +1,8 @@
 """The parts of a decoder as torch modules. b sequences, s tokens, h hidden size; `start` is the first position.
 
-    embed(tokens, start) -> x      norm(x) -> n             qkv(n, start) -> q, k, v    attn(q, k, v) -> o
-    proj(o, x) -> y                mlp(y) -> x'             head(x, targets) -> summed loss
-    block(x, start) -> x'          a whole layer, where it cannot be split
+embed(tokens, start) -> x      norm(x) -> n             qkv(n, start) -> q, k, v    attn(q, k, v) -> o
+proj(o, x) -> y                mlp(y) -> x'             head(x, targets) -> summed loss
+block(x, start) -> x'          a whole layer, where it cannot be split
 """
 
 from __future__ import annotations

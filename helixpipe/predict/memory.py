@@ -136,7 +136,10 @@ def _saved(part: Part, shape: ModelShape, batch: Batch, segment: int, keeping: K
             return reads
         case "mlp":
             wides = 2 if shape.mlp == "gelu" else 4
-            inside = {f"{part}.normed": tokens * shape.hidden * narrow, f"{part}.wide": wides * tokens * shape.ffn * narrow}
+            inside = {
+                f"{part}.normed": tokens * shape.hidden * narrow,
+                f"{part}.wide": wides * tokens * shape.ffn * narrow,
+            }
             return reads | norm(f"{part}.norm") | inside
         case "head" if keeping.head_chunk:
             return reads

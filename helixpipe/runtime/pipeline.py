@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import Store, _get_default_store
 
 from helixpipe.errors import ConfigError, RankError
 from helixpipe.model.decoder import Model
@@ -70,9 +71,7 @@ class Pipeline:
             )
         self._weights = Weights(model, schedule, self.rank, self.device, dtype)
         self._watch = Watch(_store() if self.group is not None else None, self.rank, self.ranks)
-        self._transport = Transport(
-            self.group, self.device, dtype, self._weights.master_dtype, timeout_s, self._watch
-        )
+        self._transport = Transport(self.group, self.device, dtype, self._weights.master_dtype, timeout_s, self._watch)
         self._ledger = Ledger(self._weights.is_parameter)
         self._tapes = {
             s: Tape(stage, self._weights.modules, recompute, self._ledger)
@@ -124,7 +123,9 @@ class Pipeline:
             everyone = [mine]
         else:
             with_names = [(*map(str, span[:1]), *span[1:]) for span in mine[0]], [tuple(p) for p in mine[1]]
-            gathered: list[tuple[list[tuple[str, float, float, str]], list[tuple[float, int, int]]]] = [([], [])] * self.ranks
+            gathered: list[tuple[list[tuple[str, float, float, str]], list[tuple[float, int, int]]]] = [
+                ([], [])
+            ] * self.ranks
             dist.all_gather_object(gathered, with_names, self.group)
             everyone = [
                 (
@@ -169,15 +170,15 @@ class Pipeline:
         return Batch(tokens.shape[0] // m, (tokens.shape[1],))
 
     def _feeds(self, tokens: Tensor, targets: Tensor, batch: Batch) -> dict[tuple[int, int], Feed]:
-        pairs = zip(
-            tokens.to(self.device).split(batch.microbatch_size), targets.to(self.device).split(batch.microbatch_size),
-            strict=True,
-        )  # fmt: skip
-        return {
-            (mb, seg): Feed(*(t[:, batch.start(seg) : batch.start(seg) + length] for t in pair), batch.start(seg))
-            for mb, pair in enumerate(pairs)
-            for seg, length in enumerate(batch.segment_lengths)
-        }
+        tokens, targets = tokens.to(self.device), targets.to(self.device)
+        feeds = {}
+        for mb in range(self.schedule.microbatches):
+            rows = slice(mb * batch.microbatch_size, (mb + 1) * batch.microbatch_size)
+            for seg, length in enumerate(batch.segment_lengths):
+                start = batch.start(seg)
+                here = slice(start, start + length)
+                feeds[mb, seg] = Feed(tokens[rows, here], targets[rows, here], start)
+        return feeds
 
     def _gathered(self, mine: list[float]) -> list[list[float]]:
         """Every rank's numbers, by rank."""
@@ -199,7 +200,6 @@ class Pipeline:
         return self.device if dist.get_backend(self.group) == "nccl" else torch.device("cpu")
 
 
-def _store() -> dist.Store:
-    return dist.distributed_c10d._get_default_store().clone()
-
-
+def _store() -> Store:
+    """The run's store, on a connection of its own: the watch must not wait for anyone else's requests."""
+    return _get_default_store().clone()  # type: ignore[attr-defined, no-any-return]

@@ -48,7 +48,7 @@ class Recorder:
     def _seconds(self, at: Clock) -> float:
         if isinstance(at, torch.cuda.Event) and isinstance(self._start, torch.cuda.Event):
             at.synchronize()
-            return self._start.elapsed_time(at) / 1e3
+            return float(self._start.elapsed_time(at)) / 1e3
         assert isinstance(at, float)
         assert isinstance(self._start, float)
         return at - self._start

@@ -87,7 +87,7 @@ class Tape:
                 record = self._recompute(chunk, record, feed)
             roots = [value for value in record.outputs if value in gradients]
             with self.ledger.graphs():  # a chunked part builds its graphs here
-                torch.autograd.backward([record.outputs[v] for v in roots], [gradients.pop(v) for v in roots])  # type: ignore[arg-type]
+                torch.autograd.backward([record.outputs[v] for v in roots], [gradients.pop(v) for v in roots])
             for value, leaf in record.leaves.items():
                 if leaf.grad is not None:
                     gradients[value] = gradients[value] + leaf.grad if value in gradients else leaf.grad
@@ -111,9 +111,7 @@ class Tape:
             attention = KeptAttention(record.attention[0].tensor, record.attention[1].tensor)
         return self._graph(chunk, given, feed, attention)[1]
 
-    def _graph(
-        self, chunk: Chunk, given: Tensors, feed: Feed, kept: KeptAttention | None
-    ) -> tuple[Tensors, Record]:
+    def _graph(self, chunk: Chunk, given: Tensors, feed: Feed, kept: KeptAttention | None) -> tuple[Tensors, Record]:
         """Run with a graph. Only edges of it are kept: what no operation saved may go."""
         leaves = {value: tensor.detach().requires_grad_() for value, tensor in given.items()}
         with torch.enable_grad(), self.ledger.graphs():

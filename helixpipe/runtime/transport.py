@@ -123,7 +123,9 @@ class Transport:
         except RuntimeError as error:
             waited_s = time.monotonic() - begun
             what = f"waited {waited_s:.0f} s" if waited_s >= self.timeout_s - 1 else f"lost rank {peer} waiting"
-            raise RankError(f"rank {self.watch.rank} {what} for {message}; of rank {peer}: {self.watch.told(peer)}") from error
+            raise RankError(
+                f"rank {self.watch.rank} {what} for {message}; of rank {peer}: {self.watch.told(peer)}"
+            ) from error
 
     def _global(self, rank: int) -> int:
         return dist.get_global_rank(self.group, rank) if self.group is not None else rank

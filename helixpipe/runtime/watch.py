@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 
-from torch.distributed import Store
+from torch.distributed.distributed_c10d import Store
 
 PERIOD_S = 1.0
 # a rank that has not been heard for so long is taken for dead
@@ -44,11 +44,13 @@ class Watch:
             return "it has not been heard of"
         when, line = self._store.get(f"watch/{rank}").decode().split(" ", 1)
         silent_s = time.time() - float(when)
-        return f"it has been silent for {silent_s:.0f} s; it was at {line}" if silent_s > SILENT_S else f"it is at {line}"
+        return (
+            f"it has been silent for {silent_s:.0f} s; it was at {line}" if silent_s > SILENT_S else f"it is at {line}"
+        )
 
     def silent(self) -> list[int]:
         """Ranks that have not been heard of lately."""
-        others = (rank for rank in range(self._ranks) if rank != self.rank)
+        others = (rank for rank in range(self.ranks) if rank != self.rank)
         return [rank for rank in others if "silent" in (line := self.told(rank)) or "not been" in line]
 
     def close(self) -> None:

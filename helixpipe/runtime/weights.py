@@ -23,9 +23,7 @@ from helixpipe.schedule.schedule import Schedule
 class Weights:
     """Asks the model for the parts this rank owns or runs, and for no others."""
 
-    def __init__(
-        self, model: Model, schedule: Schedule, rank: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, model: Model, schedule: Schedule, rank: int, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
         self.master_dtype = torch.promote_types(dtype, torch.float32)
         self.modules: dict[Part, nn.Module] = {}
@@ -57,7 +55,7 @@ class Weights:
             self._working[name] = self.masters[name]
             return
         working = nn.Parameter(_nothing(parameter, self.dtype))
-        working.register_post_accumulate_grad_hook(lambda p, name=name: self._collect(name, p))  # type: ignore[misc]
+        working.register_post_accumulate_grad_hook(lambda p, name=name: self._collect(name, p))
         self._working[name] = working
 
     def _collect(self, name: str, working: Tensor) -> None:

@@ -49,13 +49,20 @@ def _check_once(schedule: Schedule) -> Place:
     places: Place = {}
     for rank, order in enumerate(schedule.ranks):
         for position, action in enumerate(order):
-            where = {"rank": rank, "position": position, "action": action}
             if not 0 <= action.stage < len(schedule.stages):
-                raise ScheduleError(f"there is no stage {action.stage}; stages are 0..{len(schedule.stages) - 1}", **where)
+                raise ScheduleError(
+                    f"there is no stage {action.stage}; stages are 0..{len(schedule.stages) - 1}",
+                    rank=rank,
+                    position=position,
+                    action=action,
+                )
             if action in places:
                 first = places[action]
                 raise ScheduleError(
-                    f"duplicated: it is also on rank {first[0]} at position {first[1]}; remove one", **where
+                    f"duplicated: it is also on rank {first[0]} at position {first[1]}; remove one",
+                    rank=rank,
+                    position=position,
+                    action=action,
                 )
             places[action] = (rank, position)
     if not places:
@@ -143,9 +150,7 @@ def _cycle(schedule: Schedule, places: Place, positions: list[int]) -> ScheduleE
     walked: dict[int, str] = {}
     while rank not in walked:
         action = schedule.ranks[rank][positions[rank]]
-        needed = next(
-            n for n in schedule.dependencies(action) if places[n][1] >= positions[places[n][0]]
-        )
+        needed = next(n for n in schedule.dependencies(action) if places[n][1] >= positions[places[n][0]])
         other, at = places[needed]
         if other == rank:
             return ScheduleError(
@@ -160,6 +165,4 @@ def _cycle(schedule: Schedule, places: Place, positions: list[int]) -> ScheduleE
         rank = other
     cycle = list(walked.values())[list(walked).index(rank) :]
     action = schedule.ranks[rank][positions[rank]]
-    return ScheduleError(
-        f"deadlock: {'; '.join(cycle)}", rank=rank, position=positions[rank], action=action
-    )
+    return ScheduleError(f"deadlock: {'; '.join(cycle)}", rank=rank, position=positions[rank], action=action)

@@ -81,8 +81,12 @@ def lower(
 def flops(schedule: Schedule, shape: ModelShape, batch: Batch) -> Callable[[Action], float]:
     """FLOPs of each action, as a duration: enough to order messages by. I and W are half a B each."""
     segments = range(len(batch.segment_lengths))
-    forward = [[sum(shape.forward_flops(p, batch, s) for p in stage.parts) for s in segments] for stage in schedule.stages]
-    backward = [[sum(shape.backward_flops(p, batch, s) for p in stage.parts) for s in segments] for stage in schedule.stages]
+    forward = [
+        [sum(shape.forward_flops(p, batch, s) for p in stage.parts) for s in segments] for stage in schedule.stages
+    ]
+    backward = [
+        [sum(shape.backward_flops(p, batch, s) for p in stage.parts) for s in segments] for stage in schedule.stages
+    ]
 
     def duration(action: Action) -> float:
         if action.kind in (Pass.F, Pass.R):
@@ -116,7 +120,9 @@ def _values(schedule: Schedule, shape: ModelShape, batch: Batch, clock: Times) -
                 made = schedule.backward_of(edge.consumer, mb, seg)
                 read = schedule.backward_of(edge.producer, mb, seg)
                 drafts.append(
-                    _Draft(clock.end[made], clock.place[made], Kind.GRADIENTS, dst, src, made, read, names, shapes[e][seg])
+                    _Draft(
+                        clock.end[made], clock.place[made], Kind.GRADIENTS, dst, src, made, read, names, shapes[e][seg]
+                    )
                 )
     return drafts
 

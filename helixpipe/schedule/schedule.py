@@ -39,12 +39,12 @@ class Schedule:
     @cached_property
     def edges_into(self) -> tuple[tuple[Edge, ...], ...]:
         """Per stage, the edges that bring its inputs."""
-        return tuple(tuple(e for e in group) for group in _group(self.edges, 1, len(self.stages)))
+        return tuple(tuple(e for e in self.edges if e.consumer == s) for s in range(len(self.stages)))
 
     @cached_property
     def edges_out_of(self) -> tuple[tuple[Edge, ...], ...]:
         """Per stage, the edges that take its outputs on."""
-        return tuple(tuple(e for e in group) for group in _group(self.edges, 0, len(self.stages)))
+        return tuple(tuple(e for e in self.edges if e.producer == s) for s in range(len(self.stages)))
 
     @cached_property
     def placement(self) -> dict[tuple[int, int], int]:
@@ -67,9 +67,7 @@ class Schedule:
     @cached_property
     def input_gradient(self) -> dict[tuple[int, int, int], Pass]:
         """(stage, micro-batch, segment) -> the pass, B or I, that makes its input gradients."""
-        return {
-            (a.stage, a.microbatch, a.segment): a.kind for order in self.ranks for a in order if a.kind in BACKWARD
-        }
+        return {(a.stage, a.microbatch, a.segment): a.kind for order in self.ranks for a in order if a.kind in BACKWARD}
 
     def backward_of(self, stage: int, microbatch: int, segment: int) -> Action:
         """The B or I action of a stage's forward."""
@@ -86,22 +84,15 @@ class Schedule:
         stage, kind, mb, seg = action
         if kind is Pass.F:
             found = [Action(e.producer, Pass.F, mb, seg) for e in self.edges_into[stage]]
-            return found + [Action(stage, Pass.F, mb, seg - 1)] if seg else found
+            return [*found, Action(stage, Pass.F, mb, seg - 1)] if seg else found
         if kind is Pass.W:
             return [Action(stage, Pass.I, mb, seg)]
         if kind is Pass.R:
             return [Action(stage, Pass.F, mb, seg)]
         found = [Action(stage, Pass.F, mb, seg)]
         found += [self.backward_of(e.consumer, mb, seg) for e in self.edges_out_of[stage]]
-        return found + [self.backward_of(stage, mb, seg + 1)] if seg + 1 < self.segments else found
+        return [*found, self.backward_of(stage, mb, seg + 1)] if seg + 1 < self.segments else found
 
     def forward_only(self) -> Schedule:
         """The same schedule with its forwards alone: what an evaluation runs."""
         return Schedule(self.stages, tuple(tuple(a for a in order if a.kind is Pass.F) for order in self.ranks))
-
-
-def _group(found: tuple[Edge, ...], field: int, stages: int) -> list[list[Edge]]:
-    groups: list[list[Edge]] = [[] for _ in range(stages)]
-    for edge in found:
-        groups[int(edge[field])].append(edge)  # type: ignore[call-overload]
-    return groups

@@ -61,9 +61,7 @@ def run_case(case: Case) -> tuple[float, dict[str, torch.Tensor]] | None:
         case.family, ranks=case.ranks, layers=shape.layers, microbatches=case.microbatches, **case.options
     )
     model = Decoder(shape, mlp_chunk=case.chunk, head_chunk=case.chunk)
-    pipeline = Pipeline(
-        model, schedule, mesh, dtype=torch.float64, recompute=case.recompute, timeout_s=30
-    )
+    pipeline = Pipeline(model, schedule, mesh, dtype=torch.float64, recompute=case.recompute, timeout_s=30)
     loss = pipeline.step(*batch(shape, case.microbatches, LENGTH))
     evaluated = pipeline.evaluate(*batch(shape, case.microbatches, LENGTH))
     assert abs(loss - evaluated) < 1e-12

@@ -4,11 +4,12 @@ Attention has no parameters, so it may run anywhere. The block between two atten
 start of layer l", is on rank l mod p; the attention of layer l for offset d in a group of p
 micro-batches is on rank (l+d+1) mod p: offset 0's where the next block is, offset p-1's where this one is.
 
-    p=3, L=3, a group of 3 micro-batches; Pld is block l of offset d, Ald attention of layer l, offset d:
+    p=3, L=3, a group of 3 micro-batches; Pld is block l of offset d, Ald attention of layer l, offset d, one
+    column a unit of time, P = A = 1:
 
-    rank 0   P00 P01 P02 A02 ... A11 ... A20 P30 P31 P32 | mirrored
-    rank 1   ... A00 P10 P11 P12 A12 ... A21 ... ... ... |
-    rank 2   ... ... A01 A10 P20 P21 P22 A22 ... ... ... |
+    rank 0   P00 P01 P02 A02 A11 A20 P30 P31 P32 | mirrored
+    rank 1   ... A00 P10 P11 P12 A12 A21 ... ... |
+    rank 2   ... ... A01 A10 P20 P21 P22 A22 ... |
 
 The backward is the exact mirror: first in, last out. `folds`: a group is folds*p micro-batches and each
 slot runs the same offset of every fold, so that one fold's messages travel under the other's compute.
