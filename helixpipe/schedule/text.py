@@ -1,0 +1,170 @@
+"""Schedules as text: JSON, and CSV with one row of actions per rank as torch.distributed.pipelining writes them.
+
+    {"stages": [{"parts": "embed norm.0 qkv.0", "home": null},     # stage 0: embed norm.0 qkv.0
+                {"parts": "norm.1 qkv.1 attn.1", "home": 1}, ...],  # stage 1 home 1: norm.1 qkv.1 attn.1
+     "ranks": [["0F0", "0F1", "1F0"], ...]}                         0F0,0F1,1F0
+
+Both say all that a schedule holds: what is read back equals what was written. Neither is checked here.
+A stage's row in CSV is a comment to spreadsheets; torch's files have none, since there a stage is a module
+that the caller built. An empty cell is a rank standing idle (torch writes them); it means nothing here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from helixpipe.errors import ScheduleError, nearest
+from helixpipe.files import read_text, write_text
+from helixpipe.schedule.action import Action
+from helixpipe.schedule.parts import Part, Stage
+from helixpipe.schedule.schedule import Schedule
+
+STAGE_ROW = re.compile(r"#\s*stage\s+([0-9]{1,9})(?:\s+home\s+([0-9]{1,9}))?\s*:(.*)")
+NO_STAGES = "no stages; name each stage's parts"
+
+
+def load(path: str | os.PathLike[str]) -> Schedule:
+    """Read a `.json` or `.csv` file, not yet checked; raises ScheduleError that names file, place and fault."""
+    read = {".json": from_json, ".csv": from_csv}[_suffix(path)]
+    text = read_text(path, ScheduleError)
+    try:
+        return read(text)
+    except ScheduleError as error:
+        raise ScheduleError(f"{path}: {error}") from None
+
+
+def save(path: str | os.PathLike[str], schedule: Schedule) -> None:
+    """Write a `.json` or `.csv` file, whole or not at all; raises HelixpipeError."""
+    write = {".json": to_json, ".csv": to_csv}[_suffix(path)]
+    write_text(path, write(schedule))
+
+
+def _suffix(path: str | os.PathLike[str]) -> str:
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".json", ".csv"):
+        raise ScheduleError(f"{path}: a schedule file ends in .json or .csv")
+    return suffix
+
+
+def to_json(schedule: Schedule) -> str:
+    """JSON, one line per stage and per rank."""
+    stages = [json.dumps({"parts": str(stage), "home": stage.home}) for stage in schedule.stages]
+    ranks = [json.dumps(list(map(str, order))) for order in schedule.ranks]
+    return "\n".join(['{"stages": [', ",\n".join(stages), '], "ranks": [', ",\n".join(ranks), "]}"]) + "\n"
+
+
+def from_json(text: str) -> Schedule:
+    """The schedule that `to_json` wrote; raises ScheduleError with the place."""
+    try:
+        found = json.loads(text, object_pairs_hook=_no_key_twice)
+    except json.JSONDecodeError as error:
+        raise ScheduleError(f"line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets without end
+        raise ScheduleError(f"not JSON: {error}") from None
+    top = _object(found, "the file", {"stages", "ranks"})
+    stages = [_stage(given, f"stages[{s}]") for s, given in enumerate(_list(top["stages"], "stages"))]
+    if not stages:
+        raise ScheduleError(f"stages: {NO_STAGES}")
+    orders = []
+    for rank, row in enumerate(_list(top["ranks"], "ranks")):
+        cells = _list(row, f"ranks[{rank}]")
+        orders.append(tuple(_action(cell, f"ranks[{rank}][{at}]") for at, cell in enumerate(cells)))
+    return Schedule(tuple(stages), tuple(orders))
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ScheduleError(f"the key '{key}' is there twice; remove one")
+        found[key] = value
+    return found
+
+
+def _object(found: object, place: str, keys: set[str]) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise ScheduleError(f"{place}: not an object; write {{{', '.join(sorted(keys))}}}")
+    for key in found:
+        if key not in keys:
+            raise ScheduleError(f"{place}: unknown key '{key}'{nearest(key, sorted(keys))}")
+    for key in sorted(keys, reverse=True):
+        if key not in found:
+            raise ScheduleError(f"{place}: the key '{key}' is missing")
+    return found
+
+
+def _list(found: object, place: str) -> list[Any]:
+    if not isinstance(found, list):
+        raise ScheduleError(f"{place}: not a list")
+    return found
+
+
+def _stage(found: object, place: str) -> Stage:
+    stage = _object(found, place, {"parts", "home"})
+    parts, home = stage["parts"], stage["home"]
+    if not isinstance(parts, str):
+        raise ScheduleError(f"{place}.parts: not a text of parts such as 'proj.0 mlp.0'")
+    if home is not None and (type(home) is not int or home < 0):
+        raise ScheduleError(f"{place}.home: {json.dumps(home)} is not a rank; give a rank's number or null")
+    return Stage(_parts(parts, f"{place}.parts"), home)
+
+
+def _parts(text: str, place: str) -> tuple[Part, ...]:
+    try:
+        return tuple(map(Part.parse, text.split()))
+    except ScheduleError as error:
+        raise ScheduleError(f"{place}: {error}") from None
+
+
+def _action(cell: object, place: str) -> Action:
+    if not isinstance(cell, str):
+        raise ScheduleError(f'{place}: {json.dumps(cell)} is not an action; write one as "3F1"')
+    try:
+        return Action.parse(cell)
+    except ScheduleError as error:
+        raise ScheduleError(f"{place}: {error}") from None
+
+
+def to_csv(schedule: Schedule) -> str:
+    """CSV: the stages as comment rows, then one row of actions per rank."""
+    rows = []
+    for s, stage in enumerate(schedule.stages):
+        home = "" if stage.home is None else f" home {stage.home}"
+        rows.append(f"# stage {s}{home}: {stage}")
+    # a rank without actions is one empty cell, quoted: an empty row would be no row
+    rows += [",".join(map(str, order)) or '""' for order in schedule.ranks]
+    return "\n".join(rows) + "\n"
+
+
+def from_csv(text: str) -> Schedule:
+    """The schedule that `to_csv` wrote; raises ScheduleError with line and cell. Blank lines are no rows."""
+    stages: list[Stage] = []
+    orders: list[tuple[Action, ...]] = []
+    for line, row in enumerate(re.split(r"\r\n|\r|\n", text), start=1):
+        if not row.strip():
+            continue
+        place = f"line {line}"
+        if row.lstrip().startswith("#"):
+            if orders:
+                raise ScheduleError(f"{place}: a row of a stage after rows of actions; stages come first")
+            stages.append(_stage_row(row.strip(), len(stages), place))
+            continue
+        cells = [cell.strip() for cell in row.split(",")]
+        named = [(at, cell.removeprefix('"').removesuffix('"')) for at, cell in enumerate(cells, start=1)]
+        orders.append(tuple(_action(cell, f"{place}, cell {at}") for at, cell in named if cell))
+    if not stages:
+        raise ScheduleError(f"{NO_STAGES} in rows such as '# stage 0: embed norm.0 qkv.0' before the actions")
+    return Schedule(tuple(stages), tuple(orders))
+
+
+def _stage_row(row: str, number: int, place: str) -> Stage:
+    match = STAGE_ROW.fullmatch(row)
+    if not match:
+        raise ScheduleError(f"{place}: '{row}' is not a stage; write '# stage {number}: embed norm.0 qkv.0'")
+    if int(match[1]) != number:
+        raise ScheduleError(f"{place}: stage {match[1]}, but {number} is next; number stages from 0, in order")
+    return Stage(_parts(match[3], place), None if match[2] is None else int(match[2]))
