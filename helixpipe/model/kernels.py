@@ -69,7 +69,7 @@ def _summed(grad: Tensor, like: Tensor) -> Tensor:
 
 
 def _scores(q: Tensor, k: Tensor, causal: bool) -> Tensor:
-    scores = q @ k.mT * q.shape[-1] ** -0.5
+    scores: Tensor = q @ k.mT * q.shape[-1] ** -0.5
     if causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(later, float("-inf"))

@@ -11,6 +11,8 @@ Nothing here knows a schedule: what runs, what is sent and when was decided in l
 
 from __future__ import annotations
 
+import time
+
 from torch import Tensor
 
 from helixpipe.runtime.recorder import Recorder
@@ -19,6 +21,9 @@ from helixpipe.runtime.transport import Transport
 from helixpipe.runtime.watch import Watch
 from helixpipe.runtime.weights import Weights
 from helixpipe.schedule.program import Accumulate, Instruction, Kind, Message, Receive, Run, Send
+
+# a message that takes longer than this to be had was waited for
+LATE_S = 1e-3
 
 
 def execute(
@@ -34,15 +39,16 @@ def execute(
     recorder.start()
     for instruction in instructions:
         watch.doing = instruction
-        transport.release()
         match instruction:
             case Receive(message):  # 1
                 transport.receive(message)
             case Run(action, waits):
                 awaited = ""
                 for message in waits:  # 2
-                    awaited = awaited if transport.arrived(message) else str(message)
+                    asked_s = time.perf_counter()
                     _take_in(message, stages, weights, transport)
+                    if time.perf_counter() - asked_s > LATE_S:
+                        awaited = str(message)
                 begun = recorder.now()
                 stages.ledger.reset_high()
                 stages.run(action)  # 3

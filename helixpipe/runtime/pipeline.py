@@ -48,7 +48,7 @@ class Pipeline:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         recompute: str = "selective",
-        timeout_s: float = 60.0,
+        timeout_s: float = 300.0,
     ) -> None:
         """`mesh` is one-dimensional, over the pipeline's ranks; None is all ranks of the default group.
 
@@ -109,6 +109,7 @@ class Pipeline:
         """
         gradients = [p.grad for _, p in sorted(self.parameters.items()) if p.grad is not None]
         squared = sum((float(g.double().square().sum()) for g in gradients), 0.0)
+        self._watch.doing = "the norm of all gradients"
         norm = math.sqrt(sum(row[0] for row in self._gathered([squared])))
         if norm > max_norm:
             for gradient in gradients:
@@ -145,8 +146,9 @@ class Pipeline:
         return self._programs[key]
 
     def close(self) -> None:
-        """Stop telling the other ranks what this one does."""
+        """Stop this rank's threads: it will not step again."""
         self._watch.close()
+        self._transport.close()
 
     def _run(self, tokens: Tensor, targets: Tensor, training: bool) -> float:
         batch = self._batch(tokens, targets)
@@ -154,10 +156,13 @@ class Pipeline:
         counted = int((targets != IGNORED).sum())
         scale = 1.0 / max(counted, 1)
         stages = Stages(program, self._tapes, self._ledger, self._feeds(tokens, targets, batch), scale, training)
+        self._watch.doing = "the start of a step"
         self._gathered([0.0])  # clocks start together
         execute(program.ranks[self.rank], stages, self._weights, self._transport, self._recorder, self._watch)
         loss = sum((float(stages.losses[key].double()) for key in sorted(stages.losses)), 0.0) * scale
-        return math.fsum(row[0] for row in self._gathered([loss]))
+        loss = math.fsum(row[0] for row in self._gathered([loss]))
+        self._watch.doing = "work between steps"
+        return loss
 
     def _batch(self, tokens: Tensor, targets: Tensor) -> Batch:
         m = self.schedule.microbatches
@@ -189,9 +194,8 @@ class Pipeline:
         try:
             dist.all_gather(rows, row, self.group)
         except RuntimeError as error:
-            silent = ", ".join(f"of rank {r}: {self._watch.told(r)}" for r in self._watch.silent())
             raise RankError(
-                f"rank {self.rank} waited for all ranks between steps and lost one; {silent or 'all were heard of lately'}"
+                f"rank {self.rank}, at {self._watch.doing}, lost a rank while waiting for all of them; {self._watch.others()}"
             ) from error
         return [r.tolist() for r in rows]
 

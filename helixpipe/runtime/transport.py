@@ -1,8 +1,8 @@
 """Transport: messages over torch.distributed, with one meaning on gloo and NCCL.
 
 Both sides post a pair's messages in the program's order, so no tags are needed where there are none; gloo
-gets them all the same. Sends are let go as soon as they are complete; a receive's buffer is made when it
-is posted and belongs to whoever waits for it.
+gets them all the same. A send's tensors are let go as soon as it is complete; a receive's buffer is made
+when it is posted and belongs to whoever waits for it.
 """
 
 from __future__ import annotations
@@ -10,34 +10,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from helixpipe.errors import RankError
+from helixpipe.runtime.sends import DeviceSends, HostSends, InFlight, SendError, Work
 from helixpipe.runtime.watch import Watch
 from helixpipe.schedule.program import Kind, Message
 
 # tensors in one message at most, so that each has a tag of its own
 WIDTH = 64
-
-
-class Work(Protocol):
-    """A torch.distributed request."""
-
-    def wait(self, timeout: timedelta = ...) -> bool: ...
-    def is_completed(self) -> bool: ...
-
-
-@dataclass
-class _InFlight:
-    message: Message
-    works: list[Work]
-    tensors: list[Tensor]
 
 
 class Transport:
@@ -56,23 +41,22 @@ class Transport:
         self.dtype, self.gradient_dtype = dtype, gradient_dtype
         self.timeout_s, self.watch = timeout_s, watch
         # gloo moves host memory only: CUDA tensors are staged through it
-        staged = group is not None and device.type == "cuda" and dist.get_backend(group) == "gloo"
-        self._wire = torch.device("cpu") if staged else device
-        self._sends: list[_InFlight] = []
-        self._receives: dict[int, _InFlight] = {}
+        host = group is None or dist.get_backend(group) == "gloo"
+        self._wire = torch.device("cpu") if host else device
+        self._sends = HostSends(timeout_s) if host else DeviceSends()
+        self._receives: dict[int, InFlight] = {}
 
     @property
     def buffer_bytes(self) -> int:
         """Bytes in sends not yet complete and receives not yet taken."""
-        flights = [*self._sends, *self._receives.values()]
-        return sum(t.nbytes for flight in flights for t in flight.tensors)
+        return self._sends.nbytes + sum(flight.nbytes for flight in self._receives.values())
 
     def send(self, message: Message, tensors: Sequence[Tensor]) -> None:
         held = [tensor.to(self._wire).contiguous() for tensor in tensors]
         peer = self._global(message.dst)
         with self._named(message, message.dst):
             works = [_work(dist.isend(t, peer, self.group, _tag(message, i))) for i, t in enumerate(held)]
-        self._sends.append(_InFlight(message, works, held))
+            self._sends.hold(InFlight(message, works, held))
 
     def receive(self, message: Message) -> None:
         dtype = self.gradient_dtype if message.kind is Kind.WEIGHT_GRADIENTS else self.dtype
@@ -80,51 +64,39 @@ class Transport:
         peer = self._global(message.src)
         with self._named(message, message.src):
             works = [_work(dist.irecv(t, peer, self.group, _tag(message, i))) for i, t in enumerate(held)]
-        self._receives[message.number] = _InFlight(message, works, held)
+        self._receives[message.number] = InFlight(message, works, held)
 
     def wait(self, message: Message) -> list[Tensor]:
         """The tensors of a message, once they are here; RankError when they do not come in time."""
         flight = self._receives.pop(message.number)
         with self._named(message, message.src):
             for work in flight.works:
-                self._wait(work)
+                # NCCL orders the stream and returns at once; its own watchdog keeps the time
+                work.wait(timedelta(seconds=self.timeout_s)) if self._wire.type == "cpu" else work.wait()
         return [tensor.to(self.device) for tensor in flight.tensors]
-
-    def arrived(self, message: Message) -> bool:
-        """Whether `wait` would return at once."""
-        return all(work.is_completed() for work in self._receives[message.number].works)
-
-    def release(self) -> None:
-        """Let go of the sends that are complete."""
-        if self._sends:
-            self._sends = [f for f in self._sends if not all(work.is_completed() for work in f.works)]
 
     def finish(self) -> None:
         """Wait for every send of the step."""
-        for flight in self._sends:
-            with self._named(flight.message, flight.message.dst):
-                for work in flight.works:
-                    self._wait(work)
-        self._sends.clear()
+        with self._named(None, -1):
+            self._sends.finish()
 
-    def _wait(self, work: Work) -> None:
-        # NCCL orders the stream and returns at once; its own watchdog keeps the time
-        if self._wire.type == "cpu":
-            work.wait(timedelta(seconds=self.timeout_s))
-        else:
-            work.wait()
+    def close(self) -> None:
+        self._sends.close()
 
     @contextmanager
-    def _named(self, message: Message, peer: int) -> Iterator[None]:
+    def _named(self, message: Message | None, peer: int) -> Iterator[None]:
         """Whatever the backend says of a failure becomes who waited for what, from whom, and what that rank did."""
         begun = time.monotonic()
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, SendError) as error:
+            if isinstance(error, SendError):
+                message, peer = error.message, error.message.dst
             waited_s = time.monotonic() - begun
-            what = f"waited {waited_s:.0f} s" if waited_s >= self.timeout_s - 1 else f"lost rank {peer} waiting"
+            late = waited_s >= self.timeout_s - 1
+            what = f"waited {waited_s:.0f} s" if late else f"lost rank {peer} while waiting"
             raise RankError(
-                f"rank {self.watch.rank} {what} for {message}; of rank {peer}: {self.watch.told(peer)}"
+                f"rank {self.watch.rank}, at {self.watch.doing}, {what} for {message}; {self.watch.told(peer)}"
             ) from error
 
     def _global(self, rank: int) -> int:

@@ -11,47 +11,42 @@ import time
 from torch.distributed.distributed_c10d import Store
 
 PERIOD_S = 1.0
-# a rank that has not been heard for so long is taken for dead
-SILENT_S = 5.0
 
 
 class Watch:
     """`doing` is set by the executor at every instruction: an attribute, so that it costs nothing."""
 
     def __init__(self, store: Store | None, rank: int, ranks: int) -> None:
-        self.doing: object = "nothing yet"
-        self.rank, self.ranks, self._store = rank, ranks, store
+        self.rank, self.ranks = rank, ranks
+        self.doing: object = "its first step"
+        self._store = store
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
         if store is not None:
-            self._thread = threading.Thread(target=self._publish, daemon=True, name="helixpipe-watch")
-            self._thread.start()
+            self._tell()
+            threading.Thread(target=self._publish, daemon=True, name="helixpipe-watch").start()
+
+    def told(self, rank: int) -> str:
+        """What a rank last said it was doing, and when."""
+        if self._store is None or not self._store.check([f"watch/{rank}"]):
+            return f"rank {rank} was never heard of"
+        when, line = self._store.get(f"watch/{rank}").decode().split(" ", 1)
+        return f"rank {rank} was last heard of {time.time() - float(when):.0f} s ago, at {line}"
+
+    def others(self) -> str:
+        """What the other ranks said, at most four of them."""
+        lines = [self.told(rank) for rank in range(self.ranks) if rank != self.rank]
+        return "; ".join(lines[:4])
+
+    def close(self) -> None:
+        self._stop.set()
 
     def _publish(self) -> None:
         while not self._stop.wait(PERIOD_S):
             try:
-                self._tell(str(self.doing))
+                self._tell()
             except RuntimeError:
                 return  # the store is gone: the run is over
 
-    def _tell(self, line: str) -> None:
+    def _tell(self) -> None:
         assert self._store is not None
-        self._store.set(f"watch/{self.rank}", f"{time.time()} {line}")
-
-    def told(self, rank: int) -> str:
-        """What a rank last said, in words: `doing ...` or that it has not been heard of."""
-        if self._store is None or not self._store.check([f"watch/{rank}"]):
-            return "it has not been heard of"
-        when, line = self._store.get(f"watch/{rank}").decode().split(" ", 1)
-        silent_s = time.time() - float(when)
-        return (
-            f"it has been silent for {silent_s:.0f} s; it was at {line}" if silent_s > SILENT_S else f"it is at {line}"
-        )
-
-    def silent(self) -> list[int]:
-        """Ranks that have not been heard of lately."""
-        others = (rank for rank in range(self.ranks) if rank != self.rank)
-        return [rank for rank in others if "silent" in (line := self.told(rank)) or "not been" in line]
-
-    def close(self) -> None:
-        self._stop.set()
+        self._store.set(f"watch/{self.rank}", f"{time.time()} {self.doing}")

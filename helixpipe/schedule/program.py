@@ -61,12 +61,18 @@ class Run:
     action: Action
     waits: tuple[Message, ...] = ()
 
+    def __str__(self) -> str:
+        return f"action {self.action}"
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Send:
     """Hand a message to the transport; the rank goes on at once."""
 
     message: Message
+
+    def __str__(self) -> str:
+        return f"sending {self.message}"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -75,12 +81,18 @@ class Receive:
 
     message: Message
 
+    def __str__(self) -> str:
+        return f"starting to receive {self.message}"
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Accumulate:
     """Wait for weight gradients that came home and add them to the owner's."""
 
     message: Message
+
+    def __str__(self) -> str:
+        return f"adding {self.message}"
 
 
 Instruction = Run | Send | Receive | Accumulate

@@ -1,0 +1,134 @@
+"""Sends in flight: who holds a message's tensors until the backend has them, and lets them go at once then.
+
+NCCL's requests can be asked whether they are complete. gloo's cannot (they only learn it by waiting), so
+there a thread per peer waits for its sends in the order they were posted, which is the order they end in.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Protocol
+
+from torch import Tensor
+
+from helixpipe.schedule.program import Message
+
+
+class Work(Protocol):
+    """A torch.distributed request."""
+
+    def wait(self, timeout: timedelta = ...) -> bool: ...
+    def is_completed(self) -> bool: ...
+
+
+@dataclass
+class InFlight:
+    """A message under way: its requests and the tensors they read or fill."""
+
+    message: Message
+    works: Sequence[Work]
+    tensors: Sequence[Tensor]
+    nbytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.nbytes = sum(tensor.nbytes for tensor in self.tensors)
+
+
+class SendError(Exception):
+    """A send that failed; `message` is the one."""
+
+    def __init__(self, message: Message) -> None:
+        self.message = message
+
+
+class DeviceSends:
+    """For requests that say when they are complete."""
+
+    def __init__(self) -> None:
+        self._flights: list[InFlight] = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(flight.nbytes for flight in self._flights)
+
+    def hold(self, flight: InFlight) -> None:
+        self._flights = [f for f in self._flights if not all(work.is_completed() for work in f.works)]
+        self._flights.append(flight)
+
+    def finish(self) -> None:
+        for flight in self._flights:
+            for work in flight.works:
+                work.wait()
+        self._flights.clear()
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+class HostSends:
+    """For requests that must be waited for."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self.nbytes = 0
+        self._peers: dict[int, deque[InFlight | None]] = {}
+        self._failed: SendError | None = None
+        self._changed = threading.Condition()
+
+    def hold(self, flight: InFlight) -> None:
+        peer = flight.message.dst
+        with self._changed:
+            self._raise()
+            if peer not in self._peers:
+                self._peers[peer] = deque()
+                threading.Thread(
+                    target=self._serve, args=(self._peers[peer],), daemon=True, name="helixpipe-send"
+                ).start()
+            self._peers[peer].append(flight)
+            self.nbytes += flight.nbytes
+            self._changed.notify_all()
+
+    def finish(self) -> None:
+        """Wait for all of them; SendError when one fails."""
+        with self._changed:
+            while any(self._peers.values()):
+                self._raise()
+                self._changed.wait()
+            self._raise()
+
+    def close(self) -> None:
+        with self._changed:
+            for flights in self._peers.values():
+                flights.append(None)
+            self._changed.notify_all()
+
+    def _serve(self, flights: deque[InFlight | None]) -> None:
+        while True:
+            with self._changed:
+                while not flights:
+                    self._changed.wait()
+                flight = flights[0]  # stays in the queue until it is complete
+            if flight is None:
+                return
+            try:
+                for work in flight.works:
+                    work.wait(timedelta(seconds=self.timeout_s))
+            except RuntimeError as error:
+                with self._changed:
+                    self._failed = SendError(flight.message)
+                    self._failed.__cause__ = error
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                flights.popleft()
+                self.nbytes -= flight.nbytes
+                self._changed.notify_all()
+            del flight
+
+    def _raise(self) -> None:
+        if self._failed is not None:
+            raise self._failed
