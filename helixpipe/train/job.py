@@ -1,0 +1,170 @@
+"""Job: a run made ready. Every check that needs no other rank is made here, before anything starts or is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from helixpipe.config import Arguments, Config, Table, build_config, merged, parse_arguments, read_toml, to_table
+from helixpipe.errors import CheckpointError, ConfigError
+from helixpipe.train import manifest as manifests
+from helixpipe.train.data import open_corpus
+from helixpipe.train.manifest import Manifest
+
+_RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every rank is told: the resolved config, and the verified checkpoint to continue."""
+
+    config: Config
+    checkpoint: Path | None
+    step: int
+    """Training steps that the checkpoint has done; 0 without one."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run.folder)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def to_json(self) -> str:
+        return json.dumps([to_table(self.config), self.checkpoint and str(self.checkpoint), self.step])
+
+    @staticmethod
+    def from_json(text: str) -> Job:
+        table, checkpoint, step = json.loads(text)
+        return Job(build_config(table), checkpoint and Path(checkpoint), step)
+
+
+def prepare(arguments: Sequence[str], warn: Callable[[str], None], ranks: int | None = None) -> Job:
+    """The job of a command line; raises HelixpipeError for anything that is wrong with it. Writes nothing.
+
+    `ranks`: how many torchrun started, None when the launcher starts as many as the config says. `warn` is
+    told, a line at a time, what a user should know but need not mend.
+    """
+    given = parse_arguments(arguments)
+    over = _over(given)
+    resume = over.get("run", {}).get("resume", "")
+    checkpoint, manifest = _find(resume, over, given, warn) if resume else (None, None)
+    base = manifest.config if manifest and given.path is None else {}
+    base = {section: keys for section, keys in base.items() if section != "run"} | _kept_run_keys(base)
+    config = build_config(merged(base, over))
+    if ranks is not None and ranks != config.schedule.ranks:
+        raise ConfigError(
+            f"schedule.ranks: {config.schedule.ranks}, and torchrun started {ranks} processes; make them the same"
+        )
+    open_corpus(config)
+    config = _resolved(config, given, checkpoint)
+    if manifest and checkpoint:
+        manifests.check_shape(manifest, config.shape(), checkpoint)
+        if manifest.step >= config.train.steps:
+            raise ConfigError(
+                f"train.steps: {config.train.steps}, and {checkpoint} has done {manifest.step}; raise it to continue"
+            )
+        _tell_changes(manifest.config, config, warn)
+    return Job(config, checkpoint, manifest.step if manifest else 0)
+
+
+def _over(given: Arguments) -> Table:
+    """The config file with the command line on top."""
+    return merged(read_toml(given.path) if given.path else {}, given.overrides)
+
+
+def _kept_run_keys(base: Table) -> Table:
+    """Of the run that is continued, all but where it was: it may have been moved."""
+    run = {key: value for key, value in base.get("run", {}).items() if key != "folder"}
+    return {"run": run} if run else {}
+
+
+def _find(resume: str, over: Table, given: Arguments, warn: Callable[[str], None]) -> tuple[Path, Manifest]:
+    """The checkpoint to continue: a good one, or an error."""
+    if resume == "auto":
+        folder = _latest_run(over, given)
+    else:
+        folder = Path(resume)
+        if not folder.is_dir():
+            raise CheckpointError(f"--resume {resume}: no such folder; give a run folder or one of its checkpoints")
+        if (folder / manifests.NAME).exists() or folder.name.startswith("step-"):
+            return folder.resolve(), manifests.verify(folder)
+    inside = folder if folder.name == "checkpoints" else folder / "checkpoints"
+    if not manifests.checkpoints(inside):
+        raise CheckpointError(f"--resume: no checkpoint in {inside}; run without --resume to start anew")
+    found = manifests.find_newest(inside, warn)
+    if found is None:
+        raise CheckpointError(f"--resume: no good checkpoint in {inside}; run without --resume to start anew")
+    return found[0].resolve(), found[1]
+
+
+def _latest_run(over: Table, given: Arguments) -> Path:
+    """The folder that a bare --resume means."""
+    if over.get("run", {}).get("folder"):
+        return Path(over["run"]["folder"])
+    name = _name(over.get("run", {}).get("name", ""), given)
+    numbers = _numbers(name)
+    if not numbers:
+        raise CheckpointError(f"--resume: no run {_RUNS / name}-<number> here; give --resume PATH or --run.folder")
+    return _RUNS / f"{name}-{numbers[-1]}"
+
+
+def _resolved(config: Config, given: Arguments, checkpoint: Path | None) -> Config:
+    """The config with its run folder decided: the given one, the continued one, or a new one."""
+    name = _name(config.run.name, given)
+    continued = checkpoint.parent.parent if checkpoint and checkpoint.parent.name == "checkpoints" else None
+    if config.run.folder:
+        folder = Path(config.run.folder).resolve()
+        if folder != continued:
+            _refuse_used(folder)
+    else:
+        folder = continued or (_RUNS / f"{name}-{(_numbers(name) or [0])[-1] + 1}").resolve()
+    path = str(Path(config.data.path).resolve()) if config.data.path else ""
+    return dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, name=name, folder=str(folder), resume=""),
+        data=dataclasses.replace(config.data, path=path),
+    )
+
+
+def _refuse_used(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"run.folder: '{folder}' is a file; choose another folder")
+    if (folder / "config.toml").exists() or (folder / "checkpoints").exists():
+        raise ConfigError(
+            f"run.folder: '{folder}' has a run already; continue it with --resume or choose another folder"
+        )
+
+
+def _name(name: str, given: Arguments) -> str:
+    name = name or (Path(given.path).stem if given.path else "default")
+    if not re.fullmatch(r"[^/\0]+", name) or name.startswith("."):
+        raise ConfigError(f"run.name: '{name}' will not do for a folder; use letters, digits and dashes")
+    return name
+
+
+def _numbers(name: str) -> list[int]:
+    """The numbers of the runs of this name, ascending."""
+    if not _RUNS.is_dir():
+        return []
+    matches = (re.fullmatch(re.escape(name) + r"-(\d+)", path.name) for path in _RUNS.iterdir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def _tell_changes(before: Table, config: Config, warn: Callable[[str], None]) -> None:
+    """One line for what a continued run does otherwise than the one that wrote the checkpoint."""
+    now = to_table(config)
+    changes = [
+        f"{section}.{key} {before.get(section, {}).get(key, 'unset')} -> {keys.get(key, 'unset')}"
+        for section, keys in now.items()
+        if section not in ("run", "runtime")
+        for key in sorted({*keys, *before.get(section, {})})
+        if keys.get(key) != before.get(section, {}).get(key)
+    ]
+    if changes:
+        warn(f"continuing with changes: {', '.join(changes)}")

@@ -1,0 +1,199 @@
+"""Log: what a run shows and writes. Progress goes to standard error, the result to standard output.
+
+<run>/config.toml     the resolved config
+      metrics.jsonl   a line per step and per evaluation
+      timeline.svg    one measured step
+      checkpoints/    see `manifest`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from helixpipe.config import write_toml
+from helixpipe.errors import HelixpipeError
+from helixpipe.files import write_text
+from helixpipe.predict.timeline import Timeline
+from helixpipe.train.job import Job
+from helixpipe.view.svg import render
+
+
+class StepRecord(NamedTuple):
+    """What one step gave and cost."""
+
+    step: int
+    loss: float
+    """Mean nats per target token."""
+    gradient_norm: float
+    """Over all ranks, before clipping."""
+    learning_rate: float
+    seconds: float
+    timeline: Timeline
+
+
+class Log:
+    """The log of a run. On every rank the same calls; rank 0 alone shows and writes."""
+
+    def __init__(self, job: Job, rank: int, device: str) -> None:
+        self.job, self.device, self.speaks = job, device, rank == 0
+        self._metrics = job.folder / "metrics.jsonl"
+        self._progress: Progress | None = None
+        self._first_held_out: float | None = None
+        self._held_out: float | None = None
+        self._begun = time.monotonic()
+
+    def __enter__(self) -> Log:
+        if self.speaks:
+            self._open_folder()
+            self._head()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        if self.speaks and kind is None:
+            self._summary()
+
+    def step(self, record: StepRecord) -> None:
+        """One training step: a line to read, a line to compute with."""
+        if not self.speaks:
+            return
+        config, timeline = self.job.config, record.timeline
+        tokens_per_s = config.batch_size * config.train.sequence_length / record.seconds
+        peaks = timeline.peak_activation_bytes
+        self._write(
+            step=record.step,
+            loss=record.loss,
+            grad_norm=record.gradient_norm,
+            learning_rate=record.learning_rate,
+            tokens_per_s=round(tokens_per_s, 1),
+            step_s=round(record.seconds, 6),
+            bubble_ratio=round(timeline.bubble_ratio, 6),
+            peak_activation_bytes=list(peaks),
+        )
+        line = (
+            f"loss {record.loss:.4f}  grad norm {record.gradient_norm:.3f}  {tokens_per_s:,.0f} tokens/s  "
+            f"bubble {timeline.bubble_ratio:.1%}  peak activations {_bytes(max(peaks, default=0))}"
+        )
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=record.step, line=line)
+        else:
+            self._say(f"step {record.step}/{config.train.steps}  {line}")
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """The held-out loss after `step` steps."""
+        if self.speaks:
+            self._first_held_out = loss if self._first_held_out is None else self._first_held_out
+            self._held_out = loss
+            self._write(step=step, held_out_loss=loss)
+            self._say(f"step {step}/{self.job.config.train.steps}  held-out loss {loss:.4f}")
+
+    def draw(self, timeline: Timeline, step: int) -> None:
+        """timeline.svg."""
+        if self.speaks:
+            schedule = self.job.config.schedule
+            title = f"{schedule.family}, {schedule.ranks} ranks, {schedule.microbatches} micro-batches: step {step}, measured"
+            write_text(self.job.folder / "timeline.svg", render(timeline, title))
+
+    def flush(self) -> None:
+        """Put the metrics on the disk for good: a checkpoint must not know steps that they do not."""
+        if self.speaks and self._metrics.exists():
+            with self._metrics.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def _open_folder(self) -> None:
+        folder = self.job.folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise HelixpipeError(
+                f"run.folder: '{folder}' cannot be made: {(error.strerror or str(error)).lower()}"
+            ) from None
+        write_text(folder / "config.toml", write_toml(self.job.config))
+        write_text(self._metrics, "".join(_metrics_until(self._metrics, self.job.step)))
+
+    def _head(self) -> None:
+        job, schedule, train = self.job, self.job.config.schedule, self.job.config.train
+        shape = job.config.shape()
+        self._say(
+            f"{job.config.model.name}: {shape.parameter_count:,} parameters, {shape.layers} layers; "
+            f"{schedule.family} on {schedule.ranks} ranks ({self.device.split(':')[0]}), {schedule.microbatches} micro-batches "
+            f"of {train.microbatch_size} x {train.sequence_length} tokens"
+        )
+        source = f"from {job.checkpoint}, step {job.step}" if job.checkpoint else "from the start"
+        self._say(f"run folder {_short(job.folder)}, {source}")
+        if sys.stderr.isatty():
+            columns = (
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(16),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[line]}"),
+            )
+            self._progress = Progress(*columns, console=Console(stderr=True))
+            self._progress.add_task("train", total=train.steps, completed=job.step, line="")
+            self._progress.start()
+
+    def _summary(self) -> None:
+        train = self.job.config.train
+        before = f", from {self._first_held_out:.4f}" if self._first_held_out != self._held_out else ""
+        held_out = "" if self._held_out is None else f"held-out loss {self._held_out:.4f} nats a token{before}; "
+        minutes, seconds = divmod(round(time.monotonic() - self._begun), 60)
+        print(
+            f"trained to step {train.steps} in {minutes}:{seconds:02d}; {held_out}run folder {_short(self.job.folder)}",
+            flush=True,
+        )
+
+    def _write(self, **fields: Any) -> None:
+        try:
+            with self._metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(fields) + "\n")
+        except OSError as error:
+            raise HelixpipeError(
+                f"{self._metrics}: cannot be written: {(error.strerror or str(error)).lower()}; "
+                "--resume continues from the last checkpoint"
+            ) from None
+
+    def _say(self, line: str) -> None:
+        if self._progress is not None:
+            self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+
+def _metrics_until(path: Path, step: int) -> list[str]:
+    """The lines of the steps that a checkpoint has done: what came after will come again."""
+    kept = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                if line.endswith("\n") and json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue  # cut short by the crash
+    return kept
+
+
+def _short(path: Path) -> str:
+    """The path as seen from here, when it is below."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1024
+    return f"{count:.1f} GiB"

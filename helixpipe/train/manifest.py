@@ -1,0 +1,196 @@
+"""What a checkpoint folder says of itself: a manifest written last, without which it does not count.
+
+    <run>/checkpoints/
+      step-00000100/        whole: renamed to this name when everything in it was on the disk
+        manifest.json       step, model shape, config, and the size and sha256 of every other file
+        __0_0.distcp ...    tensors, one file a rank (torch.distributed.checkpoint)
+        .metadata           which tensor is where
+      .step-00000200.tmp/   being written, or left behind by a crash: never read, removed by the next save
+
+No torch here: a checkpoint is found and verified before any rank is started.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helixpipe.errors import CheckpointError
+from helixpipe.shape import ModelShape
+
+NAME = "manifest.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class FileSeal:
+    """What a file must be like."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about a checkpoint but its tensors."""
+
+    step: int
+    """Training steps done."""
+    shape: dict[str, Any]
+    """The model's, field by field."""
+    config: dict[str, dict[str, Any]]
+    """The resolved config of the run that wrote it."""
+    files: dict[str, FileSeal]
+    """Every other file in the folder."""
+
+    def to_json(self) -> str:
+        body = dataclasses.asdict(self) | {"format": _FORMAT}
+        return json.dumps(body | {"sha256": _digest(body)}, indent=1)
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def temporary_name(step: int) -> str:
+    return f".{folder_name(step)}.tmp"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The finished checkpoints in a `checkpoints` folder, oldest first; not yet verified."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.name.startswith("step-") and path.name[5:].isdigit())
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """The manifest of a checkpoint; raises CheckpointError."""
+    path = checkpoint / NAME
+    try:
+        body = json.loads(path.read_bytes())
+        digest = body.pop("sha256")
+        if body["format"] != _FORMAT:
+            raise CheckpointError(
+                f"{path}: format {body['format']}, and this version reads {_FORMAT}; use the one that wrote it"
+            )
+        if digest != _digest(body):
+            raise ValueError
+        files = {name: FileSeal(**seal) for name, seal in body["files"].items()}
+        return Manifest(body["step"], body["shape"], body["config"], files)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {_reason(error)}; this is no whole checkpoint, choose another") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path}: corrupted; choose another checkpoint") from None
+
+
+def verify(checkpoint: Path) -> Manifest:
+    """The manifest, once every file is known to be as it says; raises CheckpointError that names the file."""
+    manifest = read_manifest(checkpoint)
+    for name, expected in manifest.files.items():
+        path = checkpoint / name
+        try:
+            size = path.stat().st_size
+            if size != expected.bytes:
+                raise CheckpointError(
+                    f"{path}: {size} bytes where {expected.bytes} were written; choose another checkpoint"
+                )
+            if seal(path) != expected:
+                raise CheckpointError(f"{path}: corrupted, its checksum differs; choose another checkpoint")
+        except OSError as error:
+            raise CheckpointError(f"{path}: {_reason(error)}; choose another checkpoint") from None
+    return manifest
+
+
+def check_shape(manifest: Manifest, shape: ModelShape, checkpoint: Path) -> None:
+    """Raise CheckpointError when the checkpoint is of another model."""
+    for name, value in dataclasses.asdict(shape).items():
+        if name in manifest.shape and manifest.shape[name] != value:
+            raise CheckpointError(
+                f"{checkpoint}: its model.{name} is {manifest.shape[name]}, and the config's {value}; use the same model"
+            )
+
+
+def find_newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, Manifest] | None:
+    """The newest good checkpoint in a `checkpoints` folder; `warn` is told of every bad one passed over."""
+    for checkpoint in reversed(checkpoints(folder)):
+        try:
+            return checkpoint, verify(checkpoint)
+        except CheckpointError as error:
+            warn(f"passing over a bad checkpoint: {error}")
+    return None
+
+
+def seal(path: Path) -> FileSeal:
+    """Size and checksum of a file as it is on the disk, and it is there for good when this returns."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileSeal(os.fstat(file.fileno()).st_size, digest)
+
+
+def finish(temporary: Path, manifest: Manifest) -> Path:
+    """Write the manifest and give the folder its name: from then on, and only then, it counts. Raises OSError."""
+    for name in manifest.files:
+        if not (temporary / name).exists():
+            raise CheckpointError(
+                f"another rank wrote {name}, which is not seen here; share run.folder among all machines"
+            )
+    with (temporary / NAME).open("w", encoding="utf-8") as file:
+        file.write(manifest.to_json())
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(temporary)
+    final = temporary.parent / folder_name(manifest.step)
+    if final.exists():  # a bad one, passed over when this run was resumed
+        aside = temporary.parent / f".{final.name}.old.tmp"
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
+    temporary.rename(final)
+    _sync_folder(temporary.parent)
+    return final
+
+
+def prune(newest: Path, keep: int) -> None:
+    """Keep the newest checkpoint and those before it, `keep` in all. Later ones are of a course this run left."""
+    found = checkpoints(newest.parent)
+    at = found.index(newest)
+    for path in [*found[: max(at + 1 - keep, 0)], *found[at + 1 :]]:
+        discard(path)
+    remove_temporaries(newest.parent)
+
+
+def discard(checkpoint: Path) -> None:
+    """Remove a checkpoint; one removed by half does not count any more."""
+    aside = checkpoint.parent / f".{checkpoint.name}.old.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what crashes left behind."""
+    for path in folder.glob(".step-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()

@@ -1,0 +1,67 @@
+"""AdamW with weight decay on matrices alone, and a learning rate that is a function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from helixpipe.config import TrainConfig
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Of step 0, 1, ...: a straight rise over the warm-up, then half a cosine down to the lowest at the last step."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(config.steps - 1 - config.warmup_steps, 1)
+    height = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    return config.min_learning_rate + height * (config.learning_rate - config.min_learning_rate)
+
+
+class Optimizer:
+    """The optimizer of one rank's masters, and its state by parameter name."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> None:
+        self.parameters, self.config = dict(parameters), config
+        matrices = [p for p in self.parameters.values() if p.dim() > 1]
+        vectors = [p for p in self.parameters.values() if p.dim() <= 1]
+        groups = [
+            {"params": params, "weight_decay": decay}
+            for params, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+            if params
+        ]
+        # a rank may own nothing when there are more ranks than blocks
+        self._adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas) if groups else None
+
+    def step(self, step: int) -> float:
+        """Apply the gradients of training step `step`; the learning rate it used."""
+        rate = learning_rate(self.config, step)
+        if self._adamw is not None:
+            for group in self._adamw.param_groups:
+                group["lr"] = rate
+            self._adamw.step()
+        return rate
+
+    def state(self, step: int) -> dict[str, Tensor]:
+        """This rank's weights and moments after `step` steps, by names that know no placement.
+
+        The tensors are the optimizer's own: filling them restores it.
+        """
+        found = {}
+        for name, parameter in self.parameters.items():
+            found[f"model.{name}"] = parameter.data
+            moments = self._moments(parameter, step)
+            found |= {f"optimizer.{name}.{key}": moments[key] for key in _MOMENTS}
+        return found
+
+    def _moments(self, parameter: nn.Parameter, step: int) -> dict[str, Tensor]:
+        assert self._adamw is not None
+        moments: dict[str, Tensor] = self._adamw.state[parameter]
+        for key in _MOMENTS:
+            moments.setdefault(key, torch.zeros_like(parameter.data))
+        moments["step"] = torch.tensor(float(step))
+        return moments
