@@ -45,7 +45,7 @@ class Action(NamedTuple):
     @staticmethod
     def parse(text: str) -> Action:
         """The action that `str(action)` wrote; raises ScheduleError."""
-        match = re.fullmatch(r"(\d+)([A-Z]+)(\d+)(?:\.(\d+))?", text)
+        match = re.fullmatch(r"([0-9]{1,9})([A-Z]+)([0-9]{1,9})(?:\.([0-9]{1,9}))?", text)
         if not match:
             raise ScheduleError(f"'{text}' is not an action; write one as '3F1', or '3F1.2' for its segment 2")
         if match[2] not in Pass.__members__:

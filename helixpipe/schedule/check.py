@@ -33,14 +33,16 @@ def check(schedule: Schedule, *, forward_only: bool = False) -> None:
 def _check_stages(schedule: Schedule) -> None:
     if not schedule.ranks or not schedule.stages:
         raise ScheduleError("a schedule needs at least one rank and one stage")
-    parts = [part for stage in schedule.stages for part in stage.parts]
-    opaque = {part.layer for part in parts if part.kind == "block"}
-    whole = chain(schedule.layers, opaque)
     for s, stage in enumerate(schedule.stages):
         if not stage.parts:
             raise ScheduleError(f"stage {s} has no parts; leave it out")
+    parts = [part for stage in schedule.stages for part in stage.parts]
+    opaque = {part.layer for part in parts if part.kind == "block"}
+    # a layer has a part at least: a file that names layer 999999999 need not make us list them all
+    whole = chain(min(schedule.layers, len(parts)), opaque)
     if tuple(parts) != whole:
-        missing = [str(part) for part in whole if part not in parts]
+        there = set(parts)
+        missing = [str(part) for part in whole if part not in there]
         fault = f"{missing[0]} is in no stage" if missing else "their parts repeat or are out of order"
         raise ScheduleError(f"the stages do not cover the model from embed to head.{schedule.layers}: {fault}")
 
@@ -49,6 +51,10 @@ def _check_once(schedule: Schedule) -> Place:
     places: Place = {}
     for rank, order in enumerate(schedule.ranks):
         for position, action in enumerate(order):
+            if min(action.microbatch, action.segment) < 0:
+                raise ScheduleError(
+                    "micro-batches and segments count from 0", rank=rank, position=position, action=action
+                )
             if not 0 <= action.stage < len(schedule.stages):
                 raise ScheduleError(
                     f"there is no stage {action.stage}; stages are 0..{len(schedule.stages) - 1}",

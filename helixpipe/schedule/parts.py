@@ -74,7 +74,7 @@ class Part(NamedTuple):
     @staticmethod
     def parse(text: str) -> Part:
         """The part that `str(part)` wrote; raises ScheduleError."""
-        match = re.fullmatch(r"([a-z]+)(?:\.(\d+))?", text)
+        match = re.fullmatch(r"([a-z]+)(?:\.([0-9]{1,9}))?", text)
         if not match or match[1] not in KINDS or (match[2] is None) != (match[1] == "embed"):
             raise ScheduleError(f"'{text}' is not a part; write one as 'embed', 'norm.3' or 'head.32'")
         return Part(match[1], int(match[2] or 0))
