@@ -8,9 +8,9 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
+from helixpipe import __version__
 from helixpipe.errors import ConfigError, HelixpipeError, ScheduleError, nearest
 
 USAGE = """\
@@ -53,7 +53,7 @@ def _command(given: list[str]) -> int:
         print(USAGE, end="")
         return 0 if given else 2
     if given[0] == "--version":
-        print(f"helixpipe {_version()}")
+        print(f"helixpipe {__version__}")
         return 0
     commands: dict[str, Callable[[list[str]], int]] = {"train": train, "show": show, "check": check}
     if given[0] not in commands:
@@ -94,9 +94,9 @@ def show(given: list[str]) -> int:
         write_text(args.csv, to_csv(schedule))
     peaks = [int(peak) for peak in peak_kept(schedule)]
     if args.json:
-        facts: dict[str, Any] = _facts(schedule) | {"makespan_units": timeline.makespan_s, "bubble_ratio": timeline.bubble_ratio}
-        facts |= {"peak_forwards": peaks, "schedule": json.loads(to_json(schedule))}
-        print(json.dumps({"family": args.family, "options": options} | facts))
+        modelled = {"makespan_units": timeline.makespan_s, "bubble_ratio": timeline.bubble_ratio}
+        facts = {"family": args.family, "options": options} | _facts(schedule) | modelled
+        print(json.dumps(facts | {"peak_forwards": peaks, "schedule": json.loads(to_json(schedule))}))
         return 0
     width = shutil.get_terminal_size((120, 24)).columns
     print(f"{args.family}: {told}\n{_stages(schedule, width)}\n")
@@ -202,10 +202,3 @@ def _has_color() -> bool:
 def _one_line(text: str) -> str:
     """Text without line breaks or control characters, whatever a file or an argument held."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
-
-
-def _version() -> str:
-    try:
-        return version("helixpipe")
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        return "unknown"

@@ -24,7 +24,8 @@ from helixpipe.schedule.parts import Part, Stage
 from helixpipe.schedule.schedule import Schedule
 
 STAGE_ROW = re.compile(r"#\s*stage\s+([0-9]{1,9})(?:\s+home\s+([0-9]{1,9}))?\s*:(.*)")
-NO_STAGES = "no stages; name each stage's parts"
+EXAMPLE = "embed norm.0 qkv.0"
+LONGEST = 40  # letters; no action or part has as many, and errors quote no more
 
 
 def load(path: str | os.PathLike[str]) -> Schedule:
@@ -68,7 +69,7 @@ def from_json(text: str) -> Schedule:
     top = _object(found, "the file", {"stages", "ranks"})
     stages = [_stage(given, f"stages[{s}]") for s, given in enumerate(_list(top["stages"], "stages"))]
     if not stages:
-        raise ScheduleError(f"stages: {NO_STAGES}")
+        raise ScheduleError("stages: no stages; name each stage's parts")
     orders = []
     for rank, row in enumerate(_list(top["ranks"], "ranks")):
         cells = _list(row, f"ranks[{rank}]")
@@ -115,7 +116,7 @@ def _stage(found: object, place: str) -> Stage:
 
 def _parts(text: str, place: str) -> tuple[Part, ...]:
     try:
-        return tuple(map(Part.parse, text.split()))
+        return tuple(Part.parse(word[:LONGEST]) for word in text.split())
     except ScheduleError as error:
         raise ScheduleError(f"{place}: {error}") from None
 
@@ -124,7 +125,7 @@ def _action(cell: object, place: str) -> Action:
     if not isinstance(cell, str):
         raise ScheduleError(f'{place}: {json.dumps(cell)} is not an action; write one as "3F1"')
     try:
-        return Action.parse(cell)
+        return Action.parse(cell[:LONGEST])
     except ScheduleError as error:
         raise ScheduleError(f"{place}: {error}") from None
 
@@ -153,18 +154,20 @@ def from_csv(text: str) -> Schedule:
                 raise ScheduleError(f"{place}: a row of a stage after rows of actions; stages come first")
             stages.append(_stage_row(row.strip(), len(stages), place))
             continue
+        if not stages:
+            raise ScheduleError(f"{place}: a row of actions before any stage; write '# stage 0: {EXAMPLE}' first")
         cells = [cell.strip() for cell in row.split(",")]
         named = [(at, cell.removeprefix('"').removesuffix('"')) for at, cell in enumerate(cells, start=1)]
         orders.append(tuple(_action(cell, f"{place}, cell {at}") for at, cell in named if cell))
     if not stages:
-        raise ScheduleError(f"{NO_STAGES} in rows such as '# stage 0: embed norm.0 qkv.0' before the actions")
+        raise ScheduleError(f"no stages; write '# stage 0: {EXAMPLE}' first")
     return Schedule(tuple(stages), tuple(orders))
 
 
 def _stage_row(row: str, number: int, place: str) -> Stage:
     match = STAGE_ROW.fullmatch(row)
     if not match:
-        raise ScheduleError(f"{place}: '{row}' is not a stage; write '# stage {number}: embed norm.0 qkv.0'")
+        raise ScheduleError(f"{place}: '{row[:LONGEST]}' is not a stage; write '# stage {number}: {EXAMPLE}'")
     if int(match[1]) != number:
         raise ScheduleError(f"{place}: stage {match[1]}, but {number} is next; number stages from 0, in order")
     return Stage(_parts(match[3], place), None if match[2] is None else int(match[2]))

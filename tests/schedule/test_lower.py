@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -113,7 +114,9 @@ def any_schedules(draw: st.DrawFn) -> Schedule:
         Stage(tuple(parts), home=chance.randrange(ranks) if wander[s] else None) for s, parts in enumerate(pieces)
     )
     rank_of = {
-        (s, mb): chance.randrange(ranks) if wander[s] else base[s] for s in range(len(stages)) for mb in range(microbatches)
+        (s, mb): chance.randrange(ranks) if wander[s] else base[s]
+        for s in range(len(stages))
+        for mb in range(microbatches)
     }
     actions = set()
     for s in range(len(stages)):
@@ -128,7 +131,9 @@ def _ordered(
     stages: tuple[Stage, ...], ranks: int, rank_of: dict, actions: set[Action], chance: random.Random
 ) -> Schedule:
     """Put the actions into an order that can be carried out, by carrying them out in some order."""
-    by_rank = tuple(tuple(sorted(a for a in actions if rank_of[a.stage, a.microbatch] == rank)) for rank in range(ranks))
+    by_rank = tuple(
+        tuple(sorted(a for a in actions if rank_of[a.stage, a.microbatch] == rank)) for rank in range(ranks)
+    )
     known = Schedule(stages, by_rank)
     orders: list[list[Action]] = [[] for _ in range(ranks)]
     done: set[Action] = set()
@@ -315,7 +320,7 @@ def test_two_posts_swapped_on_one_rank_do_not_pass() -> None:
     program = lowered(build_schedule("helix", ranks=3, layers=4, microbatches=6))
     tried = 0
     for rank, instructions in enumerate(program.ranks):
-        for i, (a, b) in enumerate(zip(instructions, instructions[1:], strict=False)):
+        for i, (a, b) in enumerate(pairwise(instructions)):
             if not (isinstance(a, Send | Receive) and isinstance(b, Send | Receive)):
                 continue
             if {a.message.src, a.message.dst} == {b.message.src, b.message.dst}:

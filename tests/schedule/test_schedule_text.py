@@ -1,0 +1,250 @@
+"""Schedules in files: what is written reads back equal, and what cannot be read says where and why."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helixpipe.errors import HelixpipeError, ScheduleError
+from helixpipe.schedule.action import Action, Pass
+from helixpipe.schedule.families import build_schedule
+from helixpipe.schedule.parts import KINDS, Part, Stage
+from helixpipe.schedule.schedule import Schedule
+from helixpipe.schedule.text import from_csv, from_json, load, save, to_csv, to_json
+
+numbers = st.integers(0, 10**9 - 1)
+actions = st.builds(Action, numbers, st.sampled_from(Pass), numbers, numbers)
+parts = st.builds(lambda kind, layer: Part(kind, 0 if kind == "embed" else layer), st.sampled_from(KINDS), numbers)
+stages = st.builds(Stage, st.lists(parts, max_size=5).map(tuple), st.none() | numbers)
+schedules = st.builds(  # any at all, also such as check refuses
+    Schedule,
+    st.lists(stages, min_size=1, max_size=5).map(tuple),
+    st.lists(st.lists(actions, max_size=8).map(tuple), max_size=5).map(tuple),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(schedules)
+def test_round_trips_are_exact(schedule: Schedule) -> None:
+    assert from_json(to_json(schedule)) == schedule
+    assert from_csv(to_csv(schedule)) == schedule
+    assert to_json(from_csv(to_csv(schedule))) == to_json(schedule)
+
+
+@given(actions)
+def test_an_action_is_its_text(action: Action) -> None:
+    assert Action.parse(str(action)) == action
+
+
+def test_the_notation_is_torchs_with_segments() -> None:
+    assert str(Action(3, Pass.F, 1)) == "3F1"
+    assert str(Action(3, Pass.I, 1, 2)) == "3I1.2"
+    assert Action.parse("12W10") == Action(12, Pass.W, 10)
+
+
+def test_what_the_files_look_like() -> None:
+    schedule = build_schedule("helix", ranks=2, layers=1, microbatches=1, travel="qkv")
+    assert to_csv(schedule) == (
+        "# stage 0: embed norm.0\n"
+        "# stage 1 home 0: qkv.0 attn.0\n"
+        "# stage 2: proj.0 mlp.0 head.1\n"
+        "0F0,0B0\n"
+        "1F0,2F0,2B0,1B0\n"
+    )
+    assert to_json(schedule) == (
+        '{"stages": [\n'
+        '{"parts": "embed norm.0", "home": null},\n'
+        '{"parts": "qkv.0 attn.0", "home": 0},\n'
+        '{"parts": "proj.0 mlp.0 head.1", "home": null}\n'
+        '], "ranks": [\n'
+        '["0F0", "0B0"],\n'
+        '["1F0", "2F0", "2B0", "1B0"]\n'
+        "]}\n"
+    )
+
+
+def test_csv_from_other_hands() -> None:
+    """Windows line ends, blank lines, spaces, quotes, and torch's empty cells for standing idle."""
+    ours = "# stage 0: embed block.0 head.1\n0F0,0B0\n"
+    theirs = '\r\n#  stage 0 :  embed   block.0 head.1\r\n\r\n "0F0" ,,0B0, \r\n\r\n'
+    assert from_csv(theirs) == from_csv(ours)
+
+
+def test_a_rank_without_actions_stays_a_rank() -> None:
+    schedule = Schedule(build_schedule("gpipe", ranks=1, layers=1, microbatches=1).stages, ((), (), ()))
+    assert from_csv(to_csv(schedule)).ranks == from_json(to_json(schedule)).ranks == ((), (), ())
+
+
+STAGE = '{"parts": "embed block.0 head.1", "home": null}'
+BAD_JSON = {
+    "{": "line 1, column 2: not JSON: Expecting property name enclosed in double quotes",
+    '{"stages": [],\n "ranks": [}': "line 2, column 12: not JSON: Expecting value",
+    f'{{"stages": [{STAGE}], "ranks": []}} x': "line 1, column 76: not JSON: Extra data",
+    "[]": "the file: not an object; write {ranks, stages}",
+    "{}": "the file: the key 'stages' is missing",
+    '{"stages": []}': "the file: the key 'ranks' is missing",
+    '{"stages": [], "ranks": []}': "stages: no stages; name each stage's parts",
+    '{"stages": [], "rank": []}': "the file: unknown key 'rank'; did you mean 'ranks'?",
+    '{"stages": [], "stages": []}': "the key 'stages' is there twice; remove one",
+    '{"stages": {}, "ranks": []}': "stages: not a list",
+    '{"stages": ["embed"], "ranks": []}': "stages[0]: not an object; write {home, parts}",
+    '{"stages": [{"parts": ""}], "ranks": []}': "stages[0]: the key 'home' is missing",
+    '{"stages": [{"parts": "", "home": null, "house": 1}], "ranks": []}': (
+        "stages[0]: unknown key 'house'; did you mean 'home'?"
+    ),
+    '{"stages": [{"parts": [], "home": null}], "ranks": []}': (
+        "stages[0].parts: not a text of parts such as 'proj.0 mlp.0'"
+    ),
+    '{"stages": [{"parts": "embed norms.0", "home": null}], "ranks": []}': (
+        "stages[0].parts: 'norms.0' is not a part; write one as 'embed', 'norm.3' or 'head.32'"
+    ),
+    '{"stages": [{"parts": "", "home": true}], "ranks": []}': (
+        "stages[0].home: true is not a rank; give a rank's number or null"
+    ),
+    '{"stages": [{"parts": "", "home": -1}], "ranks": []}': (
+        "stages[0].home: -1 is not a rank; give a rank's number or null"
+    ),
+    f'{{"stages": [{STAGE}], "ranks": 3}}': "ranks: not a list",
+    f'{{"stages": [{STAGE}], "ranks": [[], "0F0"]}}': "ranks[1]: not a list",
+    f'{{"stages": [{STAGE}], "ranks": [["0F0", 5]]}}': 'ranks[0][1]: 5 is not an action; write one as "3F1"',
+    f'{{"stages": [{STAGE}], "ranks": [["0F0", "0X0"]]}}': (
+        "ranks[0][1]: '0X0' has the unknown pass 'X'; known: F, B, I, W, R"
+    ),
+    f'{{"stages": [{STAGE}], "ranks": [["0F0 "]]}}': (
+        "ranks[0][0]: '0F0 ' is not an action; write one as '3F1', or '3F1.2' for its segment 2"
+    ),
+}
+
+
+@pytest.mark.parametrize("text", BAD_JSON)
+def test_bad_json_says_where_and_why(text: str) -> None:
+    with pytest.raises(ScheduleError) as error:
+        from_json(text)
+    assert str(error.value) == BAD_JSON[text]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"stages": ' + "9" * 5000 + "}"])
+def test_json_that_is_only_meant_badly(text: str) -> None:
+    with pytest.raises(ScheduleError, match="^not JSON: "):
+        from_json(text)
+
+
+BAD_CSV = {
+    "0F0,0B0\n": "line 1: a row of actions before any stage; write '# stage 0: embed norm.0 qkv.0' first",
+    "# stage 0: embed\n0F0,0B0,x\n": (
+        "line 2, cell 3: 'x' is not an action; write one as '3F1', or '3F1.2' for its segment 2"
+    ),
+    "# stage 0: embed\n0F0\n\n0F1,0Q1\n": "line 4, cell 2: '0Q1' has the unknown pass 'Q'; known: F, B, I, W, R",
+    "# stage 0: embed\n0F0\n# stage 1: head.1\n": "line 3: a row of a stage after rows of actions; stages come first",
+    "# stage 1: embed\n": "line 1: stage 1, but 0 is next; number stages from 0, in order",
+    "# stage 0: embed\n# stage 0: head.1\n": "line 2: stage 0, but 1 is next; number stages from 0, in order",
+    "# stge 0: embed\n": "line 1: '# stge 0: embed' is not a stage; write '# stage 0: embed norm.0 qkv.0'",
+    "# stage 0 home x: embed\n": (
+        "line 1: '# stage 0 home x: embed' is not a stage; write '# stage 0: embed norm.0 qkv.0'"
+    ),
+    "# stage 0: embed attn\n": "line 1: 'attn' is not a part; write one as 'embed', 'norm.3' or 'head.32'",
+    "# stage 0: embed\n" + "0F0" * 20: (
+        "line 2, cell 1: '" + ("0F0" * 20)[:40] + "' is not an action; write one as '3F1', or '3F1.2' for its segment 2"
+    ),
+    "\n": "no stages; write '# stage 0: embed norm.0 qkv.0' first",
+}
+
+
+@pytest.mark.parametrize("text", BAD_CSV)
+def test_bad_csv_says_where_and_why(text: str) -> None:
+    with pytest.raises(ScheduleError) as error:
+        from_csv(text)
+    assert str(error.value) == BAD_CSV[text]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet='#stage 0123:home,embd.FBIW"{}[]\n\r\t\x00é', max_size=60))
+def test_no_text_at_all_does_worse_than_an_error(text: str) -> None:
+    for read in (from_csv, from_json):
+        try:
+            read(text)
+        except ScheduleError as error:
+            assert len(str(error)) < 300  # noqa: PT017
+
+
+# Files
+
+
+@pytest.mark.parametrize("suffix", ["json", "csv"])
+def test_files_round_trip(tmp_path: Path, suffix: str) -> None:
+    schedule = build_schedule("helix", ranks=3, layers=4, microbatches=5, travel="attention")
+    path = tmp_path / f"schedule.{suffix}"
+    save(path, schedule)
+    assert load(path) == schedule
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("empty.csv", b"", "the file is empty"),
+        ("blank.json", b" \n\n", "the file is empty"),
+        ("latin.csv", b"# stage 0: embed\n0F0,\xe90B0\n", "not UTF-8 text (byte 21); save it as UTF-8"),
+        ("zip.json", b"PK\x03\x04\xff", "not UTF-8 text (byte 4); save it as UTF-8"),
+        ("cut.json", b'{"stages": [', "line 1, column 13: not JSON: Expecting value"),
+        ("actions.csv", b"# stage 0: embed\n0F0,0F\n", None),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path: Path, name: str, content: bytes, reason: str | None) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ScheduleError) as error:
+        load(path)
+    reason = reason or "line 2, cell 2: '0F' is not an action; write one as '3F1', or '3F1.2' for its segment 2"
+    assert str(error.value) == f"{path}: {reason}"
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "excel.csv"
+    path.write_bytes(b"\xef\xbb\xbf# stage 0: embed block.0 head.1\r\n0F0,0B0\r\n")
+    assert load(path).ranks == ((Action(0, Pass.F, 0), Action(0, Pass.B, 0)),)
+
+
+def test_files_that_are_not_there_or_not_schedules(tmp_path: Path) -> None:
+    for path, reason in {
+        tmp_path / "no.csv": "cannot be read: no such file or directory",
+        tmp_path / "schedule.txt": "a schedule file ends in .json or .csv",
+        tmp_path: "a schedule file ends in .json or .csv",
+    }.items():
+        with pytest.raises(ScheduleError) as error:
+            load(path)
+        assert str(error.value) == f"{path}: {reason}"
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(ScheduleError, match=r"folder.csv: cannot be read: is a directory$"):
+        load(tmp_path / "folder.csv")
+
+
+def test_writing_leaves_the_old_file_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = build_schedule("gpipe", ranks=1, layers=1, microbatches=1)
+    path = tmp_path / "schedule.json"
+    path.write_text("old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(HelixpipeError, match=r"schedule.json: cannot be written: no space left on device$"):
+            save(path, schedule)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["schedule.json"]
+    save(path, schedule)
+    assert json.loads(path.read_text())["ranks"] == [["0F0", "0B0"]]
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    schedule = build_schedule("gpipe", ranks=1, layers=1, microbatches=1)
+    (tmp_path / "link.csv").symlink_to(tmp_path / "real.csv")
+    save(tmp_path / "link.csv", schedule)
+    assert (tmp_path / "link.csv").is_symlink()
+    assert load(tmp_path / "real.csv") == schedule
