@@ -56,11 +56,15 @@ class PlainParts(nn.Module):
         if "embed" in parts:
             x = parts["embed"](x, 0)
         for i in self.layers:
-            q, k, v = parts[f"qkv_{i}"](parts[f"norm_{i}"](x), 0)
-            y = parts[f"proj_{i}"](parts[f"attn_{i}"](q, k, v), x)
-            x = parts[f"mlp_{i}"](y)
+            x = self.layer(x, i)
         head = f"head_{self.shape.layers}"
         return parts[head].output(parts[head].norm(x)) if head in parts else x
+
+    def layer(self, x: Tensor, i: int) -> Tensor:
+        parts = self.parts
+        q, k, v = parts[f"qkv_{i}"](parts[f"norm_{i}"](x), 0)
+        y = parts[f"proj_{i}"](parts[f"attn_{i}"](q, k, v), x)
+        return parts[f"mlp_{i}"](y)
 
 
 def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -1,0 +1,86 @@
+"""On a CUDA device: kernels against plain attention, and ranks that share one device through host staging.
+
+`pytest -m gpu`. The suite leaves these out; no number of the README rests on them unless it says so.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from oracle import batch, plain_step
+
+from helixpipe.model.kernels import attention_backward, attention_forward
+from helixpipe.runtime.pipeline import Pipeline
+from helixpipe.schedule.families import build_schedule
+from helixpipe.shape import ModelShape
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run on one with `make test-gpu`"),
+]
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-3, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+SHAPE = ModelShape(layers=3, hidden=64, heads=2, ffn=128, vocabulary=32, tied=True)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_fused_attention(dtype: torch.dtype, causal: bool, kv_heads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, heads, 96, 32) for heads in (4, kv_heads, kv_heads, 4)]
+    q, k, v, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    expected = [*attention_forward(q, k, v, causal)]
+    expected += attention_backward(grad, q, k, v, *expected, causal)
+    on = [t.to("cuda", dtype) for t in (q, k, v, grad)]
+    found = [*attention_forward(*on[:3], causal)]
+    found += attention_backward(on[3], *on[:3], *found, causal)
+    found[1] = found[1][..., : q.shape[2]]  # some kernels pad the log-sum-exp
+    for mine, theirs in zip(found, expected, strict=True):
+        error = (mine.cpu().double() - theirs).norm() / theirs.norm()
+        assert error < TOLERANCE[dtype]
+
+
+def _rank(rank: int, ranks: int, port: int, travel: str, recompute: str, results: Any) -> None:
+    from helixpipe.model.decoder import Decoder
+
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+    schedule = build_schedule("helix", ranks=ranks, layers=SHAPE.layers, microbatches=4, travel=travel)
+    pipeline = Pipeline(Decoder(SHAPE), schedule, device="cuda:0", dtype=torch.float64, recompute=recompute)
+    loss = pipeline.step(*batch(SHAPE, 4, 24))
+    gradients = {name: p.grad.cpu().numpy() for name, p in pipeline.parameters.items() if p.grad is not None}
+    results.put((rank, loss, gradients))
+    pipeline.close()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(("travel", "recompute"), [("none", "selective"), ("qkv", "full"), ("attention", "selective")])
+def test_ranks_that_share_a_device(ranks: int, travel: str, recompute: str) -> None:
+    loss, gradients = plain_step(SHAPE, *batch(SHAPE, 4, 24))
+    context = mp.get_context("spawn")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    results = context.Queue()
+    processes = [
+        context.Process(target=_rank, args=(rank, ranks, store.port, travel, recompute, results))
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        answers = [results.get(timeout=120) for _ in processes]
+    finally:
+        for process in processes:
+            process.join(20)
+            process.kill()
+    found = {name: torch.from_numpy(g) for _, _, mine in answers for name, g in mine.items()}
+    assert all(abs(each - loss) < 1e-10 for _, each, _ in answers)
+    assert found.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert (found[name] - gradient).norm() / gradient.norm() < 1e-8, name
