@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _command(given: list[str]) -> int:
     if not given or given[0] in ("-h", "--help", "help"):
-        print(USAGE, end="")
+        print(USAGE, end="", file=sys.stdout if given else sys.stderr)
         return 0 if given else 2
     if given[0] == "--version":
         print(f"helixpipe {__version__}")
@@ -65,7 +65,7 @@ def train(given: list[str]) -> int:
     """`helixpipe train ...`"""
     from helixpipe.train import main as run
 
-    return run(given) or 0
+    return run(given)
 
 
 def show(given: list[str]) -> int:

@@ -36,6 +36,7 @@ class Piece(NamedTuple):
     end: int
     action: Action | None
     starts: bool = True  # False when the action began in the band before
+    ends: bool = True  # False when it goes on in the next
 
 
 def staircase(drawn: Timeline | Schedule, width: int | None = None, color: bool = False) -> str:
@@ -63,7 +64,7 @@ def staircase(drawn: Timeline | Schedule, width: int | None = None, color: bool 
     bands = math.ceil(columns / space)
     if quantum:
         space = math.ceil(columns / bands / cell) * cell  # bands of one length
-    if bands > 1 and bands * (timeline.ranks + 1) > MOST_LINES:
+    if bands > 1 and bands * (timeline.ranks + 2) > MOST_LINES:
         slice_s = timeline.makespan_s / space
         body = [(row, _squeezed(spans, slice_s, space)) for row, spans in zip(rows, timeline.spans, strict=True)]
         note = f"compressed: a column is {slice_s:.3g} {'s' if drawn is timeline else 'actions'}; labels are left out\n"
@@ -110,12 +111,13 @@ def _pieces(spans: tuple[Span, ...], columns_per_s: float, first: int, end: int,
         a, b = round(span.start_s * columns_per_s), round(span.end_s * columns_per_s)
         if b <= first or a >= end or a == b:
             continue
-        a, starts, b = max(a, first), a >= first, min(b, end)
+        starts, ends = a >= first, b <= end
+        a, b = max(a, first), min(b, end)
         while at < a:
             idle = min(a, at + cell) if cell else a
             yield Piece(at, idle, None)
             at = idle
-        yield Piece(a, b, span.action, starts)
+        yield Piece(a, b, span.action, starts, ends)
         at = b
 
 
@@ -140,17 +142,14 @@ def _squeezed(spans: tuple[Span, ...], slice_s: float, columns: int) -> list[Pie
 def _draw(piece: Piece, short: bool, label_width: int) -> tuple[str, str]:
     """The text of a piece, and the gap after it when there is room: `F0`, `B0---`, `...`, or `F` in one column."""
     size = piece.end - piece.first
-    room = max(1, size - 1)
+    room = max(1, size - piece.ends)
     if piece.action is None:
         text = "." * room
     else:
         label = _label(piece.action, short) if piece.starts else ""
-        fits = len(label) <= size
-        text = (
-            label.ljust(label_width).ljust(room, "-")[: max(room, len(label))]
-            if fits
-            else piece.action.kind.value * room
-        )
+        text = label.ljust(label_width if label else 0).ljust(room, "-")[: max(room, len(label))]
+        if len(label) > size:
+            text = piece.action.kind.value * room
     return text, " " * (size - len(text))
 
 

@@ -130,7 +130,7 @@ def test_bad_json_says_where_and_why(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"stages": ' + "9" * 5000 + "}"])
 def test_json_that_is_only_meant_badly(text: str) -> None:
-    with pytest.raises(ScheduleError, match="^not JSON: "):
+    with pytest.raises(ScheduleError, match=r"^not JSON: "):
         from_json(text)
 
 
