@@ -36,7 +36,7 @@ def plain_step(
     logits = F.linear(head.norm(x), table).flatten(0, 1)
     loss = F.cross_entropy(logits, targets.flatten(), ignore_index=-100)
     gradients = torch.autograd.grad(loss, list(parameters.values()))
-    return float(loss), dict(zip(parameters, gradients, strict=True))
+    return float(loss.detach()), dict(zip(parameters, gradients, strict=True))
 
 
 def batch(shape: ModelShape, sequences: int, length: int, seed: int = 1) -> tuple[Tensor, Tensor]:

@@ -2,15 +2,26 @@
 
 It can be replayed: given the output and log-sum-exp of an earlier run it makes the same graph without
 running the kernel, which is what recomputation without attention needs (HelixPipe, section 4.4).
+
+It can run segment by segment (Seq1F1B, section 3.2). The keys and values of earlier segments are state,
+held per layer and micro-batch outside of any module so that a recompute cannot change them:
+
+    segment 2   q2 . [k0 k1]   prefix, no mask        two kernels, merged by log-sum-exp; the backward runs
+                q2 . k2        diagonal, causal       both with the merged output and log-sum-exp
+
+The backward goes from the last segment to the first; what a segment owes to earlier keys and values waits,
+in float32 or wider, until theirs comes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from helixpipe.model.kernels import attention_backward, attention_forward
 
@@ -25,25 +36,114 @@ class KeptAttention:
     """[b, heads, s], float32 or wider"""
 
 
+class Holder(Protocol):
+    """Something that keeps a tensor alive, and is counted for it."""
+
+    tensor: Tensor
+
+
+@dataclass
+class KeyValues:
+    """Keys and values of one layer's earlier segments of one micro-batch, and the gradients they are owed."""
+
+    keep: Callable[[Tensor], Holder]
+    keys: dict[int, Holder] = field(default_factory=dict)
+    values: dict[int, Holder] = field(default_factory=dict)
+    owed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def add(self, segment: int, k: Tensor, v: Tensor) -> None:
+        """A segment's keys and values, by its first forward; a recompute finds them there."""
+        if segment not in self.keys:
+            self.keys[segment], self.values[segment] = self.keep(k), self.keep(v)
+
+    def prefix(self, segment: int) -> tuple[Tensor, Tensor]:
+        """[b, start, kv_heads, d] of all earlier segments."""
+        k, v = ([held[s].tensor for s in range(segment)] for held in (self.keys, self.values))
+        return torch.cat(k, 1), torch.cat(v, 1)
+
+    def owe(self, segment: int, dk: Tensor, dv: Tensor) -> None:
+        """Gradients of the prefix of `segment`, shared out to its segments."""
+        wide = torch.promote_types(dk.dtype, torch.float32)
+        lengths = [self.keys[s].tensor.shape[1] for s in range(segment)]
+        for s, gk, gv in zip(range(segment), dk.split(lengths, 1), dv.split(lengths, 1), strict=True):
+            if s in self.owed:
+                self.owed[s][0].add_(gk)
+                self.owed[s][1].add_(gv)
+            else:
+                self.owed[s] = gk.to(wide, copy=True), gv.to(wide, copy=True)
+
+    def settle(self, segment: int, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
+        """A segment's own gradients and all that later segments owed it; its keys and values may go."""
+        del self.keys[segment], self.values[segment]
+        if segment not in self.owed:
+            return dk, dv
+        owed_k, owed_v = self.owed.pop(segment)
+        return owed_k.add_(dk).to(dk.dtype), owed_v.add_(dv).to(dv.dtype)
+
+
+@dataclass(frozen=True)
+class AttentionState:
+    """What an attention part is given beside q, k and v."""
+
+    kept: KeptAttention | None = None
+    """Filled: replayed. Empty: filled."""
+    key_values: KeyValues | None = None
+    """None when the sequence is whole."""
+    segment: int = 0
+
+
 class _Attention(torch.autograd.Function):
+    """On [b, s, heads, d]. `state` carries what is no gradient's business."""
+
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, kept: KeptAttention | None) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, state: AttentionState) -> Tensor:
+        kept, past = state.kept, state.key_values
+        if past is not None:
+            past.add(state.segment, k, v)
         if kept is not None and kept.out is not None and kept.lse is not None:
             out, lse = kept.out, kept.lse
         else:
-            out, lse = attention_forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal)
+            out, lse = attention_forward(_heads(q), _heads(k), _heads(v), causal)
+            if past is not None and state.segment:
+                before_k, before_v = past.prefix(state.segment)
+                before = attention_forward(_heads(q), _heads(before_k), _heads(before_v), False)
+                out, lse = merge(out, lse, *before)
             if kept is not None:
                 kept.out, kept.lse = out, lse
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.causal = causal
+        ctx.causal, ctx.state = causal, state
         return out.transpose(1, 2).flatten(2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        grad = grad.unflatten(2, (q.shape[2], q.shape[3])).transpose(1, 2)
-        grads = attention_backward(grad, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out, lse, ctx.causal)
-        return *(g.transpose(1, 2) for g in grads), None, None
+        past, segment = ctx.state.key_values, ctx.state.segment
+        grad = _heads(grad.unflatten(2, (q.shape[2], q.shape[3])))
+        dq, dk, dv = map(_heads, attention_backward(grad, _heads(q), _heads(k), _heads(v), out, lse, ctx.causal))
+        if past is not None:
+            if segment:
+                whole_k, whole_v = map(_heads, past.prefix(segment))
+                more, *owed = map(_heads, attention_backward(grad, _heads(q), whole_k, whole_v, out, lse, False))
+                past.owe(segment, *owed)
+                dq = dq + more
+            dk, dv = past.settle(segment, dk, dv)
+        return dq, dk, dv, None, None
+
+
+def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two sets of keys from attention over each: (out, lse), computed in float32 or wider.
+
+    out - sigmoid(lse' - lse)(out - out'), and lse - logsigmoid(lse - lse').
+    """
+    share = torch.sigmoid(other_lse - lse).unsqueeze(-1)
+    merged = out - share * (out.to(share.dtype) - other)
+    # in memory [b, s, heads, d], as the kernels give it
+    return _heads(_heads(merged).to(out.dtype).contiguous()), lse - logsigmoid(lse - other_lse)
+
+
+def _heads(t: Tensor) -> Tensor:
+    """[b, s, heads, d] <-> [b, heads, s, d]"""
+    return t.transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -53,6 +153,6 @@ class Attention(nn.Module):
         super().__init__()
         self.causal = causal
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, kept: KeptAttention | None = None) -> Tensor:
-        """o, [b, s, heads * d]. A filled `kept` is replayed, an empty one is filled."""
-        return _Attention.apply(q, k, v, self.causal, kept)  # type: ignore[no-any-return,no-untyped-call]
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None = None) -> Tensor:
+        """o, [b, s, heads * d]."""
+        return _Attention.apply(q, k, v, self.causal, state or AttentionState())  # type: ignore[no-any-return,no-untyped-call]

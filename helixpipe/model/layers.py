@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from helixpipe.model.attention import Attention
 from helixpipe.model.chunked import chunked, chunked_sum
+from helixpipe.model.linear import Linear
 from helixpipe.shape import ModelShape
 
 IGNORED = -100
@@ -65,9 +66,9 @@ class Embed(nn.Module):
 class QKV(nn.Module):
     def __init__(self, shape: ModelShape, rope: Rope | None) -> None:
         super().__init__()
-        self.q = nn.Linear(shape.hidden, shape.q_size, bias=shape.qkv_bias)
-        self.k = nn.Linear(shape.hidden, shape.kv_size, bias=shape.qkv_bias)
-        self.v = nn.Linear(shape.hidden, shape.kv_size, bias=shape.qkv_bias)
+        self.q = Linear(shape.hidden, shape.q_size, bias=shape.qkv_bias)
+        self.k = Linear(shape.hidden, shape.kv_size, bias=shape.qkv_bias)
+        self.v = Linear(shape.hidden, shape.kv_size, bias=shape.qkv_bias)
         self.q_norm = norm(shape, shape.head_dim) if shape.qk_norm else None
         self.k_norm = norm(shape, shape.head_dim) if shape.qk_norm else None
         self.rope, self.head_dim = rope, shape.head_dim
@@ -84,7 +85,7 @@ class QKV(nn.Module):
 class Proj(nn.Module):
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
-        self.o = nn.Linear(shape.q_size, shape.hidden, bias=shape.bias)
+        self.o = Linear(shape.q_size, shape.hidden, bias=shape.bias)
 
     def forward(self, o: Tensor, x: Tensor) -> Tensor:
         return x + self.o(o)  # type: ignore[no-any-return]
@@ -96,18 +97,18 @@ class MLP(nn.Module):
     def __init__(self, shape: ModelShape, chunk: int = 0) -> None:
         super().__init__()
         self.norm = norm(shape)
-        self.gate = nn.Linear(shape.hidden, shape.ffn, bias=shape.bias) if shape.mlp == "swiglu" else None
-        self.up = nn.Linear(shape.hidden, shape.ffn, bias=shape.bias)
-        self.down = nn.Linear(shape.ffn, shape.hidden, bias=shape.bias)
+        self.gate = Linear(shape.hidden, shape.ffn, bias=shape.bias) if shape.mlp == "swiglu" else None
+        self.up = Linear(shape.hidden, shape.ffn, bias=shape.bias)
+        self.down = Linear(shape.ffn, shape.hidden, bias=shape.bias)
         self.chunk = chunk
 
     def forward(self, y: Tensor) -> Tensor:
-        return chunked(self.whole, self.chunk, y)
+        return chunked(self, self.chunk, y)
 
-    def whole(self, y: Tensor) -> Tensor:
-        n = self.norm(y)
+    def whole(self, x: Tensor, *others: Tensor) -> Tensor:
+        n = self.norm(x)
         inner = F.gelu(self.up(n)) if self.gate is None else F.silu(self.gate(n)) * self.up(n)
-        return y + self.down(inner)  # type: ignore[no-any-return]
+        return x + self.down(inner)  # type: ignore[no-any-return]
 
 
 class Head(nn.Module):
@@ -116,13 +117,14 @@ class Head(nn.Module):
     def __init__(self, shape: ModelShape, chunk: int = 0) -> None:
         super().__init__()
         self.norm = norm(shape)
-        self.output = nn.Linear(shape.hidden, shape.vocabulary, bias=False)
+        self.output = Linear(shape.hidden, shape.vocabulary, bias=False)
         self.chunk = chunk
 
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:
-        return chunked_sum(self.whole, self.chunk, x, targets)
+        return chunked_sum(self, self.chunk, x, targets)
 
-    def whole(self, x: Tensor, targets: Tensor) -> Tensor:
+    def whole(self, x: Tensor, *others: Tensor) -> Tensor:
+        (targets,) = others
         logits = self.output(self.norm(x)).flatten(0, 1)
         wide = logits if logits.dtype == torch.float64 else logits.float()
         return F.cross_entropy(wide, targets.flatten(), ignore_index=IGNORED, reduction="sum")

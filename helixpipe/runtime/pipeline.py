@@ -22,7 +22,7 @@ from helixpipe.runtime.tape import POLICIES, Feed, Tape
 from helixpipe.runtime.transport import Transport
 from helixpipe.runtime.watch import Watch
 from helixpipe.runtime.weights import Weights
-from helixpipe.schedule.action import Action, Pass
+from helixpipe.schedule.action import Action
 from helixpipe.schedule.check import check
 from helixpipe.schedule.lower import lower
 from helixpipe.schedule.program import Program
@@ -49,18 +49,19 @@ class Pipeline:
         dtype: torch.dtype = torch.float32,
         recompute: str = "selective",
         timeout_s: float = 300.0,
+        segment_lengths: tuple[int, ...] | None = None,
     ) -> None:
         """`mesh` is one-dimensional, over the pipeline's ranks; None is all ranks of the default group.
 
         `dtype` is what parts compute in; the masters, their gradients and the optimizer stay float32 (float64
-        for float64). `recompute`: none, full or selective (see `runtime.tape`). Raises ConfigError, ScheduleError.
+        for float64). `recompute`: none, full or selective (see `runtime.tape`). `segment_lengths`, in tokens: of a
+        schedule with segments. Raises ConfigError, ScheduleError.
         """
         check(schedule)
         if recompute not in POLICIES:
             raise ConfigError(f"runtime.recompute: '{recompute}' is not known; known: {', '.join(POLICIES)}")
-        odd = next((a for order in schedule.ranks for a in order if a.kind not in (Pass.F, Pass.B)), None)
-        if odd is not None:
-            raise ConfigError(f"schedule: this runtime runs F and B, and the schedule has {odd}")
+        _check_segments(model, schedule, segment_lengths)
+        self.segment_lengths = segment_lengths
         self.model, self.schedule, self.device = model, schedule, torch.device(device)
         self.group = mesh.get_group() if mesh is not None else (dist.group.WORLD if dist.is_initialized() else None)
         self.rank = dist.get_rank(self.group) if self.group is not None else 0
@@ -155,7 +156,9 @@ class Pipeline:
         program = self.program(batch, training)
         counted = int((targets != IGNORED).sum())
         scale = 1.0 / max(counted, 1)
-        stages = Stages(program, self._tapes, self._ledger, self._feeds(tokens, targets, batch), scale, training)
+        stages = Stages(
+            program, self._tapes, self._weights, self._ledger, self._feeds(tokens, targets, batch), scale, training
+        )
         self._watch.doing = "the start of a step"
         self._gathered([0.0])  # clocks start together
         execute(program.ranks[self.rank], stages, self._weights, self._transport, self._recorder, self._watch)
@@ -172,7 +175,12 @@ class Pipeline:
             )
         if tokens.shape[0] % m:
             raise ConfigError(f"tokens: {tokens.shape[0]} sequences do not divide into {m} micro-batches")
-        return Batch(tokens.shape[0] // m, (tokens.shape[1],))
+        lengths = self.segment_lengths or (tokens.shape[1],)
+        if sum(lengths) != tokens.shape[1]:
+            raise ConfigError(
+                f"tokens: {tokens.shape[1]} a sequence, and the segments {list(lengths)} add up to {sum(lengths)}"
+            )
+        return Batch(tokens.shape[0] // m, lengths)
 
     def _feeds(self, tokens: Tensor, targets: Tensor, batch: Batch) -> dict[tuple[int, int], Feed]:
         tokens, targets = tokens.to(self.device), targets.to(self.device)
@@ -182,7 +190,7 @@ class Pipeline:
             for seg, length in enumerate(batch.segment_lengths):
                 start = batch.start(seg)
                 here = slice(start, start + length)
-                feeds[mb, seg] = Feed(tokens[rows, here], targets[rows, here], start)
+                feeds[mb, seg] = Feed(tokens[rows, here], targets[rows, here], start, seg)
         return feeds
 
     def _gathered(self, mine: list[float]) -> list[list[float]]:
@@ -202,6 +210,25 @@ class Pipeline:
     @property
     def _wire(self) -> torch.device:
         return self.device if dist.get_backend(self.group) == "nccl" else torch.device("cpu")
+
+
+def _check_segments(model: Model, schedule: Schedule, lengths: tuple[int, ...] | None) -> None:
+    """A sequence can be cut only where what comes later does not matter, and where its state is known."""
+    if schedule.segments == 1:
+        return
+    if lengths is None or len(lengths) != schedule.segments or min(lengths) < 1:
+        raise ConfigError(
+            f"segment_lengths: {lengths}; the schedule has {schedule.segments} segments: give as many lengths, none 0"
+        )
+    if not model.shape.causal:
+        raise ConfigError(
+            "model.causal: false; a segment of bidirectional attention needs the segments after it: use helix, or one segment"
+        )
+    block = next((part for stage in schedule.stages for part in stage.parts if part.kind == "block"), None)
+    if block is not None:
+        raise ConfigError(
+            f"schedule.segments: {block} is opaque, so what it carries from segment to segment is not known"
+        )
 
 
 def _store() -> Store:

@@ -21,22 +21,29 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from helixpipe.model.attention import Attention, KeptAttention
+from helixpipe.model.attention import Attention, AttentionState, Holder, KeptAttention, KeyValues
+from helixpipe.model.linear import Linear, WeightQueue
 from helixpipe.runtime.ledger import Kept, Ledger
 from helixpipe.schedule.chunks import Chunk, chunks
 from helixpipe.schedule.parts import Part, Stage, Value
 
 POLICIES = ("none", "full", "selective")
 Tensors = dict[Value, Tensor]
+Waiting = list[tuple[nn.Parameter, Holder, Holder]]
 
 
 @dataclass(frozen=True)
 class Feed:
-    """What a stage reads beside values: tokens and targets [b, s], and the segment's first position."""
+    """What a stage reads beside values, for one segment: tokens and targets [b, s] and its first position.
+
+    `key_values` are those of earlier segments, by layer; None when the sequence is whole.
+    """
 
     tokens: Tensor
     targets: Tensor
     start: int = 0
+    segment: int = 0
+    key_values: Mapping[int, KeyValues] | None = None
 
 
 @dataclass
@@ -55,6 +62,11 @@ class Tape:
     def __init__(self, stage: Stage, modules: Mapping[Part, nn.Module], policy: str, ledger: Ledger) -> None:
         self.stage, self.modules, self.policy, self.ledger = stage, modules, policy, ledger
         self.chunks = chunks(stage, whole=policy == "none")
+        self.queue = WeightQueue(ledger.keep)
+        for part in stage.parts:
+            for module in modules[part].modules():
+                if isinstance(module, Linear):
+                    module.queue = self.queue
 
     def forward(self, inputs: Tensors, feed: Feed) -> tuple[Tensors, list[Record]]:
         """All values the stage makes, and one record per chunk."""
@@ -78,12 +90,25 @@ class Tape:
                 values |= self._run(chunk, values, feed, None)
         return values
 
+    def recompute(self, records: list[Record], feed: Feed) -> None:
+        """Do ahead what the backward would do first: recompute the last chunk."""
+        if not records[-1].outputs:
+            records[-1] = self._recompute(self.chunks[-1], records[-1], feed)
+
+    def input_backward(self, records: list[Record], gradients: Tensors, feed: Feed) -> tuple[Tensors, Waiting]:
+        """`backward`, with the weight gradients of linear layers put off: those, too, are returned."""
+        self.queue.open = True
+        try:
+            return self.backward(records, gradients, feed), self.queue.take()
+        finally:
+            self.queue.open = False
+
     def backward(self, records: list[Record], gradients: Tensors, feed: Feed) -> Tensors:
         """Gradients of the stage's inputs, from those of its outputs; parameters collect their own."""
         gradients = dict(gradients)
         for chunk in reversed(self.chunks):
             record = records.pop()
-            if self.policy != "none":
+            if not record.outputs:
                 record = self._recompute(chunk, record, feed)
             roots = [value for value in record.outputs if value in gradients]
             with self.ledger.graphs():  # a chunked part builds its graphs here
@@ -145,6 +170,7 @@ def run_part(
         case "block":
             return (module(*inputs, feed.start),)
         case "attn" if isinstance(module, Attention):
-            return (module(*inputs, kept=kept),)
+            past = None if feed.key_values is None else feed.key_values[part.layer]
+            return (module(*inputs, AttentionState(kept, past, feed.segment)),)
         case _:
             return (module(*inputs),)

@@ -44,6 +44,7 @@ class Weights:
                         _assign(module, local, self._working[name])
                 if runs:
                     self.modules[part] = module
+        self._names = {id(working): name for name, working in self._working.items()}
         self._note_storages()
 
     def _adopt(self, name: str, parameter: nn.Parameter, owned: bool, runs: bool) -> None:
@@ -60,12 +61,26 @@ class Weights:
 
     def _collect(self, name: str, working: Tensor) -> None:
         """Add a working copy's fresh gradient to what was collected, in the masters' precision."""
-        assert working.grad is not None
+        if working.grad is None:
+            return  # put off: autograd calls this with nothing to add
         if name in self._collected:
             self._collected[name].add_(working.grad)
         else:
             self._collected[name] = working.grad.to(self.master_dtype)
         working.grad = None
+
+    @torch.no_grad()
+    def multiply_in(self, weight: nn.Parameter, x: Tensor, grad: Tensor) -> None:
+        """Add the weight gradient of a linear layer, [out, into] = grad^T x, in place."""
+        x, grad = x.flatten(0, -2), grad.flatten(0, -2)
+        name = self._names[id(weight)]
+        if weight is not self.masters.get(name):
+            weight.grad = grad.mT @ x
+            self._collect(name, weight)
+        elif weight.grad is None:
+            weight.grad = grad.mT @ x
+        else:
+            weight.grad.addmm_(grad.mT, x)
 
     @torch.no_grad()
     def begin(self) -> None:
