@@ -73,7 +73,7 @@ def lower(
     drafts = [*_values(schedule, shape, batch, clock), *_parameters(schedule, shape, clock)]
     drafts.sort(key=lambda draft: draft[:2])
     messages = tuple(Message(number, *draft[2:]) for number, draft in enumerate(drafts))
-    when = [draft.time for draft in drafts]
+    when = [draft[:2] for draft in drafts]
     ranks = tuple(_place(rank, schedule, clock, messages, when) for rank in range(len(schedule.ranks)))
     return Program(schedule, shape, batch, messages, ranks)
 
@@ -170,11 +170,12 @@ def _early(order: tuple[Action, ...], clock: Times, first: Action) -> tuple[floa
 
 
 def _place(
-    rank: int, schedule: Schedule, clock: Times, messages: tuple[Message, ...], when: list[float]
+    rank: int, schedule: Schedule, clock: Times, messages: tuple[Message, ...], when: list[tuple[float, int]]
 ) -> tuple[Instruction, ...]:
     """One rank's instructions: its actions, and between them the messages it posts, each pair's in order."""
     order = schedule.ranks[rank]
-    ends = [clock.end[action] for action in order]
+    # place settles equal times: an action that takes no time must not seem to end before what it waits for
+    ends = [(clock.end[action], clock.place[action]) for action in order]
     index = {action: i for i, action in enumerate(order)}
     slots: list[list[Instruction]] = [[] for _ in range(len(order) + 1)]  # slot i is before action i
     adds: list[list[Instruction]] = [[] for _ in range(len(order) + 1)]

@@ -20,7 +20,7 @@ from helixpipe.schedule.lower import flops, lower
 from helixpipe.schedule.parts import Stage, chain
 from helixpipe.schedule.program import Accumulate, Kind, Message, Program, Receive, Run, Send
 from helixpipe.schedule.schedule import Schedule
-from helixpipe.shape import Batch, ModelShape
+from helixpipe.shape import SHAPES, Batch, ModelShape
 
 
 def shape_of(layers: int, **changes: object) -> ModelShape:
@@ -153,27 +153,38 @@ def _ordered(
     return Schedule(stages, tuple(map(tuple, orders)))
 
 
-def lowered(schedule: Schedule, tied: bool = False) -> Program:
+def lowered(schedule: Schedule, tied: bool = False, seed: int | None = None) -> Program:
+    """Lowered with messages ordered by FLOPs, or by random durations of which many are the same or zero."""
+    chance = random.Random(seed)
+    table = {action: chance.choice([0, 0, 1, 1, 2, 9]) for order in schedule.ranks for action in order}
     lengths = tuple(5 - seg for seg in range(schedule.segments))
-    return lower(schedule, shape_of(schedule.layers, tied=tied), Batch(2, lengths))
+    shape = shape_of(schedule.layers, tied=tied)
+    return lower(schedule, shape, Batch(2, lengths), None if seed is None else table.__getitem__)
 
 
+seeds = st.none() | st.integers(0, 10**6)
 few = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @few
-@given(st.one_of(family_schedules(), any_schedules()), st.booleans())
-def test_no_program_deadlocks_on_a_backend_without_tags(schedule: Schedule, tied: bool) -> None:
+@given(st.one_of(family_schedules(), any_schedules()), st.booleans(), seeds)
+def test_no_program_deadlocks_on_a_backend_without_tags(schedule: Schedule, tied: bool, seed: int | None) -> None:
     check(schedule)
-    program = lowered(schedule, tied)
+    program = lowered(schedule, tied, seed)
     executed = run_like_nccl(program)
     assert sorted(executed) == sorted(action for order in schedule.ranks for action in order)
 
 
+def test_stages_that_take_no_time_beside_others_do_not_deadlock() -> None:
+    """Guards against messages ordered by time alone: beside 10^17 FLOPs an embedding's 1 is lost to rounding."""
+    schedule = build_schedule("helix", ranks=8, layers=32, microbatches=32, travel="qkv")
+    run_like_nccl(lower(schedule, SHAPES["7b"], Batch(1, (131072,))))
+
+
 @few
-@given(st.one_of(family_schedules(), any_schedules()), st.booleans())
-def test_both_ranks_of_a_pair_post_in_the_same_order(schedule: Schedule, tied: bool) -> None:
-    program = lowered(schedule, tied)
+@given(st.one_of(family_schedules(), any_schedules()), st.booleans(), seeds)
+def test_both_ranks_of_a_pair_post_in_the_same_order(schedule: Schedule, tied: bool, seed: int | None) -> None:
+    program = lowered(schedule, tied, seed)
     for message in program.messages:
         assert message.src != message.dst
     posts = [[i for i in instructions if isinstance(i, Send | Receive)] for instructions in program.ranks]
@@ -190,9 +201,11 @@ def _between(posts: list, other: int) -> list:
 
 
 @few
-@given(st.one_of(family_schedules(), any_schedules()), st.booleans())
-def test_every_message_leaves_after_its_producer_and_is_awaited_once(schedule: Schedule, tied: bool) -> None:
-    program = lowered(schedule, tied)
+@given(st.one_of(family_schedules(), any_schedules()), st.booleans(), seeds)
+def test_every_message_leaves_after_its_producer_and_is_awaited_once(
+    schedule: Schedule, tied: bool, seed: int | None
+) -> None:
+    program = lowered(schedule, tied, seed)
     at = [{i: n for n, i in enumerate(instructions)} for instructions in program.ranks]
     runs = [{i.action: n for n, i in enumerate(rank) if isinstance(i, Run)} for rank in program.ranks]
     sent = {i.message: n for rank in at for i, n in rank.items() if isinstance(i, Send)}
@@ -292,7 +305,7 @@ def test_the_messages_of_a_helix_layer() -> None:
 @given(st.one_of(family_schedules(), any_schedules()), st.integers(0, 1000))
 def test_with_free_messages_a_program_takes_as_long_as_its_schedule(schedule: Schedule, seed: int) -> None:
     durations = random.Random(seed)
-    times = {action: durations.randrange(1, 9) for order in schedule.ranks for action in order}
+    times = {action: durations.randrange(9) for order in schedule.ranks for action in order}
     shape, batch = shape_of(schedule.layers), Batch(1, (4,) * schedule.segments)
     timeline = simulate_program(lower(schedule, shape, batch, times.__getitem__), times.__getitem__)
     assert timeline.order == schedule.ranks
@@ -362,3 +375,15 @@ def test_an_action_and_its_halves_take_their_flops() -> None:
     backward = 2 * forward + 0.5 * 4 * 8 * 16
     taken = [duration(Action(0, kind, 0)) - 1 for kind in (Pass.F, Pass.R, Pass.B, Pass.I, Pass.W)]
     assert taken == [forward, forward, backward, backward / 2, backward / 2]
+
+
+def test_travelling_weights_come_shortly_before_their_first_use() -> None:
+    """A visiting stage's weights are no load on the step's start, nor held for longer than needed."""
+    program = lowered(build_schedule("helix", ranks=4, layers=16, microbatches=8, travel="qkv"))
+    for instructions in program.ranks:
+        runs = [i.action for i in instructions if isinstance(i, Run)]
+        seen = 0
+        for instruction in instructions:
+            seen += isinstance(instruction, Run)
+            if isinstance(instruction, Receive) and instruction.message.kind is Kind.WEIGHTS:
+                assert runs.index(instruction.message.consumer) - seen <= 4
