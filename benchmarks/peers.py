@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helixpipe.model.decoder import Decoder
+from helixpipe.model.linear import Linear
 from helixpipe.schedule.parts import Part, chain
 from helixpipe.shape import ModelShape
 
@@ -50,6 +51,9 @@ class PlainParts(nn.Module):
         mine += [Part("embed", 0)] * (layers.start == 0) + [Part("head", shape.layers)] * (layers.stop == shape.layers)
         self.shape, self.layers = shape, layers
         self.parts = nn.ModuleDict({str(part).replace(".", "_"): decoder.part(part) for part in mine})
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.__class__ = nn.Linear  # the peer runs torch's own
 
     def forward(self, x: Tensor) -> Tensor:
         parts = self.parts

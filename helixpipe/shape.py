@@ -190,7 +190,7 @@ def _paper(layers: int, hidden: int, heads: int) -> ModelShape:
 
 
 SHAPES: dict[str, ModelShape] = {
-    "tiny": ModelShape(layers=4, hidden=128, heads=4, ffn=512, vocabulary=256, mlp="gelu", tied=True),
+    "tiny": ModelShape(layers=4, hidden=128, heads=4, ffn=512, vocabulary=256, mlp="gelu"),
     "1.3b": _paper(24, 2048, 16),
     "3b": _paper(16, 4096, 32),
     "7b": _paper(32, 4096, 32),

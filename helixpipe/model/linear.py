@@ -37,6 +37,15 @@ class WeightQueue:
         return taken
 
 
+def add_product(weight: nn.Parameter, x: Tensor, grad: Tensor) -> None:
+    """Add a linear layer's weight gradient, [out, into] = grad^T x, to what the parameter has; in place."""
+    x, grad = x.flatten(0, -2), grad.flatten(0, -2)
+    if weight.grad is None:
+        weight.grad = grad.mT @ x
+    else:
+        weight.grad.addmm_(grad.mT, x)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, linear: Linear) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from helixpipe.model.decoder import Model
+from helixpipe.model.linear import add_product
 from helixpipe.schedule.parts import Part
 from helixpipe.schedule.program import parameter_owners
 from helixpipe.schedule.schedule import Schedule
@@ -71,16 +72,11 @@ class Weights:
 
     @torch.no_grad()
     def multiply_in(self, weight: nn.Parameter, x: Tensor, grad: Tensor) -> None:
-        """Add the weight gradient of a linear layer, [out, into] = grad^T x, in place."""
-        x, grad = x.flatten(0, -2), grad.flatten(0, -2)
+        """Add the weight gradient that a linear layer had put off."""
+        add_product(weight, x, grad)
         name = self._names[id(weight)]
         if weight is not self.masters.get(name):
-            weight.grad = grad.mT @ x
             self._collect(name, weight)
-        elif weight.grad is None:
-            weight.grad = grad.mT @ x
-        else:
-            weight.grad.addmm_(grad.mT, x)
 
     @torch.no_grad()
     def begin(self) -> None:
