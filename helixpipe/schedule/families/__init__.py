@@ -10,10 +10,20 @@ from helixpipe.errors import ConfigError, nearest
 from helixpipe.schedule.check import check
 from helixpipe.schedule.families.gpipe import gpipe
 from helixpipe.schedule.families.helix import helix
+from helixpipe.schedule.families.interleaved import interleaved
 from helixpipe.schedule.families.one_f_one_b import one_f_one_b
+from helixpipe.schedule.families.seq1f1b import seq1f1b
+from helixpipe.schedule.families.seq1f1b_interleaved import seq1f1b_interleaved
 from helixpipe.schedule.schedule import Schedule
 
-FAMILIES: dict[str, Callable[..., Schedule]] = {"gpipe": gpipe, "1f1b": one_f_one_b, "helix": helix}
+FAMILIES: dict[str, Callable[..., Schedule]] = {
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
+    "interleaved": interleaved,
+    "seq1f1b": seq1f1b,
+    "seq1f1b_interleaved": seq1f1b_interleaved,
+    "helix": helix,
+}
 
 
 def options(family: str) -> tuple[str, ...]:

@@ -11,16 +11,18 @@ Bubble (p-1)(f+b); m micro-batches kept on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.families.split import split_layers
 from helixpipe.schedule.schedule import Schedule
 
 
-def gpipe(ranks: int, layers: int, microbatches: int, opaque: Collection[int] = ()) -> Schedule:
-    """Stage r on rank r. `opaque` names the layers that are one `block`."""
+def gpipe(
+    ranks: int, layers: int, microbatches: int, opaque: Collection[int] = (), ends: Sequence[float] = (0, 0)
+) -> Schedule:
+    """Stage r on rank r. `opaque` names the layers that are one `block`; `ends`: see split_layers."""
     orders = [
         [Action(rank, kind, mb) for kind in (Pass.F, Pass.B) for mb in range(microbatches)] for rank in range(ranks)
     ]
-    return Schedule(split_layers(layers, ranks, opaque), tuple(map(tuple, orders)))
+    return Schedule(split_layers(layers, ranks, opaque, ends), tuple(map(tuple, orders)))

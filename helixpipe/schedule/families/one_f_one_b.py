@@ -11,15 +11,20 @@ Bubble (p-1)(f+b); min(p-r, m) micro-batches kept on rank r.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.families.split import split_layers
 from helixpipe.schedule.schedule import Schedule
 
 
-def one_f_one_b(ranks: int, layers: int, microbatches: int, opaque: Collection[int] = ()) -> Schedule:
-    """Stage r on rank r: p-r-1 forwards to warm up, then one forward, one backward. `opaque`: see gpipe."""
+def one_f_one_b(
+    ranks: int, layers: int, microbatches: int, opaque: Collection[int] = (), ends: Sequence[float] = (0, 0)
+) -> Schedule:
+    """Stage r on rank r: p-r-1 forwards to warm up, then one forward, one backward.
+
+    `opaque`: see gpipe. `ends`: see split_layers.
+    """
     orders = []
     for rank in range(ranks):
         ahead = min(ranks - rank - 1, microbatches)
@@ -29,4 +34,4 @@ def one_f_one_b(ranks: int, layers: int, microbatches: int, opaque: Collection[i
                 order.append(Action(rank, Pass.F, mb + ahead))
             order.append(Action(rank, Pass.B, mb))
         orders.append(tuple(order))
-    return Schedule(split_layers(layers, ranks, opaque), tuple(orders))
+    return Schedule(split_layers(layers, ranks, opaque, ends), tuple(orders))

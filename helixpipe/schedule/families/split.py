@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from helixpipe.errors import ConfigError
 from helixpipe.schedule.parts import Stage, chain, cut, layer_parts
 
 
-def split_layers(layers: int, stages: int, opaque: Collection[int] = ()) -> tuple[Stage, ...]:
-    """`stages` runs of whole layers; embed joins the first and head the last.
+def split_layers(
+    layers: int, ranks: int, opaque: Collection[int] = (), ends: Sequence[float] = (0, 0), per_rank: int = 1
+) -> tuple[Stage, ...]:
+    """`per_rank` stages for each rank, runs of whole layers; embed joins the first and head the last.
 
-    When layers do not divide, the middle stages take one more, since the ends carry embed and head.
+    `ends` says how many layers' work embed and head are; the heaviest stage is as light as can be. An end
+    that weighs something may be a stage of its own. Where that leaves a choice, the middle stages take one
+    layer more.
     """
-    if layers < stages:
-        raise ConfigError(f"schedule.ranks: {layers} layers cannot fill {stages} stages; use at most {layers} ranks")
-    few, more = divmod(layers, stages)
-    # the ends give way first: the last (its head is the heavier), then the first
-    by_weight = [*range(1, stages - 1), 0, stages - 1] if stages > 1 else [0]
-    count = [few] * stages
-    for stage in by_weight[:more]:
-        count[stage] += 1
-    starts = [sum(count[:s]) for s in range(1, stages)]
-    before = {layer_parts(layer, layer in opaque)[0] for layer in starts}
+    if len(ends) != 2 or not all(0 <= end < float("inf") for end in ends):
+        raise ConfigError(f"schedule.ends: {tuple(ends)}; give two weights in layers, for embed and head, from 0 up")
+    count = _count(layers, ranks * per_rank, ends)
+    if sum(count) > layers:
+        each = "" if per_rank == 1 else f" of {per_rank} stages each"
+        filled = f"{ranks * per_rank} stages" if per_rank == 1 else f"{ranks} ranks{each}"
+        most = layers // per_rank
+        advice = f"use at most {most} ranks" if most else f"use a model of at least {per_rank} layers"
+        raise ConfigError(f"schedule.ranks: {layers} layers cannot fill {filled}; {advice}")
+    starts = [sum(count[:s]) for s in range(1, len(count))]
+    before = {chain(layers, opaque)[-1] if at == layers else layer_parts(at, at in opaque)[0] for at in starts}
     return tuple(Stage(parts) for parts in cut(chain(layers, opaque), before))
+
+
+def _count(layers: int, stages: int, ends: Sequence[float]) -> list[int]:
+    """Layers of each stage: one after another to the lightest, which is optimal as all layers weigh the same."""
+    weight = [0.0] * stages
+    weight[0] += ends[0]
+    weight[-1] += ends[1]
+    count = [0 if stage_weight > 0 and stages > 1 else 1 for stage_weight in weight]
+    # the ends give way first: the last (its head is the heavier), then the first
+    middle_first = [*range(1, stages - 1), 0, stages - 1] if stages > 1 else [0]
+    for _ in range(layers - sum(count)):
+        lightest = min(middle_first, key=lambda stage: weight[stage] + count[stage])
+        count[lightest] += 1
+    return count

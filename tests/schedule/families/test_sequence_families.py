@@ -131,7 +131,7 @@ def naive(p: int, m: int, k: int, v: int, g: int) -> Schedule:
 
 def test_check_finds_the_deadlock_of_a_naive_ragged_group() -> None:
     """p=8, m=3, k=4, v=4: the last group is half a group. The family has an order for the same sizes."""
-    with pytest.raises(ScheduleError, match="deadlock: rank 0 waits at .* for .*, on rank 7 behind"):
+    with pytest.raises(ScheduleError, match=r"deadlock: rank 0 waits at .* for .*, on rank 7 behind"):
         check(naive(8, 3, 4, 4, g=8))
     schedule = build_schedule("seq1f1b_interleaved", ranks=8, layers=32, microbatches=3, segments=4, stages_per_rank=4)
     assert makespan(schedule, 1, 2) == 3 * 4 * 4 * 3 + 7 * 3
@@ -149,7 +149,7 @@ def test_the_naive_order_is_ours_where_groups_divide() -> None:
 
 def test_groups_of_p_units_deadlock_where_segments_do_not_divide_the_ranks() -> None:
     """The order of the authors' released code."""
-    with pytest.raises(ScheduleError, match="deadlock|needs"):
+    with pytest.raises(ScheduleError, match=r"deadlock|needs"):
         check(naive(4, 3, 3, 2, g=4))
 
 
