@@ -103,7 +103,7 @@ class DataConfig:
 class TrainConfig:
     """How long, how much at a time, and the optimizer (AdamW, warm-up, cosine)."""
 
-    steps: int = 300
+    steps: int = 150
     """Optimizer steps in all."""
     microbatch_size: int = 1
     """Sequences in a micro-batch."""
@@ -113,9 +113,9 @@ class TrainConfig:
     """Decides the initial weights and the order of the data."""
     learning_rate: float = 3e-3
     """At its highest, after the warm-up."""
-    min_learning_rate: float = 3e-4
-    """Where the cosine ends."""
-    warmup_steps: int = 20
+    min_learning_rate: float | None = None
+    """Where the cosine ends; a tenth of learning_rate when unset."""
+    warmup_steps: int = 15
     """Steps over which the learning rate rises from zero."""
     weight_decay: float = 0.1
     """On matrices alone."""
@@ -159,7 +159,7 @@ class RunConfig:
     """Where; "" is a new one, runs/<name>-<number>. Ranks on several machines must share it."""
     name: str = ""
     """Of new folders; "" is the config file's name, or 'default'."""
-    checkpoint_every: int = 100
+    checkpoint_every: int = 50
     """Steps between checkpoints (the last step has one too); 0 is none."""
     keep: int = 2
     """Checkpoints to keep: the newest ones."""
@@ -424,7 +424,7 @@ def _check_together(config: Config) -> None:
             f"train.sequence_length: {train.sequence_length} tokens, and learned positions have room for {shape.context}; "
             "shorten it or raise model.context"
         )
-    if train.min_learning_rate > train.learning_rate:
+    if (train.min_learning_rate or 0) > train.learning_rate:
         raise ConfigError(
             f"train.min_learning_rate: {train.min_learning_rate} is above train.learning_rate {train.learning_rate}; lower it"
         )

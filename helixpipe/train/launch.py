@@ -23,6 +23,7 @@ from types import FrameType
 from helixpipe import errors
 from helixpipe.errors import ConfigError, HelixpipeError, RankError
 from helixpipe.train.job import Job, prepare
+from helixpipe.train.manifest import checkpoints
 
 POLL_S = 0.05
 # after a rank said that it lost another, so long for that one to be found dead
@@ -77,7 +78,7 @@ def launch(arguments: Sequence[str]) -> int:
                 return 0
             return _launch(job)
     except KeyboardInterrupt:
-        warn("interrupted; --resume continues from the last checkpoint")
+        warn(f"interrupted; {_going_on(job)}")
         return 130
 
 
@@ -98,7 +99,7 @@ def _launch(job: Job) -> int:
                 if any(rank.failed for rank in ranks):
                     break
                 time.sleep(POLL_S)
-            return _outcome(ranks)
+            return _outcome(job, ranks)
     finally:
         _stop(ranks)
 
@@ -164,16 +165,14 @@ def _environment(job: Job, number: int, port: int) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _outcome(ranks: list[_Rank]) -> int:
+def _outcome(job: Job, ranks: list[_Rank]) -> int:
     """What to tell the user of ranks of which one or all have ended: the cause, not what followed from it."""
     failed = [rank for rank in ranks if rank.failed]
     if not failed:
         return 0
-    told = {type(rank.said) for rank in failed}
-    if not any(_killed(rank) for rank in failed) and told <= {RankError, type(None)}:
-        deadline = time.monotonic() + SETTLE_S
-        while time.monotonic() < deadline and not all(rank.ended() for rank in ranks):
-            time.sleep(POLL_S)
+    deadline = time.monotonic() + SETTLE_S
+    while min(map(_distance, failed)) > 1 and time.monotonic() < deadline and not all(rank.ended() for rank in ranks):
+        time.sleep(POLL_S)
         failed = [rank for rank in ranks if rank.failed]
     cause = min(failed, key=_distance)
     if cause.said is not None:
@@ -181,20 +180,21 @@ def _outcome(ranks: list[_Rank]) -> int:
     code = cause.process.returncode
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     print(
-        f"helixpipe: error: {cause} {how}; the other ranks are stopped, --resume continues from the last checkpoint",
+        f"helixpipe: error: {cause} {how}; the other ranks are stopped; {_going_on(job)}",
         file=sys.stderr,
         flush=True,
     )
     return 1
 
 
-def _killed(rank: _Rank) -> bool:
-    return rank.process.returncode < 0
+def _going_on(job: Job) -> str:
+    found = checkpoints(job.checkpoints)
+    return f"--resume continues from {found[-1].name}" if found else "there is no checkpoint yet"
 
 
 def _distance(rank: _Rank) -> int:
     """How far a rank's end is from the cause: 0 killed, 1 said why, 2 ended without a word, 3 lost another rank."""
-    if _killed(rank):
+    if rank.process.returncode < 0:
         return 0
     if rank.said is None:
         return 2

@@ -123,7 +123,8 @@ def find_newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, Manife
         try:
             return checkpoint, verify(checkpoint)
         except CheckpointError as error:
-            warn(f"passing over a bad checkpoint: {error}")
+            what, _, _ = str(error).partition("; ")
+            warn(f"a bad checkpoint is passed over: {what}")
     return None
 
 

@@ -15,11 +15,12 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Of step 0, 1, ...: a straight rise over the warm-up, then half a cosine down to the lowest at the last step."""
+    lowest = config.learning_rate / 10 if config.min_learning_rate is None else config.min_learning_rate
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(config.steps - 1 - config.warmup_steps, 1)
     height = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-    return config.min_learning_rate + height * (config.learning_rate - config.min_learning_rate)
+    return lowest + height * (config.learning_rate - lowest)
 
 
 class Optimizer:

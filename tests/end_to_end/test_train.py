@@ -1,0 +1,314 @@
+"""`helixpipe train` as a user runs it: processes, files and what stands on the screen."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helixpipe.train import manifest
+
+pytestmark = pytest.mark.timeout(240)
+
+STEPS = 30
+CONFIG = f"""
+[model]
+layers = 3
+hidden = 32
+heads = 2
+ffn = 64
+[train]
+steps = {STEPS}
+sequence_length = 64
+evaluate_every = 10
+evaluate_batches = 1
+warmup_steps = 5
+[run]
+checkpoint_every = 5
+timeline_step = 2
+"""
+MODULE = [sys.executable, "-m", "helixpipe", "train"]
+
+
+class Run:
+    """A `helixpipe train` in a folder of its own session, its output in files."""
+
+    def __init__(self, folder: Path, *arguments: str, command: list[str] = MODULE, config: str = CONFIG) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "small.toml").write_text(config)
+        self.folder, self._out, self._err = folder, folder / "out", folder / "err"
+        with self._out.open("w") as out, self._err.open("w") as err:
+            self.process = subprocess.Popen(
+                [*command, *arguments], cwd=folder, stdout=out, stderr=err, stdin=subprocess.DEVNULL
+            )
+
+    @property
+    def out(self) -> str:
+        return self._out.read_text()
+
+    @property
+    def err(self) -> str:
+        return self._err.read_text()
+
+    def wait(self, timeout_s: float = 90.0) -> int:
+        return self.process.wait(timeout_s)
+
+    def until(self, condition: Callable[[], object], timeout_s: float = 60.0, every_s: float = 0.005) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert self.process.poll() is None, self.err
+            assert time.monotonic() < deadline, self.err
+            time.sleep(every_s)
+
+    def ranks(self) -> list[int]:
+        """The processes that the launcher started."""
+        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in path.read_text().split()]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    """Start runs in tmp_path; none is left when the test ends."""
+    runs: list[Run] = []
+
+    def begin(*arguments: str, **more: Any) -> Run:
+        runs.append(Run(tmp_path, *arguments, **more))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        if run.process.poll() is None:
+            run.process.kill()
+            run.process.wait()
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    """Every loss of a run, training and held-out, by step."""
+    return [(line["step"], line.get("loss", line.get("held_out_loss"))) for line in metrics(folder)]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing stopped: its folder."""
+    run = Run(tmp_path_factory.mktemp("reference"), "small.toml")
+    assert run.wait() == 0, run.err
+    assert run.out.startswith("trained to step 30 in 0:")
+    assert "helixpipe:" not in run.err
+    assert f"step 1/{STEPS}  loss 5." in run.err
+    assert f"step {STEPS}/{STEPS}  held-out loss " in run.err
+    return run.folder / "runs" / "small-1"
+
+
+def test_a_run_leaves_config_metrics_checkpoints_and_a_timeline(reference: Path) -> None:
+    assert sorted(path.name for path in reference.iterdir()) == [
+        "checkpoints",
+        "config.toml",
+        "metrics.jsonl",
+        "timeline.svg",
+    ]
+    assert sorted(path.name for path in (reference / "checkpoints").iterdir()) == ["step-00000025", "step-00000030"]
+    assert (reference / "timeline.svg").read_text().startswith("<svg")
+    lines = metrics(reference)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines if "held_out_loss" in line] == [0, 10, 20, 30]
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.3
+    for line in steps:
+        assert line["grad_norm"] > 0
+        assert line["tokens_per_s"] > 0
+        assert 0 <= line["bubble_ratio"] < 1
+        assert len(line["peak_activation_bytes"]) == 2
+        assert min(line["peak_activation_bytes"]) > 0
+
+
+def test_killed_in_every_way_and_resumed_the_losses_are_as_never_stopped(
+    reference: Path, tmp_path: Path, start: Callable[..., Run]
+) -> None:
+    checkpoints = tmp_path / "runs" / "small-1" / "checkpoints"
+
+    # one rank: the others end within seconds, and its name is on the screen
+    run = start("small.toml")
+    run.until((checkpoints / "step-00000005").exists)
+    ranks = run.ranks()
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    assert run.wait(timeout_s=10) == 1
+    assert not any(map(alive, ranks))
+    last = sorted(path.name for path in checkpoints.glob("step-*"))[-1]
+    assert [line for line in run.err.splitlines() if line.startswith("helixpipe:")] == [
+        f"helixpipe: error: rank 1 (pid {ranks[1]}) was killed by SIGKILL; the other ranks are stopped; "
+        f"--resume continues from {last}"
+    ]
+    assert "Traceback" not in run.err
+
+    # the launcher alone: its ranks do not outlive it
+    run = start("small.toml", "--resume")
+    run.until((checkpoints / "step-00000015").exists)
+    ranks = run.ranks()
+    run.process.kill()
+    run.wait()
+    deadline = time.monotonic() + 10
+    while any(map(alive, ranks)):
+        assert time.monotonic() < deadline, "ranks outlive their launcher"
+        time.sleep(0.05)
+
+    # everything, while a checkpoint is written; with the config that was saved, from a path
+    run = start("--resume", "runs/small-1", "--run.checkpoint_every", "1")
+    run.until((checkpoints / "step-00000018").exists)
+    ranks = run.ranks()
+    run.until(lambda: any(checkpoints.glob(".step-*.tmp/*")), every_s=0)
+    for pid in (*ranks, run.process.pid):
+        os.kill(pid, signal.SIGKILL)
+    run.wait()
+
+    assert losses(tmp_path / "runs" / "small-1") != losses(reference)
+    run = start("small.toml", "--resume")
+    assert run.wait() == 0, run.err
+    assert losses(tmp_path / "runs" / "small-1") == losses(reference)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000025", "step-00000030"]
+
+
+@pytest.mark.parametrize(("family", "ranks"), [("1f1b", 3), ("gpipe", 1)])
+def test_resumed_with_another_family_and_rank_count_the_losses_are_the_same_to_float32(
+    reference: Path, tmp_path: Path, start: Callable[..., Run], family: str, ranks: int
+) -> None:
+    path = reference / "checkpoints" / "step-00000025"
+    run = start(
+        "small.toml", "--resume", str(path), "--run.folder", "other",
+        "--schedule.family", family, "--schedule.ranks", str(ranks), "--runtime.recompute", "none",
+    )  # fmt: skip
+    assert run.wait() == 0, run.err
+    assert "helixpipe: continuing with changes: schedule.family helix -> " in run.err
+    found = losses(tmp_path / "other")
+    wanted = [(step, loss) for step, loss in losses(reference) if step > 25]
+    assert [step for step, _ in found] == [step for step, _ in wanted]
+    assert [loss for _, loss in found] == pytest.approx([loss for _, loss in wanted], rel=2e-5)
+
+
+def test_under_torchrun_ranks_join_and_losses_are_the_same(
+    reference: Path, tmp_path: Path, start: Callable[..., Run]
+) -> None:
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+        "-m",
+        "helixpipe",
+    ]
+    run = start("train", "small.toml", "--run.checkpoint_every", "0", command=torchrun)
+    assert run.wait() == 0, run.err
+    assert losses(tmp_path / "runs" / "small-1") == losses(reference)
+    assert run.out.count("trained to step 30") == 1
+
+
+def test_ctrl_c_ends_every_rank(tmp_path: Path, start: Callable[..., Run]) -> None:
+    run = start("small.toml", "--train.steps", "5000", "--run.checkpoint_every", "0")
+    run.until((tmp_path / "runs" / "small-1" / "timeline.svg").exists)
+    ranks = run.ranks()
+    for pid in (run.process.pid, *ranks):  # as a terminal does: to all of them
+        os.kill(pid, signal.SIGINT)
+    assert run.wait(timeout_s=10) == 130
+    assert not any(map(alive, ranks))
+    assert run.err.splitlines()[-1] == "helixpipe: interrupted; there is no checkpoint yet"
+    assert "Traceback" not in run.err
+
+
+def test_a_rank_that_stands_still_is_named_in_time(tmp_path: Path, start: Callable[..., Run]) -> None:
+    run = start("small.toml", "--train.steps", "5000", "--run.checkpoint_every", "0", "--runtime.timeout_s", "4")
+    run.until((tmp_path / "runs" / "small-1" / "timeline.svg").exists)
+    ranks = run.ranks()
+    os.kill(ranks[1], signal.SIGSTOP)
+    assert run.wait(timeout_s=30) == 2
+    assert not any(map(alive, ranks))
+    told = [line for line in run.err.splitlines() if line.startswith("helixpipe:")]
+    assert len(told) == 1
+    assert told[0].startswith("helixpipe: error: rank 0")
+    assert "rank 1" in told[0]
+    assert "Traceback" not in run.err
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small file system")
+def test_a_disk_that_fills_up_ends_the_run_and_keeps_the_last_checkpoint(
+    tmp_path: Path, start: Callable[..., Run]
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1400k", "none", disk], capture_output=True).returncode:
+        pytest.skip("may not mount")
+    try:
+        run = start("small.toml", "--run.folder", "disk/run", "--run.keep", "9")
+        assert run.wait() == 2
+        told = [line for line in run.err.splitlines() if line.startswith("helixpipe:")]
+        assert len(told) == 1
+        assert told[0].startswith("helixpipe: error: checkpoint of step ")
+        assert " could not write: no space left on device; the last good one is " in told[0]
+        assert "Traceback" not in run.err
+        last = sorted((disk / "run" / "checkpoints").iterdir())[-1]
+        assert manifest.verify(last).step >= 5
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_port_in_use_is_one_line_and_nothing_is_written(tmp_path: Path, start: Callable[..., Run]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        run = start("small.toml", "--runtime.port", str(port))
+        assert run.wait() == 2
+    assert run.err == (
+        f"helixpipe: error: runtime.port: {port} cannot be used: address already in use; choose another, or 0 for any free one\n"
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train.step", "3"], "--train.step: no such key; did you mean 'steps'?"),
+        (["nowhere.toml"], "nowhere.toml: cannot be read: No such file or directory; give the path of a TOML file"),
+        (["--model.heads", "5"], "model.heads: 5 heads do not divide hidden size 128; choose a divisor or set model.head_dim"),
+        (["--data.path", "/nowhere"], "data.path: '/nowhere' does not exist; give a text file, a folder of them, or .npy/.bin tokens"),
+        (["--resume", "runs/none"], "--resume runs/none: no such folder; give a run folder or one of its checkpoints"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_nothing_is_written(
+    tmp_path: Path, start: Callable[..., Run], arguments: list[str], message: str
+) -> None:
+    run = start(*arguments)
+    assert run.wait(20) == 2
+    assert (run.err, run.out) == (f"helixpipe: error: {message}\n", "")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_loss_that_is_not_a_number_is_one_line(tmp_path: Path, start: Callable[..., Run]) -> None:
+    run = start(
+        "small.toml", "--schedule.ranks", "1", "--train.learning_rate", "1e30", "--train.clip_norm", "0",
+        "--train.warmup_steps", "0", "--train.weight_decay", "1e30",
+    )  # fmt: skip
+    assert run.wait() == 2
+    assert run.err.splitlines()[-1].startswith("helixpipe: error: step ")
+    assert run.err.splitlines()[-1].endswith("; lower train.learning_rate or train.clip_norm")

@@ -1,0 +1,202 @@
+"""Configs: what is read is what was written, and every mistake is one line that names the key."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from helixpipe.config import (
+    Config,
+    ModelConfig,
+    build_config,
+    merged,
+    parse_arguments,
+    read_toml,
+    to_table,
+    write_toml,
+)
+from helixpipe.errors import ConfigError
+from helixpipe.shape import SHAPES, ModelShape
+from helixpipe.train import main
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_the_written_config_reads_back_the_same() -> None:
+    table = {"model": {"name": "gpt2", "layers": 3, "qk_norm": True}, "train": {"betas": [0.8, 0.9], "clip_norm": 2}}
+    for config in (Config(), build_config(table)):
+        assert build_config(tomllib.loads(write_toml(config))) == config
+
+
+def test_every_field_of_a_shape_can_be_changed() -> None:
+    keys = {field.name for field in dataclasses.fields(ModelConfig)}
+    assert keys == {field.name for field in dataclasses.fields(ModelShape)} | {"name"}
+
+
+def test_the_model_is_the_named_shape_with_changes() -> None:
+    assert Config().shape() == SHAPES["tiny"]
+    shape = build_config({"model": {"name": "llama3-8b", "layers": 2, "vocabulary": 300}}).shape()
+    assert shape == dataclasses.replace(SHAPES["llama3-8b"], layers=2, vocabulary=300)
+
+
+def test_the_example_spells_out_the_defaults() -> None:
+    table = read_toml(EXAMPLES / "tiny.toml")
+    assert build_config(table) == dataclasses.replace(
+        Config(), schedule=dataclasses.replace(Config().schedule, folds=2, travel="none", groups="sequential")
+    )
+    for section, keys in to_table(Config()).items():
+        assert keys.items() <= table[section].items(), section
+
+
+def test_the_command_line_goes_before_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text("[train]\nsteps = 5\nseed = 3\n[schedule]\nfolds = 1\n")
+    given = parse_arguments(
+        [str(file), "--train.steps", "7", "--train.learning-rate=1e-4", "--train.betas", "0.8", "0.9"]
+    )
+    config = build_config(merged(read_toml(file), given.overrides))
+    assert (config.train.steps, config.train.seed, config.train.learning_rate) == (7, 3, 1e-4)
+    assert config.train.betas == (0.8, 0.9)
+    assert config.schedule.folds == 1
+
+
+def test_another_family_does_not_inherit_options() -> None:
+    base = {"schedule": {"family": "helix", "folds": 1, "ranks": 4}}
+    assert merged(base, {"schedule": {"family": "1f1b"}}) == {"schedule": {"family": "1f1b", "ranks": 4}}
+    assert merged(base, {"schedule": {"family": "helix"}})["schedule"]["folds"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "path", "resume"),
+    [
+        (["--resume"], None, "auto"),
+        (["--resume", "a.toml"], "a.toml", "auto"),
+        (["a.toml", "--resume"], "a.toml", "auto"),
+        (["--resume", "--train.steps", "3"], None, "auto"),
+        (["--resume", "runs/a-1"], None, "runs/a-1"),
+        (["a.toml", "--resume=b"], "a.toml", "b"),
+    ],
+)
+def test_resume_is_bare_or_has_a_path(arguments: list[str], path: str | None, resume: str) -> None:
+    given = parse_arguments(arguments)
+    assert given.path == path
+    assert given.overrides["run"]["resume"] == resume
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train.step", "3"], "--train.step: no such key; did you mean 'steps'?"),
+        (["--trian.steps", "3"], "--trian: no such section; did you mean 'train'?"),
+        (["--steps", "3"], "--steps: a key needs its section; did you mean '--train.steps'?"),
+        (["--train.steps", "many"], "--train.steps: 'many' will not do; give a whole number"),
+        (["--train.steps", "2.5"], "--train.steps: '2.5' will not do; give a whole number"),
+        (["--train.steps"], "--train.steps: no value; give a whole number"),
+        (["--train.betas", "0.9"], "--train.betas: [0.9] will not do; give 2 numbers"),
+        (["--model.tied", "yes"], "--model.tied: 'yes' will not do; give true or false"),
+        (["--runtime.dtype", "bf16"], "--runtime.dtype: 'bf16' is not known; did you mean 'bfloat16'?"),
+        (
+            ["a.toml", "b.toml"],
+            "'b.toml': one config file is enough, and 'a.toml' is given; write keys as --section.key value",
+        ),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments(arguments)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[train]\nstep = 3", "train.step: no such key; did you mean 'steps'?"),
+        ("[trian]\nsteps = 3", "trian: no such section; did you mean 'train'?"),
+        ("train = 3", "train: a section, not a value; write keys under [train]"),
+        ("[train]\nsteps = 'many'", "train.steps: 'many' will not do; give a whole number"),
+        ("[train]\nsteps = true", "train.steps: true will not do; give a whole number"),
+        ("[train]\nlearning_rate = [1]", "train.learning_rate: [1] will not do; give a number"),
+        ("[model]\nnorm = 'batch'", "model.norm: 'batch' is not known; known: rms, layer"),
+        ("[train\n", "not TOML: Expected ']' at the end of a table declaration (at line 1, column 7)"),
+    ],
+)
+def test_a_wrong_file_is_named_with_its_key(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_toml(file)
+    assert str(caught.value) == f"{file}: {message}"
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^nowhere\.toml: cannot be read: No such file or directory; give the path"):
+        read_toml("nowhere.toml")
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"model": {"name": "tinny"}}, "model.name: 'tinny' is not known; did you mean 'tiny'?"),
+        (
+            {"model": {"heads": 3}},
+            "model.heads: 3 heads do not divide hidden size 128; choose a divisor or set model.head_dim",
+        ),
+        ({"model": {"causal": False}}, "model.causal: next-token training needs a causal model; set it to true"),
+        ({"schedule": {"family": "helx"}}, "schedule.family: 'helx' is not known; did you mean 'helix'?"),
+        (
+            {"schedule": {"family": "1f1b", "folds": 2}},
+            "schedule.folds: 1f1b has no such option, helix has; remove the key",
+        ),
+        (
+            {"schedule": {"family": "1f1b", "ranks": 5}},
+            "schedule.ranks: 4 layers cannot fill 5 stages; use at most 4 ranks",
+        ),
+        ({"schedule": {"folds": 0}}, "schedule.folds: 0; give at least 1 (1 is the naive order, 2 the two-fold)"),
+        ({"schedule": {"ranks": 0}}, "schedule.ranks: 0; give at least 1"),
+        ({"train": {"steps": 0}}, "train.steps: 0; give at least 1"),
+        ({"train": {"betas": [0.9, 1.0]}}, "train.betas: 1.0; give two numbers from 0 to below 1"),
+        ({"train": {"learning_rate": float("nan")}}, "train.learning_rate: nan will not do; give a finite number"),
+        (
+            {"train": {"min_learning_rate": 1.0}},
+            "train.min_learning_rate: 1.0 is above train.learning_rate 0.003; lower it",
+        ),
+        ({"data": {"held_out": 1.0}}, "data.held_out: 1.0; give a share below 1, such as 0.1"),
+        ({"runtime": {"port": 70000}}, "runtime.port: 70000; give at most 65535"),
+        ({"runtime": {"timeout_s": 0}}, "runtime.timeout_s: 0.0; give more than 0"),
+        (
+            {"model": {"name": "gpt2"}, "train": {"sequence_length": 2048}},
+            "train.sequence_length: 2048 tokens, and learned positions have room for 1024; "
+            "shorten it or raise model.context",
+        ),
+    ],
+)  # fmt: skip
+def test_a_value_or_combination_that_cannot_be_is_one_line(table: dict[str, dict[str, object]], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_config(table)
+    assert str(caught.value) == message
+
+
+def test_help_names_every_key_with_its_meaning(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for section, keys in dataclasses.asdict(Config()).items():
+        for key in keys:
+            assert f"--{section}.{key} " in shown, key
+    assert "Sequences in a micro-batch." in shown
+
+
+@pytest.mark.timeout(60)
+def test_config_and_checks_do_not_import_torch() -> None:
+    code = (
+        "import sys, helixpipe.config, helixpipe.train, helixpipe.train.job, helixpipe.train.launch;"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -1,0 +1,174 @@
+"""Jobs: which run a command line means, and every refusal before anything is started or written."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from helixpipe.config import Table, build_config, to_table, write_toml
+from helixpipe.errors import CheckpointError, ConfigError, DataError
+from helixpipe.train import manifest
+from helixpipe.train.job import Job, prepare
+from helixpipe.train.manifest import Manifest
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*arguments: str) -> tuple[Job, list[str]]:
+    said: list[str] = []
+    return prepare(arguments, said.append), said
+
+
+def made(folder: str, step: int, over: Table | None = None) -> Path:
+    """A run folder with a checkpoint (of no tensors) at a step."""
+    config = build_config(over or {})
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, folder="/moved/since", name="mine"))
+    checkpoints = Path(folder, "checkpoints").resolve()
+    temporary = checkpoints / manifest.temporary_name(step)
+    temporary.mkdir(parents=True)
+    (temporary / "__0_0.distcp").write_bytes(b"tensors")
+    files = {"__0_0.distcp": manifest.seal(temporary / "__0_0.distcp")}
+    Path(folder, "config.toml").write_text(write_toml(config))
+    return manifest.finish(temporary, Manifest(step, dataclasses.asdict(config.shape()), to_table(config), files))
+
+
+def test_a_new_run_has_a_folder_of_its_own_number(elsewhere: Path) -> None:
+    job, said = run()
+    assert (job.folder, job.checkpoint, job.step, said) == (elsewhere / "runs" / "default-1", None, 0, [])
+    for name in ("default-1", "default-9", "default-10", "other-77", "default-x"):
+        (elsewhere / "runs" / name).mkdir(parents=True)
+    assert run()[0].folder == elsewhere / "runs" / "default-11"
+    (elsewhere / "mine.toml").write_text("[train]\nsteps = 3\n")
+    assert run("mine.toml")[0].folder == elsewhere / "runs" / "mine-1"
+    assert run("--run.name", "other")[0].folder == elsewhere / "runs" / "other-78"
+    assert run("--run.folder", "here")[0].folder == elsewhere / "here"
+
+
+def test_preparing_writes_nothing(elsewhere: Path) -> None:
+    run()
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_job_travels_as_text() -> None:
+    made("runs/default-1", 50)
+    for arguments in ((), ("--resume",)):
+        job, _ = run(*arguments, "--schedule.folds", "1", "--train.betas", "0.5", "0.6")
+        assert Job.from_json(job.to_json()) == job
+
+
+def test_a_bare_resume_means_the_newest_run_and_its_newest_good_checkpoint(elsewhere: Path) -> None:
+    made("runs/default-1", 70)
+    made("runs/default-2", 50, {"train": {"seed": 3}})
+    last = made("runs/default-2", 100)
+    (last / "__0_0.distcp").write_bytes(b"tensorS")
+    job, said = run("--resume")
+    assert job.folder == elsewhere / "runs" / "default-2"
+    assert (job.checkpoint, job.step) == (elsewhere / "runs/default-2/checkpoints/step-00000050", 50)
+    assert said == [
+        "a bad checkpoint is passed over: runs/default-2/checkpoints/step-00000100/__0_0.distcp: corrupted, "
+        "its checksum differs"
+    ]
+    assert job.config.train.seed == 3  # the config it was saved with
+
+
+def test_resume_with_a_path_continues_that_run_in_place_or_as_another(elsewhere: Path) -> None:
+    path = made("a", 50)
+    for given in ("a", "a/checkpoints", str(path)):
+        assert run("--resume", given)[0].folder == elsewhere / "a"
+    job, _ = run("--resume", "a", "--run.folder", "b")
+    assert (job.folder, job.checkpoint) == (elsewhere / "b", path)
+    assert run("--resume", "--run.folder", "a")[0].checkpoint == path
+
+
+def test_a_file_or_an_option_goes_before_the_saved_config_and_changes_are_said() -> None:
+    made("a", 50, {"schedule": {"folds": 1}, "train": {"seed": 3}})
+    job, said = run("--resume", "a", "--schedule.family", "1f1b", "--train.seed", "4")
+    assert (job.config.schedule.family, job.config.schedule.folds) == ("1f1b", None)
+    assert said == [
+        "continuing with changes: schedule.family helix -> 1f1b, schedule.folds 1 -> unset, train.seed 3 -> 4"
+    ]
+    Path("new.toml").write_text("[train]\nsteps = 200\n")
+    assert run("new.toml", "--resume", "a")[0].config.train.seed == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            ["--resume"],
+            CheckpointError,
+            "--resume: no run runs/default-<number> here; give --resume PATH or --run.folder",
+        ),
+        (
+            ["--resume", "nowhere"],
+            CheckpointError,
+            "--resume nowhere: no such folder; give a run folder or one of its checkpoints",
+        ),
+        (
+            ["--resume", "empty"],
+            CheckpointError,
+            "--resume: no checkpoint in empty/checkpoints; run without --resume to start anew",
+        ),
+        (
+            ["--run.folder", "used"],
+            ConfigError,
+            "run.folder: '{}/used' has a run already; continue it with --resume or choose another folder",
+        ),
+        (
+            ["--resume", "used", "--run.folder", "empty-run"],
+            ConfigError,
+            "run.folder: '{}/empty-run' has a run already; continue it with --resume or choose another folder",
+        ),
+        (["--run.folder", "file"], ConfigError, "run.folder: '{}/file' is a file; choose another folder"),
+        (
+            ["--run.name", "a/b"],
+            ConfigError,
+            "run.name: 'a/b' will not do for a folder; use letters, digits and dashes",
+        ),
+        (
+            ["--resume", "used", "--train.steps", "50"],
+            ConfigError,
+            "train.steps: 50, and {}/used/checkpoints/step-00000050 has done 50; raise it to continue",
+        ),
+        (
+            ["--resume", "used", "--model.layers", "6"],
+            CheckpointError,
+            "{}/used/checkpoints/step-00000050: its model.layers is 4, and the config's 6; use the same model",
+        ),
+        (
+            ["--data.path", "nowhere"],
+            DataError,
+            "data.path: 'nowhere' does not exist; give a text file, a folder of them, or .npy/.bin tokens",
+        ),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    elsewhere: Path, arguments: list[str], error: type[Exception], message: str
+) -> None:
+    made("used", 50)
+    (elsewhere / "empty").mkdir()
+    (elsewhere / "empty-run" / "checkpoints").mkdir(parents=True)
+    (elsewhere / "file").touch()
+    with pytest.raises(error) as caught:
+        run(*arguments)
+    assert str(caught.value) == message.replace("{}", str(elsewhere))
+
+
+def test_torchrun_must_start_as_many_ranks_as_the_schedule_has() -> None:
+    with pytest.raises(ConfigError) as caught:
+        prepare([], lambda line: None, ranks=3)
+    assert str(caught.value) == "schedule.ranks: 2, and torchrun started 3 processes; make them the same"
+
+
+def test_no_good_checkpoint_is_an_error() -> None:
+    (made("a", 50) / "__0_0.distcp").unlink()
+    said: list[str] = []
+    with pytest.raises(CheckpointError, match=r"^--resume: no good checkpoint in a/checkpoints; run without"):
+        prepare(["--resume", "a"], said.append)
+    assert len(said) == 1

@@ -1,0 +1,90 @@
+"""The optimizer is torch's AdamW with a learning rate by step, and its state survives a checkpoint bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from helixpipe.config import TrainConfig
+from helixpipe.train.optimizer import Optimizer, learning_rate
+
+CONFIG = TrainConfig(steps=20, warmup_steps=4, learning_rate=1.0, min_learning_rate=0.1)
+
+
+def test_the_learning_rate_rises_then_follows_a_cosine() -> None:
+    rates = [learning_rate(CONFIG, step) for step in range(20)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert all(a > b for a, b in itertools.pairwise(rates[4:]))
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[4 + 15 // 2] == pytest.approx(0.1 + 0.9 / 2, abs=0.05)
+
+
+def test_the_lowest_is_a_tenth_when_unset() -> None:
+    assert learning_rate(TrainConfig(steps=20), 19) == pytest.approx(TrainConfig().learning_rate / 10)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_very_short_runs_have_a_learning_rate(steps: int) -> None:
+    for warmup in (0, 1, 5):
+        config = TrainConfig(steps=steps, warmup_steps=warmup)
+        assert all(0 < learning_rate(config, step) <= config.learning_rate for step in range(steps))
+
+
+def _parameters() -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "matrix": nn.Parameter(torch.randn(3, 4, generator=generator)),
+        "vector": nn.Parameter(torch.randn(4, generator=generator)),
+    }
+
+
+def _step(parameters: dict[str, nn.Parameter], optimizer: Optimizer, step: int) -> None:
+    generator = torch.Generator().manual_seed(step + 1)
+    for parameter in parameters.values():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step(step)
+
+
+def test_only_matrices_decay() -> None:
+    parameters = _parameters()
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    Optimizer(parameters, TrainConfig(warmup_steps=0, learning_rate=0.5, weight_decay=0.1)).step(0)
+    assert torch.allclose(parameters["matrix"], before["matrix"] * 0.95)
+    assert torch.equal(parameters["vector"], before["vector"])
+
+
+def test_a_restored_optimizer_goes_on_bit_for_bit() -> None:
+    straight = _parameters()
+    optimizer = Optimizer(straight, CONFIG)
+    for step in range(3):
+        _step(straight, optimizer, step)
+    saved = {name: tensor.clone() for name, tensor in optimizer.state(3).items()}
+    for step in range(3, 6):
+        _step(straight, optimizer, step)
+
+    resumed = {name: nn.Parameter(torch.zeros_like(p)) for name, p in _parameters().items()}
+    restored = Optimizer(resumed, CONFIG)
+    for name, tensor in restored.state(3).items():
+        tensor.copy_(saved[name])
+    for step in range(3, 6):
+        _step(resumed, restored, step)
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_state_names_know_no_placement() -> None:
+    assert sorted(Optimizer(_parameters(), CONFIG).state(0)) == [
+        "model.matrix", "model.vector",
+        "optimizer.matrix.exp_avg", "optimizer.matrix.exp_avg_sq",
+        "optimizer.vector.exp_avg", "optimizer.vector.exp_avg_sq",
+    ]  # fmt: skip
+
+
+def test_a_rank_that_owns_nothing_steps_too() -> None:
+    optimizer = Optimizer({}, CONFIG)
+    assert optimizer.step(0) == 0.25
+    assert optimizer.state(1) == {}
