@@ -14,7 +14,7 @@ import pytest
 
 import helixpipe
 from helixpipe.cli import main
-from helixpipe.schedule.families import build_schedule
+from helixpipe.schedule.families import build_schedule, options
 from helixpipe.schedule.text import from_json, load, save
 
 SIZES = ["--ranks", "2", "--layers", "2", "--microbatches", "4"]
@@ -131,7 +131,7 @@ def test_show_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         ),
         (
             "show 1f1b --ranks 2 --layers 2 --microbatches 2 --folds 2",
-            "schedule.folds: 1f1b has no such option; known: opaque",
+            f"schedule.folds: 1f1b has no such option; known: {', '.join(options('1f1b'))}",
         ),
         (
             "show helix --ranks 2 --layers 2 --microbatches 2 --travel all",
