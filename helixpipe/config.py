@@ -74,7 +74,7 @@ class ScheduleConfig:
     """Which schedule. Options that stay unset are the family's own defaults."""
 
     family: str = "helix"
-    """helix, 1f1b or gpipe."""
+    """A published schedule: helix, 1f1b, gpipe, ... (helixpipe.schedule.families)."""
     ranks: int = 2
     """Pipeline ranks: processes, one device each where there are devices."""
     microbatches: int = 4
@@ -85,6 +85,12 @@ class ScheduleConfig:
     """helix: what moves with the attention to the rank that runs it."""
     groups: Literal["sequential", "forward_first"] | None = None
     """helix: one group after another (least memory), or all forward first (least bubble)."""
+    segments: int | None = None
+    """seq1f1b: pieces of a sequence, of as many tokens each."""
+    stages_per_rank: int | None = None
+    """interleaved: stages on a rank."""
+    group: int | None = None
+    """interleaved: micro-batches (or segments of them) that take a stage together; 0 is the fewest that feed all ranks."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,7 @@ class RuntimeConfig:
     """Tokens at a time through the MLP; 0 is all at once."""
     head_chunk: int = 0
     """Tokens at a time through the head and the loss; 0 is all at once."""
-    timeout_s: float = 60.0
+    timeout_s: float = 300.0
     """A wait for another rank that lasts longer is an error."""
     port: int = 0
     """Where local ranks meet; 0 is any free port."""
@@ -200,6 +206,13 @@ class Config:
         layers = self.shape().layers
         return families.build_schedule(family, ranks=ranks, layers=layers, microbatches=microbatches, **given)
 
+    def segment_lengths(self, schedule: Schedule) -> tuple[int, ...] | None:
+        """Tokens of each segment, as even as can be; None when sequences stay whole."""
+        length, segments = self.train.sequence_length, schedule.segments
+        if segments == 1:
+            return None
+        return tuple(length * (i + 1) // segments - length * i // segments for i in range(segments))
+
     @property
     def batch_size(self) -> int:
         """Sequences in a step."""
@@ -209,6 +222,7 @@ class Config:
 Table = dict[str, dict[str, Any]]
 """A config as TOML has it: section -> key -> value, only what was given."""
 
+_FAMILY_OPTIONS = tuple(option.name for option in dataclasses.fields(ScheduleConfig) if option.default is None)
 # key -> the least it may be
 _AT_LEAST = {
     "data.held_out": 0, "train.steps": 1, "train.microbatch_size": 1, "train.sequence_length": 1, "train.seed": 0,
@@ -252,7 +266,7 @@ def merged(base: Table, over: Table) -> Table:
     found = {section: dict(keys) for section, keys in base.items()}
     family = over.get("schedule", {}).get("family")
     if family is not None and family != found.get("schedule", {}).get("family", ScheduleConfig.family):
-        for option in ("folds", "travel", "groups"):
+        for option in _FAMILY_OPTIONS:
             found.get("schedule", {}).pop(option, None)
     for section, keys in over.items():
         found.setdefault(section, {}).update(keys)
@@ -416,7 +430,11 @@ def _check_values(config: Config) -> None:
 def _check_together(config: Config) -> None:
     """What no single key can be blamed for without the others."""
     train, shape = config.train, config.shape()
-    config.build_schedule()
+    segments = config.build_schedule().segments
+    if segments > train.sequence_length:
+        raise ConfigError(
+            f"schedule.segments: {segments}, and a sequence has {train.sequence_length} tokens; give at most as many"
+        )
     if not shape.causal:  # it would see the token it is asked for
         raise ConfigError("model.causal: next-token training needs a causal model; set it to true")
     if shape.positions == "learned" and train.sequence_length > shape.context:

@@ -40,6 +40,7 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
         dtype=_DTYPES[config.runtime.dtype],
         recompute=config.runtime.recompute,
         timeout_s=config.runtime.timeout_s,
+        segment_lengths=config.segment_lengths(schedule),
     )
     optimizer = Optimizer(pipeline.parameters, settings)
 

@@ -71,6 +71,13 @@ def test_another_family_does_not_inherit_options() -> None:
     assert merged(base, {"schedule": {"family": "helix"}})["schedule"]["folds"] == 1
 
 
+def test_segments_are_as_even_as_can_be() -> None:
+    table = {"schedule": {"family": "seq1f1b", "segments": 3}, "train": {"sequence_length": 100}}
+    config = build_config(table)
+    assert config.segment_lengths(config.build_schedule()) == (33, 33, 34)
+    assert Config().segment_lengths(Config().build_schedule()) is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "path", "resume"),
     [
@@ -155,6 +162,10 @@ def test_a_missing_file_is_named() -> None:
         (
             {"schedule": {"family": "1f1b", "ranks": 5}},
             "schedule.ranks: 4 layers cannot fill 5 stages; use at most 4 ranks",
+        ),
+        (
+            {"schedule": {"family": "seq1f1b", "segments": 9}, "train": {"sequence_length": 8}},
+            "schedule.segments: 9, and a sequence has 8 tokens; give at most as many",
         ),
         ({"schedule": {"folds": 0}}, "schedule.folds: 0; give at least 1 (1 is the naive order, 2 the two-fold)"),
         ({"schedule": {"ranks": 0}}, "schedule.ranks: 0; give at least 1"),
