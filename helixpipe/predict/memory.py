@@ -73,35 +73,127 @@ def peak_activation_bytes(program: Program, keeping: Keeping) -> tuple[int, ...]
     return tuple(max((high for high, _ in rank), default=0) for rank in activation_bytes(program, keeping))
 
 
+class _Live:
+    """Bytes that one rank holds, each tensor counted once however many hold it."""
+
+    def __init__(self) -> None:
+        self.bytes = self.high_bytes = 0
+        self._holders: dict[tuple[int, int, str], int] = {}
+
+    def hold(self, microbatch: int, segment: int, held: Kept, by: int) -> None:
+        """`by` more holders of each (fewer, when below 0)."""
+        for name, size in held.items():
+            key = microbatch, segment, name
+            before = self._holders.get(key, 0)
+            self._holders[key] = before + by
+            self.bytes += size * ((before + by > 0) - (before > 0))
+        self.high_bytes = max(self.high_bytes, self.bytes)
+
+
 def _walk(program: Program, rank: int, keeping: Keeping) -> Iterator[tuple[int, int]]:
-    """Live bytes of one rank, counting each tensor once however many hold it."""
     schedule, shape, batch = program.schedule, program.shape, program.batch
     cut = [chunks(stage, whole=keeping.recompute == "none") for stage in schedule.stages]
-    holders: dict[tuple[int, str], int] = {}
-    live = high = 0
-
-    def hold(mb: int, held: Kept, by: int) -> None:
-        nonlocal live, high
-        for name, size in held.items():
-            before = holders.get((mb, name), 0)
-            holders[mb, name] = before + by
-            live += size * ((before + by > 0) - (before > 0))
-        high = max(high, live)
-
+    live = _Live()
     for action in schedule.ranks[rank]:
-        high = live
+        live.high_bytes = live.bytes
         stage, kind, mb, seg = action
-        here = cut[stage] if kind is Pass.F else cut[stage][::-1]
-        for chunk in here:
-            mine = kept(chunk, shape, batch, seg, keeping)
-            if kind is Pass.F:
-                hold(mb, mine, 1)
-            elif kind is Pass.B:
-                again = graph(chunk, shape, batch, seg, keeping) if keeping.recompute != "none" else {}
-                hold(mb, again, 1)
-                hold(mb, again, -1)
-                hold(mb, mine, -1)
-        yield high, live
+        here = cut[stage] if kind in (Pass.F, Pass.W) else cut[stage][::-1]
+        for i, chunk in enumerate(here):
+            step = _Step(live, chunk, shape, batch, mb, seg, keeping)
+            ahead = i == 0 and keeping.recompute != "none" and action.sibling(Pass.R) in schedule.placed
+            match kind:
+                case Pass.F:
+                    step.forward(keeps_past=schedule.segments > 1)
+                case Pass.R if ahead:
+                    step.recompute()
+                case Pass.B | Pass.I:
+                    if keeping.recompute != "none" and not ahead:
+                        step.recompute()
+                    step.backward(puts_off=kind is Pass.I, kept_past=schedule.segments > 1)
+                case Pass.W:
+                    for part in chunk.parts:
+                        live.hold(mb, seg, _put_off(part, shape, batch, seg, keeping), -1)
+        yield live.high_bytes, live.bytes
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One chunk of one action."""
+
+    live: _Live
+    chunk: Chunk
+    shape: ModelShape
+    batch: Batch
+    microbatch: int
+    segment: int
+    keeping: Keeping
+
+    def hold(self, held: Kept, by: int) -> None:
+        self.live.hold(self.microbatch, self.segment, held, by)
+
+    @property
+    def of(self) -> tuple[ModelShape, Batch, int, Keeping]:
+        return self.shape, self.batch, self.segment, self.keeping
+
+    def forward(self, keeps_past: bool) -> None:
+        if self.keeping.recompute == "none":
+            self._hold_graph()
+        else:
+            self.hold(kept(self.chunk, *self.of), 1)
+        if keeps_past:
+            self.hold(_key_values(self.chunk, *self.of), 1)
+
+    def recompute(self) -> None:
+        """What was kept gives way to the graph."""
+        self._hold_graph()
+        self.hold(kept(self.chunk, *self.of), -1)
+
+    def _hold_graph(self) -> None:
+        for part in self.chunk.parts:
+            self.hold(_saved(part, *self.of), 1)
+
+    def backward(self, puts_off: bool, kept_past: bool) -> None:
+        """Autograd lets go of each part's share of the graph as it passes it, but for what is put off."""
+        for part in reversed(self.chunk.parts):
+            left = _put_off(part, *self.of) if puts_off else {}
+            inputs = {name: size for name, size in left.items() if not name.startswith("d ")}
+            self.hold(inputs, 1)
+            self.hold(_saved(part, *self.of), -1)
+            self.hold({name: size for name, size in left.items() if name not in inputs}, 1)
+        if kept_past:
+            self.hold(_key_values(self.chunk, *self.of), -1)
+
+
+def _key_values(chunk: Chunk, shape: ModelShape, batch: Batch, segment: int, keeping: Keeping) -> Kept:
+    """Keys and values that later segments read: there until the segment's own backward."""
+    values = [value for part in chunk.parts if part.kind == "attn" for value in part.reads[1:]]
+    return {str(value): _bytes(value, shape, batch, segment, keeping) for value in values}
+
+
+def _put_off(part: Part, shape: ModelShape, batch: Batch, segment: int, keeping: Keeping) -> Kept:
+    """What an I leaves for its W: input and output gradient of each linear layer; nothing where a part is chunked."""
+    if (part.kind == "mlp" and keeping.mlp_chunk) or (part.kind == "head" and keeping.head_chunk):
+        return {}
+    unit = batch.tokens(segment) * keeping.element_bytes
+    linears = _linears(part, shape).items()
+    return {name: unit * into for name, (_, into) in linears} | {f"d {name}": unit * out for name, (out, _) in linears}
+
+
+def _linears(part: Part, shape: ModelShape) -> dict[str, tuple[int, int]]:
+    """Name of a linear layer's input -> (all its outputs, its input), elements a token."""
+    h, q, kv, ffn = shape.hidden, shape.q_size, shape.kv_size, shape.ffn
+    match part.kind:
+        case "qkv":
+            return {str(part.reads[0]): (q + 2 * kv, h)}
+        case "proj":
+            return {str(part.reads[0]): (h, q)}
+        case "mlp":
+            ups = ffn if shape.mlp == "gelu" else 2 * ffn
+            return {f"{part}.normed": (ups, h), f"{part}.act": (h, ffn)}
+        case "head":
+            return {f"{part}.normed": (shape.vocabulary, h)}
+        case _:
+            return {}
 
 
 def _bytes(value: Value, shape: ModelShape, batch: Batch, segment: int, keeping: Keeping) -> int:
@@ -135,10 +227,11 @@ def _saved(part: Part, shape: ModelShape, batch: Batch, segment: int, keeping: K
         case "mlp" if keeping.mlp_chunk:
             return reads
         case "mlp":
-            wides = 2 if shape.mlp == "gelu" else 4
+            wides = 1 if shape.mlp == "gelu" else 3
             inside = {
                 f"{part}.normed": tokens * shape.hidden * narrow,
                 f"{part}.wide": wides * tokens * shape.ffn * narrow,
+                f"{part}.act": tokens * shape.ffn * narrow,
             }
             return reads | norm(f"{part}.norm") | inside
         case "head" if keeping.head_chunk:

@@ -52,6 +52,11 @@ class Schedule:
         return {(a.stage, a.microbatch): rank for rank, order in enumerate(self.ranks) for a in order}
 
     @cached_property
+    def placed(self) -> frozenset[Action]:
+        """All actions of all ranks."""
+        return frozenset(action for order in self.ranks for action in order)
+
+    @cached_property
     def ranks_of(self) -> tuple[tuple[int, ...], ...]:
         """Per stage, the ranks that run it for some micro-batch, ascending."""
         found: list[set[int]] = [set() for _ in self.stages]

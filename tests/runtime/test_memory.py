@@ -9,6 +9,8 @@ import pytest
 from oracle import batch
 from ranks import Ranks
 from test_gradients import Case, mesh_of
+from test_split_and_segments import Case as SplitCase
+from test_split_and_segments import schedule_of as by_hand
 
 from helixpipe.model.decoder import Decoder
 from helixpipe.predict.memory import Keeping, activation_bytes
@@ -69,6 +71,39 @@ def test_bytes_kept_equal_the_formula(four_ranks: Ranks, case: Case) -> None:
         high = max(high for high, _ in expected)
         if not case.chunk:  # a chunked part's own transient is one slice's, which the formula leaves out
             assert timeline.peak_activation_bytes[rank] == pytest.approx(high, rel=0.05)
+
+
+def measured_by_hand(case: SplitCase) -> Timeline | None:
+    mesh = mesh_of(case.ranks)
+    if mesh is None:
+        return None
+    model = Decoder(SHAPE, mlp_chunk=case.chunk, head_chunk=case.chunk)
+    lengths = SEGMENTS[case.segments]
+    pipeline = Pipeline(model, by_hand(case), mesh, recompute=case.recompute, timeout_s=30, segment_lengths=lengths)
+    pipeline.step(*batch(SHAPE, 3, sum(lengths)))
+    pipeline.close()
+    return pipeline.timeline()
+
+
+SHAPE = ModelShape(**(BASE | {"kv_heads": 2, "norm": "layer"}))
+SEGMENTS = {1: (64,), 3: (40, 16, 8)}
+SPLIT_CASES = [
+    SplitCase(2, segments, backward, recompute)
+    for segments in (1, 3)
+    for backward in ("B", "IW", "I..W", "RB")
+    for recompute in ("none", "full", "selective")
+]
+
+
+@pytest.mark.parametrize("case", SPLIT_CASES, ids=str)
+def test_bytes_kept_with_segments_and_split_backward(four_ranks: Ranks, case: SplitCase) -> None:
+    timeline = four_ranks.run(measured_by_hand, case)[0]
+    program = lower(by_hand(case), SHAPE, Batch(1, SEGMENTS[case.segments]))
+    for rank, expected in enumerate(activation_bytes(program, Keeping(case.recompute))):
+        held = [point.activation_bytes for point in timeline.memory[rank][1::2]]
+        largest = max(high for high, _ in expected)
+        assert held == pytest.approx([end for _, end in expected], abs=0.05 * largest)
+        assert timeline.peak_activation_bytes[rank] == pytest.approx(largest, rel=0.05)
 
 
 def transient(timeline: Timeline, rank: int, stages: set[int]) -> int:
