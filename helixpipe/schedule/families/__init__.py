@@ -8,20 +8,40 @@ from typing import Any
 
 from helixpipe.errors import ConfigError, nearest
 from helixpipe.schedule.check import check
+from helixpipe.schedule.families.breadth_first import breadth_first
+from helixpipe.schedule.families.dualpipe_v import dualpipe_v
 from helixpipe.schedule.families.gpipe import gpipe
 from helixpipe.schedule.families.helix import helix
 from helixpipe.schedule.families.interleaved import interleaved
 from helixpipe.schedule.families.one_f_one_b import one_f_one_b
 from helixpipe.schedule.families.seq1f1b import seq1f1b
 from helixpipe.schedule.families.seq1f1b_interleaved import seq1f1b_interleaved
+from helixpipe.schedule.families.seq1f1b_zb import seq1f1b_zb
+from helixpipe.schedule.families.slimpipe import slimpipe
+from helixpipe.schedule.families.terapipe import terapipe
+from helixpipe.schedule.families.v_half import v_half
+from helixpipe.schedule.families.v_min import v_min
+from helixpipe.schedule.families.zb_h1 import zb_h1
+from helixpipe.schedule.families.zb_h2 import zb_h2
+from helixpipe.schedule.families.zb_v import zb_v
 from helixpipe.schedule.schedule import Schedule
 
 FAMILIES: dict[str, Callable[..., Schedule]] = {
     "gpipe": gpipe,
     "1f1b": one_f_one_b,
     "interleaved": interleaved,
+    "breadth_first": breadth_first,
+    "zb_h1": zb_h1,
+    "zb_h2": zb_h2,
+    "zb_v": zb_v,
+    "v_half": v_half,
+    "v_min": v_min,
+    "dualpipe_v": dualpipe_v,
+    "terapipe": terapipe,
     "seq1f1b": seq1f1b,
     "seq1f1b_interleaved": seq1f1b_interleaved,
+    "seq1f1b_zb": seq1f1b_zb,
+    "slimpipe": slimpipe,
     "helix": helix,
 }
 

@@ -7,10 +7,12 @@ no other segment needs, to the first.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from helixpipe.errors import ConfigError
+from helixpipe.schedule.action import Action, Pass
 
 Unit = tuple[int, int]  # micro-batch, segment
 T = TypeVar("T")
@@ -32,6 +34,18 @@ def take_turns(forwards: Sequence[T], backwards: Sequence[T], ahead: int) -> Ite
         if ahead + i < len(forwards):
             yield forwards[ahead + i]
         yield backward
+
+
+def split_backwards(order: Iterable[Action], late: int) -> Iterator[Action]:
+    """The order with each I's W: after the I that comes `late` I's later, and what is left at the end."""
+    waiting: deque[Action] = deque()
+    for action in order:
+        yield action
+        if action.kind is Pass.I:
+            waiting.append(action.sibling(Pass.W))
+            if len(waiting) > late:
+                yield waiting.popleft()
+    yield from waiting
 
 
 def check_segments(segments: int, opaque: Collection[int] = ()) -> None:
