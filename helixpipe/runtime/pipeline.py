@@ -109,7 +109,8 @@ class Pipeline:
         Collective. Norms are added in rank order, so the result is the same everywhere and every time.
         """
         gradients = [p.grad for _, p in sorted(self.parameters.items()) if p.grad is not None]
-        squared = sum((float(g.double().square().sum()) for g in gradients), 0.0)
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
+        squared = float(torch.stack(norms).square().sum()) if norms else 0.0
         self._watch.doing = "the norm of all gradients"
         norm = math.sqrt(sum(row[0] for row in self._gathered([squared])))
         if norm > max_norm:
