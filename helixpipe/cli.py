@@ -29,6 +29,7 @@ that backward; messages take no time. Attention has that share of a layer at a s
 hidden size (12 when causal); longer sequences have more.
 """
 MOST_ACTIONS = 500_000
+MOST_LAYERS = 100_000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,6 +76,7 @@ def show(given: list[str]) -> int:
     from helixpipe.predict.simulate import simulate_schedule
     from helixpipe.schedule.families import build_schedule
     from helixpipe.schedule.text import to_csv, to_json
+    from helixpipe.schedule.torch_text import to_torch_csv
     from helixpipe.view.svg import render
     from helixpipe.view.text import staircase
     from helixpipe.view.units import unit_durations
@@ -92,6 +94,8 @@ def show(given: list[str]) -> int:
         write_text(args.svg, render(timeline, f"{args.family}: {told}", unit="units"))
     if args.csv is not None:
         write_text(args.csv, to_csv(schedule))
+    if args.torch_csv is not None:
+        write_text(args.torch_csv, to_torch_csv(schedule))
     peaks = [int(peak) for peak in peak_kept(schedule)]
     if args.json:
         modelled = {"makespan_units": timeline.makespan_s, "bubble_ratio": timeline.bubble_ratio}
@@ -120,21 +124,27 @@ def _show_parser() -> _Parser:
     parser.add_argument("--groups", metavar="G", help="helix: sequential or forward_first (default sequential)")
     parser.add_argument("--svg", metavar="FILE", help="write a picture")
     parser.add_argument("--csv", metavar="FILE", help="write the schedule, a row a rank: helixpipe check reads it")
+    theirs = "write it for torch.distributed.pipelining, in its compute_only format"
+    parser.add_argument("--torch-csv", metavar="FILE", help=theirs)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return parser
 
 
 def check(given: list[str]) -> int:
-    """`helixpipe check FILE`"""
+    """`helixpipe check FILE [--layers L]`"""
     from helixpipe.schedule.check import check as prove
     from helixpipe.schedule.text import load
 
     parser = _Parser("check", "Whether a schedule file can run, or the reason why not: exit code 2.", "")
     parser.add_argument("file", metavar="FILE", help="a .csv or .json file, as show --csv writes it")
+    layers = "layers of the model: for a compute_only .csv of torch.distributed.pipelining, which does not tell"
+    parser.add_argument("--layers", type=_number, metavar="L", help=layers)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.read(given)
+    if args.layers is not None and not 0 < args.layers <= MOST_LAYERS:
+        raise ConfigError(f"--layers: {args.layers}; give 1 to {MOST_LAYERS:,}")
     try:
-        schedule = load(args.file)
+        schedule = load(args.file, args.layers)
         prove(schedule)
     except ScheduleError as error:
         if args.json:

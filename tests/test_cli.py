@@ -180,6 +180,28 @@ def test_check_tells_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture
     assert err == ""
 
 
+def test_check_reads_torchs_files_when_told_the_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "torch.csv"
+    assert main(["show", "1f1b", *SIZES, "--torch-csv", str(path), "--json"]) == 0
+    capsys.readouterr()
+    assert path.read_text() == "0F0,0F1,0B0,0F2,0B1,0F3,0B2,0B3\n1F0,1B0,1F1,1B1,1F2,1B2,1F3,1B3\n"
+    assert main(["check", str(path), "--layers", "6"]) == 0
+    assert capsys.readouterr().out == "ok: ranks 2, stages 2, layers 6, microbatches 4, actions 16\n"
+    assert "line 1: a row of actions before any stage" in fails(capsys, "check", str(path))
+    assert fails(capsys, "check", str(path), "--layers", "1") == (
+        f"{path}: layers: 1, and the rows name 2 stages; give at least 2"
+    )
+    assert fails(capsys, "check", str(path), "--layers", "0") == "--layers: 0; give 1 to 100,000"
+    path.write_text("0F0,0SEND_F0\n")
+    assert "'0SEND_F0' moves data" in fails(capsys, "check", str(path), "--layers", "2")
+
+
+def test_what_torch_cannot_say_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = fails(capsys, "show", "helix", *SIZES, "--torch-csv", str(tmp_path / "a.csv"))
+    assert told.startswith("stage 1 (attn.0) runs on ranks 0, 1, and a stage of torch's on one; use a family")
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [

@@ -5,8 +5,8 @@
      "ranks": [["0F0", "0F1", "1F0"], ...]}                         0F0,0F1,1F0
 
 Both say all that a schedule holds: what is read back equals what was written. Neither is checked here.
-A stage's row in CSV is a comment to spreadsheets; torch's files have none, since there a stage is a module
-that the caller built. An empty cell is a rank standing idle (torch writes them); it means nothing here.
+A stage's row in CSV is a comment to spreadsheets. A CSV without any is read as torch's (see `torch_text`), when
+the caller says how many layers the model has. An empty cell is a rank standing idle; it means nothing here.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,28 @@ from helixpipe.files import read_text, write_text
 from helixpipe.schedule.action import Action
 from helixpipe.schedule.parts import Part, Stage
 from helixpipe.schedule.schedule import Schedule
+from helixpipe.schedule.torch_text import read_cell, whole_layers
 
 STAGE_ROW = re.compile(r"#\s*stage\s+([0-9]{1,9})(?:\s+home\s+([0-9]{1,9}))?\s*:(.*)")
 EXAMPLE = "embed norm.0 qkv.0"
 LONGEST = 40  # letters; no action or part has as many, and errors quote no more
 
 
-def load(path: str | os.PathLike[str]) -> Schedule:
-    """Read a `.json` or `.csv` file, not yet checked; raises ScheduleError that names file, place and fault."""
-    read = {".json": from_json, ".csv": from_csv}[_suffix(path)]
+def load(path: str | os.PathLike[str], layers: int | None = None) -> Schedule:
+    """Read a `.json` or `.csv` file, not yet checked; raises ScheduleError that names file, place and fault.
+
+    `layers`: the model's, for a CSV of torch.distributed.pipelining, which does not tell.
+    """
+    suffix = _suffix(path)
     text = read_text(path, ScheduleError)
     try:
-        return read(text)
+        schedule = from_json(text) if suffix == ".json" else from_csv(text, layers)
+        own = max((part.layer for stage in schedule.stages for part in stage.parts), default=0)
+        if layers not in (None, own):
+            raise ScheduleError(f"the file has stages of its own, of {own} layers; do not give {layers}")
     except ScheduleError as error:
         raise ScheduleError(f"{path}: {error}") from None
+    return schedule
 
 
 def save(path: str | os.PathLike[str], schedule: Schedule) -> None:
@@ -141,27 +150,50 @@ def to_csv(schedule: Schedule) -> str:
     return "\n".join(rows) + "\n"
 
 
-def from_csv(text: str) -> Schedule:
-    """The schedule that `to_csv` wrote; raises ScheduleError with line and cell. Blank lines are no rows."""
+def from_csv(text: str, layers: int | None = None) -> Schedule:
+    """The schedule that `to_csv` wrote; raises ScheduleError with line and cell. Blank lines are no rows.
+
+    With `layers`, the model's, also one that names no stages, as torch.distributed.pipelining writes it.
+    """
+    rows = {n: row.strip() for n, row in enumerate(re.split(r"\r\n|\r|\n", text), start=1) if row.strip()}
+    if layers is not None and not any(row.startswith("#") for row in rows.values()):
+        return _from_torch_rows(rows, layers)
     stages: list[Stage] = []
     orders: list[tuple[Action, ...]] = []
-    for line, row in enumerate(re.split(r"\r\n|\r|\n", text), start=1):
-        if not row.strip():
-            continue
-        place = f"line {line}"
-        if row.lstrip().startswith("#"):
+    for line, row in rows.items():
+        if row.startswith("#"):
             if orders:
-                raise ScheduleError(f"{place}: a row of a stage after rows of actions; stages come first")
-            stages.append(_stage_row(row.strip(), len(stages), place))
+                raise ScheduleError(f"line {line}: a row of a stage after rows of actions; stages come first")
+            stages.append(_stage_row(row, len(stages), f"line {line}"))
             continue
         if not stages:
-            raise ScheduleError(f"{place}: a row of actions before any stage; write '# stage 0: {EXAMPLE}' first")
-        cells = [cell.strip() for cell in row.split(",")]
-        named = [(at, cell.removeprefix('"').removesuffix('"')) for at, cell in enumerate(cells, start=1)]
-        orders.append(tuple(_action(cell, f"{place}, cell {at}") for at, cell in named if cell))
+            raise ScheduleError(
+                f"line {line}: a row of actions before any stage; write '# stage 0: {EXAMPLE}' first, or give "
+                "the model's layers (--layers L) if torch.distributed.pipelining wrote the file"
+            )
+        orders.append(tuple(_action(cell, place) for place, cell in _cells(row, line)))
     if not stages:
         raise ScheduleError(f"no stages; write '# stage 0: {EXAMPLE}' first")
     return Schedule(tuple(stages), tuple(orders))
+
+
+def _from_torch_rows(rows: dict[int, str], layers: int) -> Schedule:
+    """Line -> row, as torch wrote them."""
+    blank = next((line + 1 for line in list(rows)[:-1] if line + 1 not in rows), None)
+    if blank is not None:  # skipped here, the ranks after it would move up
+        raise ScheduleError(f"line {blank}: blank, which torch reads as a rank without actions; remove the line")
+    orders = [
+        tuple(action for place, cell in _cells(row, line) for action in read_cell(cell, place))
+        for line, row in rows.items()
+    ]
+    return Schedule(whole_layers(orders, layers), tuple(orders))
+
+
+def _cells(row: str, line: int) -> Iterator[tuple[str, str]]:
+    """(place, text) of the cells of a row that are not empty."""
+    for at, cell in enumerate(row.split(","), start=1):
+        if text := cell.strip().removeprefix('"').removesuffix('"'):
+            yield f"line {line}, cell {at}", text
 
 
 def _stage_row(row: str, number: int, place: str) -> Stage:

@@ -16,6 +16,7 @@ from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.parts import KINDS, Part, Stage
 from helixpipe.schedule.schedule import Schedule
 from helixpipe.schedule.text import from_csv, from_json, load, save, to_csv, to_json
+from helixpipe.schedule.torch_text import to_torch_csv
 
 numbers = st.integers(0, 10**9 - 1)
 actions = st.builds(Action, numbers, st.sampled_from(Pass), numbers, numbers)
@@ -135,7 +136,10 @@ def test_json_that_is_only_meant_badly(text: str) -> None:
 
 
 BAD_CSV = {
-    "0F0,0B0\n": "line 1: a row of actions before any stage; write '# stage 0: embed norm.0 qkv.0' first",
+    "0F0,0B0\n": (
+        "line 1: a row of actions before any stage; write '# stage 0: embed norm.0 qkv.0' first, or give "
+        "the model's layers (--layers L) if torch.distributed.pipelining wrote the file"
+    ),
     "# stage 0: embed\n0F0,0B0,x\n": (
         "line 2, cell 3: 'x' is not an action; write one as '3F1', or '3F1.2' for its segment 2"
     ),
@@ -170,6 +174,136 @@ def test_no_text_at_all_does_worse_than_an_error(text: str) -> None:
             read(text)
         except ScheduleError as error:
             assert len(str(error)) < 300  # noqa: PT017
+
+
+# torch's files
+
+
+def test_torchs_file_is_rows_without_stages() -> None:
+    schedule = build_schedule("interleaved", ranks=2, layers=5, microbatches=2)
+    text = to_torch_csv(schedule)
+    assert text == "0F0,0F1,2F0,2F1,2B0,2B1,0B0,0B1\n1F0,1F1,3F0,3B0,3F1,3B1,1B0,1B1\n"
+    assert from_csv(text, layers=5) == schedule
+
+
+def test_torchs_idle_cells_overlaps_and_reductions() -> None:
+    theirs = ',0F0,,(0F1;0B0)OVERLAP_F_B,0I1,0W1,0REDUCE_GRAD\r\n"","1F0",1B0,, 1F1 ,1B1,1REDUCE_GRAD,\r\n\r\n'
+    assert [" ".join(map(str, order)) for order in from_csv(theirs, layers=2).ranks] == [
+        "0F0 0F1 0B0 0I1 0W1",
+        "1F0 1B0 1F1 1B1",
+    ]
+
+
+def test_layers_are_split_whole_over_torchs_stages() -> None:
+    for layers in (2, 3, 7):
+        stages = from_csv("0F0,0B0\n1F0,1B0\n", layers).stages
+        assert stages == build_schedule("1f1b", ranks=2, layers=layers, microbatches=1).stages
+
+
+BAD_TORCH_CSV = {
+    "0F0,0SEND_F0,0B0": "line 1, cell 2: '0SEND_F0' moves data, which the placement decides here; export with "
+    "format='compute_only'",
+    "0UNSHARD,0F0,0B0": "line 1, cell 1: '0UNSHARD' moves data, which the placement decides here; export with "
+    "format='compute_only'",
+    "0F0,0B0\n1RECV_B0": "line 2, cell 1: '1RECV_B0' moves data, which the placement decides here; export with "
+    "format='compute_only'",
+    "0F0,,0X0": "line 1, cell 3: '0X0' has the unknown operation 'X'; known: F, B, I, W",
+    "0F0,0R0,0B0": "line 1, cell 2: '0R0' has the unknown operation 'R'; known: F, B, I, W",
+    "0F0,0FORWARD0": "line 1, cell 2: '0FORWARD0' has the unknown operation 'FORWARD'; known: F, B, I, W",
+    "0F0,0B": "line 1, cell 2: '0B' names no micro-batch; write one as '3F1'",
+    "0F0.1": "line 1, cell 1: '0F0.1' is not an action of torch's; write one as '3F1'; segments go with rows that "
+    "name the stages",
+    "0F0,0B0 and more": "line 1, cell 2: '0B0 and more' is not an action of torch's; write one as '3F1'",
+    "0F0,0B0\nthe end": "line 2, cell 1: 'the end' is not an action of torch's; write one as '3F1'",
+    "0F0,(0F1;0B0)OVERLAP": "line 1, cell 2: '(0F1;0B0)OVERLAP' is not an action of torch's; write one as '3F1'",
+    "0F0,(0F1;0Q0)OVERLAP_F_B": "line 1, cell 2: '0Q0' has the unknown operation 'Q'; known: F, B, I, W",
+    "0F0,0B0\n\n1F0,1B0": "line 2: blank, which torch reads as a rank without actions; remove the line",
+    "0F0,0B0\n2F0,2B0": "stage 1 has no action, and stage 2 has; number stages from 0",
+    "0F0,0B0\n999999999F0": "stage 1 has no action, and stage 999999999 has; number stages from 0",
+    ",,\n": "no actions; write a row of them for each rank, such as '0F0,0B0'",
+    "0F0,3F0\n1F0\n2F0": "layers: 3, and the rows name 4 stages; give at least 4",
+    "0F0,0F1,0B0,0B1\n1F1,1B0,1F2,1B1": "rank 1 has forwards from micro-batch 1 on and backwards from 0 on; "
+    "Schedule1F1B of torch 2.13 writes that, though it runs them from 0: count these forwards from 0",
+}
+
+
+@pytest.mark.parametrize("text", BAD_TORCH_CSV)
+def test_bad_torch_csv_says_where_and_why(text: str) -> None:
+    with pytest.raises(ScheduleError) as error:
+        from_csv(text, layers=3)
+    assert str(error.value) == BAD_TORCH_CSV[text]
+
+
+CANNOT_BE_SAID = {
+    (
+        "helix",
+        "none",
+    ): "stage 1 (attn.0) runs on ranks 0, 1, and a stage of torch's on one; use a family that keeps its "
+    "stages in place, such as 1f1b, or write our own CSV",
+    (
+        "helix",
+        "attention",
+    ): "stage 1 (norm.0 qkv.0 attn.0 proj.0) runs on ranks 0, 1, and a stage of torch's on one; use "
+    "a family that keeps its stages in place, such as 1f1b, or write our own CSV",
+    ("seq1f1b", 2): "rank 0, position 1, action 0F0.1: torch has no segments; build the schedule with segments = 1, or "
+    "write our own CSV",
+}
+
+
+@pytest.mark.parametrize(("family", "option"), CANNOT_BE_SAID)
+def test_what_torch_cannot_say(family: str, option: str | int) -> None:
+    given = {"segments": option} if family == "seq1f1b" else {"travel": option}
+    with pytest.raises(ScheduleError) as error:
+        to_torch_csv(build_schedule(family, ranks=2, layers=2, microbatches=2, **given))
+    assert str(error.value) == CANNOT_BE_SAID[family, option]
+
+
+def test_what_torch_cannot_say_of_one_rank() -> None:
+    instead = "; use a family that keeps its stages in place, such as 1f1b, or write our own CSV"
+    split = build_schedule("helix", ranks=1, layers=1, microbatches=1)
+    with pytest.raises(ScheduleError) as error:
+        to_torch_csv(split)
+    assert str(error.value) == (
+        "stage 2 (proj.0 mlp.0 head.1) reads x.0 from stage 0, and a stage of torch's only from the one before"
+        + instead
+    )
+    away = build_schedule("1f1b", ranks=2, layers=2, microbatches=1)
+    stages = (Stage(away.stages[0].parts, home=1), away.stages[1])
+    with pytest.raises(ScheduleError) as error:
+        to_torch_csv(Schedule(stages, away.ranks))
+    assert str(error.value).endswith("runs on rank 0 and has its weights on rank 1, and torch moves none" + instead)
+    again = tuple((order[0], order[0].sibling(Pass.R), *order[1:]) for order in away.ranks)
+    with pytest.raises(ScheduleError) as error:
+        to_torch_csv(Schedule(away.stages, again))
+    assert str(error.value) == (
+        "rank 0, position 1, action 0R0: torch has no recompute ahead of the backward; leave R out and let the "
+        "backward recompute, or write our own CSV"
+    )
+
+
+def test_layers_go_with_torchs_files_alone(tmp_path: Path) -> None:
+    schedule = build_schedule("1f1b", ranks=2, layers=2, microbatches=1)
+    for name in ("a.csv", "a.json"):
+        save(tmp_path / name, schedule)
+        assert load(tmp_path / name, layers=2) == schedule
+        with pytest.raises(ScheduleError, match=r"the file has stages of its own, of 2 layers; do not give 3$"):
+            load(tmp_path / name, layers=3)
+    (tmp_path / "torch.csv").write_text(to_torch_csv(schedule))
+    assert load(tmp_path / "torch.csv", layers=2) == schedule
+    with pytest.raises(ScheduleError, match=r"torch.csv: line 1: a row of actions before any stage"):
+        load(tmp_path / "torch.csv")
+    (tmp_path / "empty.csv").write_text("# stage 0:\n")
+    with pytest.raises(ScheduleError, match="of 0 layers"):
+        load(tmp_path / "empty.csv", layers=3)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet="0123FBIWR();,OVERLAP_F_B.\n ", max_size=60), st.integers(-1, 5))
+def test_no_text_of_torchs_does_worse_than_an_error(text: str, layers: int) -> None:
+    try:
+        from_csv(text, layers)
+    except ScheduleError as error:
+        assert len(str(error)) < 300  # noqa: PT017
 
 
 # Files
