@@ -89,9 +89,7 @@ def whole_layers(orders: Sequence[Sequence[Action]], layers: int) -> tuple[Stage
         raise ScheduleError(f"stage {missing} has no action, and stage {max(named)} has; number stages from 0")
     _check_last_rank(orders)
     if layers < len(named):
-        raise ScheduleError(
-            f"{layers} layers cannot fill the {len(named)} stages that are named; give at least as many"
-        )
+        raise ScheduleError(f"layers: {layers}, and the rows name {len(named)} stages; give at least {len(named)}")
     return split_layers(layers, len(named))
 
 
