@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing as mp
+import pickle
 import queue
 import socket
 import traceback
@@ -21,7 +22,8 @@ def _serve(rank: int, ranks: int, port: int, jobs: Any, results: Any) -> None:
     while (job := jobs.get()) is not None:
         function, args = job
         try:
-            results.put((rank, function(*args), None))
+            # as bytes: a queue would pass every tensor as an open file
+            results.put((rank, pickle.dumps(function(*args)), None))
         except Exception:
             results.put((rank, None, traceback.format_exc()))
     dist.destroy_process_group()
@@ -54,7 +56,7 @@ class Ranks:
                 self.close()
                 raise AssertionError(f"ranks {set(range(self.ranks)) - set(found)} gave no answer") from None
             assert error is None, f"rank {rank}:\n{error}"
-            found[rank] = value
+            found[rank] = pickle.loads(value)
         return [found[rank] for rank in range(self.ranks)]
 
     def close(self) -> None:
