@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from helixpipe.schedule.families.looped import interleave, looped
+from helixpipe.schedule.families.one_f_one_b import one_f_one_b
 from helixpipe.schedule.schedule import Schedule
 
 
@@ -34,4 +35,6 @@ def interleaved(
 
     A `group` given leaves a short one at the end where it does not divide m: less kept, more bubble.
     """
+    if stages_per_rank == 1:
+        return one_f_one_b(ranks, layers, microbatches, opaque, ends)
     return interleave(ranks, microbatches, 1, looped(ranks, layers, stages_per_rank, opaque, ends), group)

@@ -45,11 +45,9 @@ def interleave(ranks: int, microbatches: int, segments: int, stages: tuple[Stage
     forwards = _rounds(groups, chunks, Pass.F, segments, forward_units)
     backwards = _rounds(groups, chunks[::-1], Pass.B, segments, backward_units)
     round_units = max(map(len, groups)) * segments
-    # Megatron's: a unit goes to the last rank and its gradient comes back; plain 1F1B needs half of that
-    lag = 2 if len(chunks) > 1 else 1
     orders = []
     for rank in range(ranks):
-        ahead = (len(chunks) - 1) * round_units + lag * (ranks - rank - 1) + segments - 1
+        ahead = (len(chunks) - 1) * round_units + 2 * (ranks - rank - 1) + segments - 1
         turns = take_turns(forwards, backwards, ahead)
         orders.append(tuple(Action(c * ranks + rank, k, mb, seg) for c, k, mb, seg in turns if mb < microbatches))
     return Schedule(stages, tuple(orders))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from family_tools import makespan, passes
 
@@ -90,7 +92,7 @@ def test_an_even_token_split_can_be_worse_than_1f1b() -> None:
     assert [round(t.makespan_s - 16 * 3, 2) for t in (even, balanced, whole)] == [35.4, 5.25, 21]
 
 
-@pytest.mark.parametrize("v", [2, 4])
+@pytest.mark.parametrize("v", [1, 2, 4])
 @pytest.mark.parametrize("k", [8, 11, 16])
 @pytest.mark.parametrize("m", [1, 2, 5])
 def test_the_bubble_and_peak_of_seq1f1b_interleaved(k: int, v: int, m: int) -> None:
@@ -190,3 +192,41 @@ def test_what_cannot_be_built_says_what_can(family: str, given: dict, message: s
     with pytest.raises(ConfigError) as error:
         build_schedule(family, **({"ranks": 2, "layers": 4, "microbatches": 4} | given))
     assert str(error.value) == message
+
+
+# TeraPipe, breadth-first and SlimPipe
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize(("p", "m"), [(1, 2), (4, 8), (8, 3)])
+def test_the_bubble_and_peak_of_terapipe(p: int, m: int, k: int) -> None:
+    """(p-1)(f+b)/k, and m."""
+    schedule = build_schedule("terapipe", ranks=p, layers=p, microbatches=m, segments=k)
+    assert makespan(schedule, 1, 2) == m * k * 3 + (p - 1) * 3
+    assert peak_kept(schedule) == (m * k,) * p
+
+
+@pytest.mark.parametrize("v", [1, 2, 4])
+@pytest.mark.parametrize(("p", "m"), [(1, 2), (4, 4), (4, 9), (8, 16)])
+def test_the_bubble_and_peak_of_breadth_first(p: int, m: int, v: int) -> None:
+    """(p-1)(f+b)/v and m; a stage's forwards come one after another, and so do its backwards."""
+    schedule = build_schedule("breadth_first", ranks=p, layers=p * v, microbatches=m, stages_per_rank=v)
+    for f, b in COSTS:
+        assert makespan(schedule, f, b) == m * v * (f + b) + (p - 1) * (f + b)
+    assert peak_kept(schedule) == (m * v,) * p
+    for order in schedule.ranks:
+        runs = [key for key, _ in itertools.groupby((a.stage, a.kind) for a in order)]
+        assert len(runs) == len(set(runs)) == 2 * v
+
+
+def test_terapipe_of_one_segment_and_breadth_first_of_one_stage_are_gpipe() -> None:
+    sizes = {"ranks": 3, "layers": 4, "microbatches": 5}
+    assert build_schedule("terapipe", segments=1, **sizes) == build_schedule("gpipe", **sizes)
+    assert build_schedule("breadth_first", stages_per_rank=1, **sizes) == build_schedule("gpipe", **sizes)
+
+
+def test_slimpipe_is_seq1f1b_interleaved() -> None:
+    sizes = {"ranks": 4, "layers": 8, "microbatches": 3, "segments": 4, "stages_per_rank": 2}
+    slimpipe = build_schedule("slimpipe", **sizes)
+    assert slimpipe == build_schedule("seq1f1b_interleaved", **sizes)
+    assert max(peak_kept(slimpipe)) == 8 + 2 * 3  # 1 + 2(p-1)/(kv) micro-batches of kv units
