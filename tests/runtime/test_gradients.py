@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 import pytest
@@ -96,26 +97,61 @@ SHAPES: list[dict[str, Any]] = [
     {"causal": False, "mlp": "gelu", "norm": "layer", "bias": True, "qkv_bias": True},
     {"kv_heads": 2, "qk_norm": True},
     {"tied": True, "positions": "learned", "context": 16, "mlp": "gelu", "head_dim": 6, "kv_heads": 1},
+    {"tied": True, "causal": False, "kv_heads": 2},
 ]
 TRAVEL = ("none", "qkv", "attention")
 RECOMPUTE = ("none", "full", "selective")
 COUNTS = (1, 2, 3, 4, 6, 8)
+RANKS = (1, 2, 3, 4)
+GROUPS = ("sequential", "forward_first")
+
+
+def choices(case: Case) -> dict[str, Any]:
+    """What a helix case chose, choice by choice."""
+    shape = {"tied": False, "causal": True, **case.shape, "gqa": "kv_heads" in case.shape}
+    picked = {name: shape[name] for name in ("layers", "tied", "causal", "gqa")}
+    return picked | case.options | {
+        "ranks": case.ranks, "m": case.microbatches, "recompute": case.recompute, "chunk": case.chunk,
+    }  # fmt: skip
+
+
+def pairs(case: Case) -> set[Any]:
+    return set(itertools.combinations(sorted(choices(case).items()), 2))
 
 
 def covering() -> list[Case]:
-    """Every value of every choice with every rank count, and every pair of travel and recompute."""
-    cases = []
-    wheel = itertools.cycle(itertools.product((0, 5), SHAPES, (1, 2, 3)))
-    for i, (ranks, m, travel) in enumerate(itertools.product((1, 2, 3, 4), COUNTS, TRAVEL)):
-        chunk, shape, folds = next(wheel)
-        layers = (1, 2, 3, 4, 5)[i % 5]
-        groups = ("sequential", "forward_first")[i // 3 % 2]
-        options = {"folds": folds, "travel": travel, "groups": groups}
-        cases.append(Case(ranks, m, "helix", options, RECOMPUTE[i % 7 % 3], chunk, {"layers": layers, **shape}))
-    for i, (ranks, m, family) in enumerate(itertools.product((1, 2, 3, 4), (1, 3, 4), ("gpipe", "1f1b"))):
-        chunk, shape, _ = next(wheel)
-        cases.append(Case(ranks, m, family, {}, RECOMPUTE[i % 3], chunk, {"layers": ranks + i % 3, **shape}))
+    """Every (ranks, m, travel); the rest chosen so that every two values of two choices meet in some case."""
+    rest = list(itertools.product((1, 2, 3), GROUPS, RECOMPUTE, (0, 5), (1, 2, 3, 4, 5), SHAPES))
+    random = Random(0)
+    cases: list[Case] = []
+    met: set[Any] = set()
+    for ranks, m, travel in itertools.product(RANKS, COUNTS, TRAVEL):
+        candidates = [
+            Case(ranks, m, "helix", {"folds": folds, "travel": travel, "groups": groups}, recompute, chunk,
+                 {"layers": layers, **shape})
+            for folds, groups, recompute, chunk, layers, shape in random.sample(rest, 60)
+        ]  # fmt: skip
+        cases.append(max(candidates, key=lambda case: len(pairs(case) - met)))
+        met |= pairs(cases[-1])
+    for i, (ranks, m, family) in enumerate(itertools.product(RANKS, (1, 3, 4), ("gpipe", "1f1b"))):
+        shape = {"layers": ranks + i % 3, **SHAPES[i % len(SHAPES)]}
+        cases.append(Case(ranks, m, family, {}, RECOMPUTE[i % 3], (0, 5)[i % 2], shape))
     return cases
+
+
+def test_every_two_choices_meet() -> None:
+    cases = [case for case in covering() if case.family == "helix"]
+    values: dict[str, set[Any]] = {}
+    for case in cases:
+        for name, value in choices(case).items():
+            values.setdefault(name, set()).add(value)
+    met = set().union(*(pairs(case) for case in cases))
+    wanted = {
+        ((one, x), (two, y))
+        for one, two in itertools.combinations(sorted(values), 2)
+        for x, y in itertools.product(values[one], values[two])
+    }
+    assert not wanted - met
 
 
 @pytest.mark.parametrize("case", covering(), ids=str)
