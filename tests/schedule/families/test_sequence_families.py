@@ -219,10 +219,9 @@ def test_the_bubble_and_peak_of_breadth_first(p: int, m: int, v: int) -> None:
         assert len(runs) == len(set(runs)) == 2 * v
 
 
-def test_terapipe_of_one_segment_and_breadth_first_of_one_stage_are_gpipe() -> None:
+def test_terapipe_of_one_segment_is_gpipe() -> None:
     sizes = {"ranks": 3, "layers": 4, "microbatches": 5}
     assert build_schedule("terapipe", segments=1, **sizes) == build_schedule("gpipe", **sizes)
-    assert build_schedule("breadth_first", stages_per_rank=1, **sizes) == build_schedule("gpipe", **sizes)
 
 
 def test_slimpipe_is_seq1f1b_interleaved() -> None:
