@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from difflib import get_close_matches
+from functools import partial
+from typing import Any, NoReturn, get_args, get_type_hints
 
 from helixpipe import __version__
 from helixpipe.errors import ConfigError, HelixpipeError, ScheduleError, nearest
@@ -28,6 +32,21 @@ units for the parts of a layer: qkv 1, attention 3, mlp 2, everything else 0, a 
 that backward; messages take no time. Attention has that share of a layer at a sequence of 6 times the
 hidden size (12 when causal); longer sequences have more.
 """
+# an option of the families -> what its value is called, and what it is
+OPTIONS = {
+    "segments": ("K", "pieces of each sequence"),
+    "stages_per_rank": ("V", "stages on each rank"),
+    "group": (
+        "G",
+        "micro-batches (or segments of them) that take a stage together; 0 is the fewest that feed all ranks",
+    ),
+    "folds": ("N", "a group is N x P micro-batches: 1 is the naive order, 2 the two-fold"),
+    "travel": ("T", "what moves with the attention: none, qkv or attention"),
+    "groups": ("G", "one group after another, sequential, or all forwards first, forward_first"),
+    "costs": ("F,I,W", "times of a stage's F, I and W, which decide the order"),
+    "opaque": ("L,L,...", "layers that are one block, which nothing can split"),
+    "ends": ("E,H", "how many layers' work embed and head are"),
+}
 MOST_ACTIONS = 500_000
 MOST_LAYERS = 100_000
 
@@ -71,6 +90,14 @@ def train(given: list[str]) -> int:
 
 def show(given: list[str]) -> int:
     """`helixpipe show FAMILY ...`"""
+    try:
+        return _show(_show_parser().read(given))
+    except ConfigError as error:  # the families name keys of a config
+        told = re.sub(r"^schedule\.(\w+)", lambda key: "FAMILY" if key[1] == "family" else _flag(key[1]), str(error))
+        raise ConfigError(told) from None
+
+
+def _show(args: argparse.Namespace) -> int:
     from helixpipe.files import write_text
     from helixpipe.predict.peak import peak_kept
     from helixpipe.predict.simulate import simulate_schedule
@@ -81,15 +108,14 @@ def show(given: list[str]) -> int:
     from helixpipe.view.text import staircase
     from helixpipe.view.units import unit_durations
 
-    args = _show_parser().read(given)
     sizes = {"ranks": args.ranks, "layers": args.layers, "microbatches": args.microbatches}
-    options = {name: value for name in ("folds", "travel", "groups") if (value := getattr(args, name)) is not None}
-    actions = 2 * max(args.ranks, args.microbatches * (2 * args.layers + 1))
+    options = _given_options(args)
+    actions = 3 * max(args.ranks, args.microbatches * options.get("segments", 1) * (2 * args.layers + 1))
     if actions > MOST_ACTIONS:
         raise ConfigError(f"up to {actions:,} actions are more than show draws ({MOST_ACTIONS:,}); ask for fewer")
     schedule = build_schedule(args.family, **sizes, **options)
     timeline = simulate_schedule(schedule, unit_durations(schedule))
-    told = ", ".join(f"{name} {value}" for name, value in (sizes | options).items())
+    told = ", ".join(f"{name} {_shown(value)}" for name, value in (sizes | options).items())
     if args.svg is not None:
         write_text(args.svg, render(timeline, f"{args.family}: {told}", unit="units"))
     if args.csv is not None:
@@ -114,20 +140,65 @@ def show(given: list[str]) -> int:
 def _show_parser() -> _Parser:
     from helixpipe.schedule.families import FAMILIES
 
-    parser = _Parser("show", "A schedule as a staircase in the terminal, or as SVG, CSV, JSON.", SHOW)
+    usage = "FAMILY --ranks P --layers L --microbatches M [options]"
+    parser = _Parser("show", usage, "A schedule as a staircase in the terminal, or as SVG, CSV, JSON.", SHOW)
     parser.add_argument("family", metavar="FAMILY", help=", ".join(FAMILIES))
     parser.add_argument("--ranks", type=_number, required=True, metavar="P", help="pipeline ranks")
     parser.add_argument("--layers", type=_number, required=True, metavar="L", help="layers of the model")
     parser.add_argument("--microbatches", type=_number, required=True, metavar="M", help="micro-batches of a step")
-    parser.add_argument("--folds", type=_number, metavar="N", help="helix: a group is N x P micro-batches (default 2)")
-    parser.add_argument("--travel", metavar="T", help="helix: none, qkv or attention (default none)")
-    parser.add_argument("--groups", metavar="G", help="helix: sequential or forward_first (default sequential)")
     parser.add_argument("--svg", metavar="FILE", help="write a picture")
     parser.add_argument("--csv", metavar="FILE", help="write the schedule, a row a rank: helixpipe check reads it")
     theirs = "write it for torch.distributed.pipelining, in its compute_only format"
     parser.add_argument("--torch-csv", metavar="FILE", help=theirs)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    own = parser.add_argument_group("options of the families")
+    for name, kind in _family_options().items():
+        metavar, meaning = OPTIONS.get(name, (name.upper(), ""))
+        own.add_argument(_flag(name), type=kind, metavar=metavar, help=f"{meaning} [{_who_has(name)}]")
     return parser
+
+
+def _family_options() -> dict[str, Callable[[str], Any]]:
+    """Every option of any family -> what reads its value: from the families' own signatures."""
+    from helixpipe.schedule.families import FAMILIES, options
+
+    single: dict[type, Callable[[str], Any]] = {int: _number, str: str}
+    found: dict[str, Callable[[str], Any]] = {}
+    for family, function in FAMILIES.items():
+        kinds = get_type_hints(function)
+        for name in options(family):
+            several = get_args(kinds[name])
+            found[name] = partial(_numbers, several[0]) if several else single[kinds[name]]
+    return {name: found[name] for name in (*OPTIONS, *found) if name in found}
+
+
+def _who_has(option: str) -> str:
+    """The families that have an option, and its default."""
+    from helixpipe.schedule.families import FAMILIES, options
+
+    by_default: dict[str, list[str]] = {}
+    for family, function in FAMILIES.items():
+        if option in options(family):
+            default = _shown(inspect.signature(function).parameters[option].default) or "none"
+            by_default.setdefault(default, []).append(family)
+    without = [family for family in FAMILIES if option not in options(family)]
+    if len(by_default) == 1 and 2 * len(without) < len(FAMILIES):
+        return f"all but {', '.join(without)}; default {next(iter(by_default))}"
+    return "; ".join(f"{', '.join(families)}: default {default}" for default, families in by_default.items())
+
+
+def _given_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The family's own options that the command line has; raises ConfigError for another family's."""
+    from helixpipe.schedule.families import options
+
+    known = options(args.family)
+    given = {name: value for name in _family_options() if (value := getattr(args, name)) is not None}
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, n=1, cutoff=0.5)
+            advice = f"did you mean '{_flag(near[0])}'?" if near else f"it has {', '.join(map(_flag, known)) or 'none'}"
+            raise ConfigError(f"{_flag(name)}: {args.family} has no such option; {advice}")
+    return given
 
 
 def check(given: list[str]) -> int:
@@ -135,7 +206,9 @@ def check(given: list[str]) -> int:
     from helixpipe.schedule.check import check as prove
     from helixpipe.schedule.text import load
 
-    parser = _Parser("check", "Whether a schedule file can run, or the reason why not: exit code 2.", "")
+    parser = _Parser(
+        "check", "FILE [options]", "Whether a schedule file can run, or the reason why not: exit code 2.", ""
+    )
     parser.add_argument("file", metavar="FILE", help="a .csv or .json file, as show --csv writes it")
     layers = "layers of the model: for a compute_only .csv of torch.distributed.pipelining, which does not tell"
     parser.add_argument("--layers", type=_number, metavar="L", help=layers)
@@ -160,8 +233,9 @@ def check(given: list[str]) -> int:
 class _Parser(argparse.ArgumentParser):
     """Strict: no abbreviations, an unknown option names the nearest, and every fault is a ConfigError."""
 
-    def __init__(self, command: str, description: str, epilog: str) -> None:
-        super().__init__(f"helixpipe {command}", description=description, epilog=epilog, allow_abbrev=False)
+    def __init__(self, command: str, usage: str, description: str, epilog: str) -> None:
+        name = f"helixpipe {command}"
+        super().__init__(name, f"{name} {usage}", description=description, epilog=epilog, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message.removeprefix("argument "))
@@ -183,6 +257,24 @@ def _number(text: str) -> int:
     if not text.isascii() or not text.removeprefix("-").isdigit() or len(text) > 9:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number below a billion")
     return int(text)
+
+
+def _numbers(kind: type[int] | type[float], text: str) -> tuple[int | float, ...]:
+    """`0,1.5` as numbers."""
+    try:
+        return tuple(kind(word) for word in text.split(","))
+    except ValueError:
+        numbers = "whole numbers" if kind is int else "numbers"
+        raise argparse.ArgumentTypeError(f"'{text}' is not {numbers} with commas between them") from None
+
+
+def _flag(option: str) -> str:
+    return "--" + option.replace("_", "-")
+
+
+def _shown(value: Any) -> str:
+    """A value as it is given on the command line."""
+    return ",".join(f"{number:g}" for number in value) if isinstance(value, tuple) else str(value)
 
 
 def _facts(schedule: Any) -> dict[str, int]:

@@ -13,8 +13,8 @@ from xml.etree import ElementTree
 import pytest
 
 import helixpipe
-from helixpipe.cli import main
-from helixpipe.schedule.families import build_schedule, options
+from helixpipe.cli import OPTIONS, main
+from helixpipe.schedule.families import FAMILIES, build_schedule, options
 from helixpipe.schedule.text import from_json, load, save
 
 SIZES = ["--ranks", "2", "--layers", "2", "--microbatches", "4"]
@@ -83,6 +83,37 @@ def test_show_passes_the_options_on(capsys: pytest.CaptureFixture[str]) -> None:
     assert told["bubble_ratio"] == pytest.approx(1 - (1 + 4 + 2 + 4 + 2) * 3 * 4 / (2 * told["makespan_units"]))
 
 
+OF_ITS_OWN = {
+    "segments": 3, "stages_per_rank": 3, "group": 6, "folds": 3, "travel": "qkv", "groups": "forward_first",
+    "costs": (1.0, 2.0, 0.5), "opaque": (1,), "ends": (0.5, 1.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_its_own_options_as_flags(family: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in options(family):
+        value = OF_ITS_OWN[name]
+        own = {name: value} | ({"segments": 1} if name == "opaque" and "segments" in options(family) else {})
+        text = {key: ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for key, v in own.items()}
+        flags = [f"--{key.replace('_', '-')}={v}" for key, v in text.items()]
+        sizes = {"ranks": 2, "layers": 12, "microbatches": 6}
+        assert main(["show", family, *(f"--{key}={number}" for key, number in sizes.items()), *flags, "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert from_json(json.dumps(told["schedule"])) == build_schedule(family, **sizes, **own)
+
+
+def test_help_tells_who_has_an_option_and_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["show", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "--folds N a group is N x P micro-batches: 1 is the naive order, 2 the two-fold [helix: default 2]" in told
+    assert "--ends E,H how many layers' work embed and head are [all but helix; default 0,0]" in told
+    for family in FAMILIES:
+        for option in options(family):
+            assert f" --{option.replace('_', '-')} " in told
+            assert OPTIONS[option][1] in told
+
+
 def test_show_writes_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     svg, csv = tmp_path / "a.svg", tmp_path / "a.csv"
     assert main(["show", "helix", *SIZES, "--svg", str(svg), "--csv", str(csv), "--json"]) == 0
@@ -121,25 +152,45 @@ def test_show_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         ("show helix 1f1b --ranks 2 --layers 2 --microbatches 2", "unrecognized arguments: 1f1b"),
         (
             "show helx --ranks 2 --layers 2 --microbatches 2",
-            "schedule.family: 'helx' is not known; did you mean 'helix'?",
+            "FAMILY: 'helx' is not known; did you mean 'helix'?",
         ),
-        ("show helix --ranks 0 --layers 2 --microbatches 2", "schedule.ranks: 0; give at least 1"),
-        ("show helix --ranks 2 --layers -2 --microbatches 2", "schedule.layers: -2; give at least 1"),
+        ("show helix --ranks 0 --layers 2 --microbatches 2", "--ranks: 0; give at least 1"),
+        ("show helix --ranks 2 --layers -2 --microbatches 2", "--layers: -2; give at least 1"),
         (
             "show 1f1b --ranks 4 --layers 3 --microbatches 2",
-            "schedule.ranks: 3 layers cannot fill 4 stages; use at most 3 ranks",
+            "--ranks: 3 layers cannot fill 4 stages; use at most 3 ranks",
         ),
         (
             "show 1f1b --ranks 2 --layers 2 --microbatches 2 --folds 2",
-            f"schedule.folds: 1f1b has no such option; known: {', '.join(options('1f1b'))}",
+            "--folds: 1f1b has no such option; it has --opaque, --ends",
+        ),
+        (
+            "show helix --ranks 2 --layers 2 --microbatches 2 --group 2",
+            "--group: helix has no such option; did you mean '--groups'?",
+        ),
+        (
+            "show zb_v --ranks 2 --layers 4 --microbatches 2 --costs 1,x,1",
+            "--costs: '1,x,1' is not numbers with commas between them",
+        ),
+        (
+            "show 1f1b --ranks 2 --layers 4 --microbatches 2 --opaque 0.5",
+            "--opaque: '0.5' is not whole numbers with commas between them",
+        ),
+        (
+            "show interleaved --ranks 2 --layers 4 --microbatches 2 --stages_per_rank 2",
+            "'--stages_per_rank' is not an option of helixpipe show; did you mean '--stages-per-rank'?",
+        ),
+        (
+            "show seq1f1b --ranks 2 --layers 4 --microbatches 2 --segments 0",
+            "--segments: 0; give at least 1 (1 keeps the sequence whole)",
         ),
         (
             "show helix --ranks 2 --layers 2 --microbatches 2 --travel all",
-            "schedule.travel: 'all' is not known; known: none, qkv, attention",
+            "--travel: 'all' is not known; known: none, qkv, attention",
         ),
         (
             "show helix --ranks 2 --layers 200000 --microbatches 2",
-            "up to 1,600,004 actions are more than show draws (500,000); ask for fewer",
+            "up to 2,400,006 actions are more than show draws (500,000); ask for fewer",
         ),
         ("show helix --ranks 999999999 --layers 1 --microbatches 1", None),
         ("check", "the following arguments are required: FILE"),

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
+from helixpipe.schedule.action import Action
 from helixpipe.view.palette import NAMES, TONES, colour, dark, oklch
 
 WIDTH, LEFT, RIGHT, TOP = 1200, 64, 24, 66
@@ -146,10 +147,16 @@ class _Drawing:
             f'<rect x="{_n(x)}" y="{_n(y)}" width="{_n(width)}" height="{_n(self.bar)}" fill="{fill}">'
             f"<title>{escape(hover)}</title></rect>"
         )
-        text = str(action)[len(str(action.stage)) :] if self.one_stage else str(action)
-        if len(text) * LETTER + 1 <= width and self.bar >= 12:
+        text = self.label(action, width)
+        if text:
             ink = "s d" if dark(action.kind) else "s"
             yield f'<text x="{_n(x + width / 2)}" y="{_n(y + self.bar / 2 + 3)}" class="{ink}">{text}</text>'
+
+    def label(self, action: Action, width: float) -> str:
+        """`F0.1`; `.1` where there is no room for more, since F0 stands before it; nothing where there is none."""
+        told = [str(action)[len(str(action.stage)) :] if self.one_stage else str(action)]
+        told += [f".{action.segment}"] if action.segment else []
+        return next((text for text in told if len(text) * LETTER + 1 <= width and self.bar >= 12), "")
 
     def memory(self, points: Sequence[MemoryPoint], y: float) -> Iterator[str]:
         """Live bytes by time, all ranks on one scale: activations, and message buffers on top of them."""

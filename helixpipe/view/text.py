@@ -51,20 +51,21 @@ def staircase(drawn: Timeline | Schedule, width: int | None = None, color: bool 
     short = all(len({span.action.stage for span in spans}) <= 1 for spans in timeline.spans)
     label_width = max(len(_label(action, short)) for action in actions)
     rows = [f"rank {rank:<{len(str(timeline.ranks - 1))}}   " for rank in range(timeline.ranks)]
-    space = None if width is None else max(NARROWEST, width - len(rows[0]))
+    room = None if width is None else max(NARROWEST, width - len(rows[0]))
 
     quantum = _quantum(timeline)
     cell = label_width + 1
     columns_per_s = cell / (quantum or _typical(timeline))
     columns = math.ceil(timeline.makespan_s * columns_per_s - 1e-6)
-    if space is None or columns - 1 <= space:  # the last cell's own gap may hang over
+    if room is None or columns - 1 <= room:  # the last cell's own gap may hang over
         space = columns
-    elif quantum:
-        space = max(cell, (space + 1) // cell * cell)  # whole cells
+    else:
+        space = max(cell, (room + 1) // cell * cell) if quantum else room  # whole cells
     bands = math.ceil(columns / space)
     if quantum:
         space = math.ceil(columns / bands / cell) * cell  # bands of one length
     if bands > 1 and bands * (timeline.ranks + 2) > MOST_LINES:
+        space = min(space, room or space)
         slice_s = timeline.makespan_s / space
         body = [(row, _squeezed(spans, slice_s, space)) for row, spans in zip(rows, timeline.spans, strict=True)]
         note = f"compressed: a column is {slice_s:.3g} {'s' if drawn is timeline else 'actions'}; labels are left out\n"
@@ -168,14 +169,14 @@ def _paint(
     many = os.environ.get("COLORTERM") in ("truecolor", "24bit")
     console = Console(file=out, force_terminal=True, color_system="truecolor" if many else "256", no_color=False)
     for row, pieces in body:
-        line = Text(row)
+        line, before = Text(row if pieces else row.rstrip()), ""
         for piece in pieces:
             text, gap = _draw(piece, short, label_width)
             style = "bright_black"
             if piece.action is not None:
                 ink = "#ffffff" if dark(piece.action.kind) else "#000000"
                 style = f"{ink} on {colour(piece.action.kind, piece.action.microbatch, microbatches)}"
-            line.append(text, style).append(gap)
-        line.rstrip()
+            line.append(before).append(text, style)
+            before = gap
         console.print(line, soft_wrap=True)
     return out.getvalue()

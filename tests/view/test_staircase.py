@@ -35,6 +35,13 @@ def test_several_stages_a_rank_are_told_apart() -> None:
     """)
 
 
+def test_segments_and_split_backward() -> None:
+    assert staircase(build_schedule("seq1f1b_zb", ranks=2, layers=2, microbatches=1)) == lines("""
+        rank 0   F0   F0.1 .... .... I0.1 W0.1 I0   W0
+        rank 1   .... F0   F0.1 I0.1 I0   W0.1 W0
+    """)
+
+
 def test_labels_of_different_lengths_stand_in_columns() -> None:
     drawing = staircase(build_schedule("gpipe", ranks=1, layers=1, microbatches=11))
     assert drawing.startswith("rank 0   F0  F1  F2  F3  F4  F5  F6  F7  F8  F9  F10 B0  B1  ")
@@ -103,9 +110,14 @@ def test_what_would_need_too_many_lines_is_compressed_and_says_so() -> None:
     assert drawing[-1] == "compressed: a column is 3.2 actions; labels are left out"
 
 
+def test_a_compressed_drawing_is_no_wider_either() -> None:
+    drawing = staircase(build_schedule("gpipe", ranks=9, layers=9, microbatches=11), width=36)  # was 37 wide
+    assert max(map(len, drawing.splitlines()[:-1])) == 36
+
+
 @settings(max_examples=80, deadline=None)
 @given(
-    st.sampled_from(["gpipe", "1f1b", "helix"]),
+    st.sampled_from(["gpipe", "1f1b", "helix", "seq1f1b", "zb_h1"]),
     st.integers(1, 12),
     st.integers(1, 30),
     st.integers(1, 220),
@@ -143,7 +155,15 @@ def test_colour_adds_nothing_but_colour() -> None:
     ):
         coloured = staircase(schedule, width=80, color=True)
         assert "\x1b[" in coloured
-        assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == staircase(schedule, width=80)
+        bare = re.sub(r"\x1b\[[0-9;]*m", "", coloured)
+        assert [line.rstrip() for line in bare.splitlines()] == staircase(schedule, width=80).splitlines()
+
+
+def test_the_last_cell_of_a_row_is_painted_as_wide_as_the_others() -> None:
+    coloured = staircase(build_schedule("gpipe", ranks=1, layers=1, microbatches=11), color=True).splitlines()
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured[0]).endswith("B9  B10")
+    coloured = staircase(build_schedule("seq1f1b", ranks=1, layers=1, microbatches=2), color=True).splitlines()
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured[0]).endswith("B1.1 B1  ")
 
 
 def test_colour_is_asked_for_and_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:

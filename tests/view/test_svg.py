@@ -78,6 +78,23 @@ def test_labels_are_left_out_where_they_do_not_fit() -> None:
     assert not any(re.fullmatch(r"\d+[FB]\d+", text) for text in texts(parsed(render(many, "t"))))
 
 
+def test_a_segment_is_told_where_its_label_does_not_fit() -> None:
+    wide, narrow = (
+        texts(parsed(render(timeline_of("seq1f1b", ranks=2, layers=2, microbatches=m), "t"))) for m in (4, 16)
+    )
+    assert "F0.1" in wide
+    assert ".1" not in wide
+    assert "F0.1" not in narrow
+    assert narrow.count(".1") == 2 * 16
+
+
+def test_the_split_backward_is_told_apart() -> None:
+    root = parsed(render(timeline_of("zb_h1", ranks=2, layers=2, microbatches=3), "t"))
+    assert texts(root)[-3:] == ["forward", "input gradient", "weight gradient"]
+    fills = {hover.split()[0]: at["fill"] for hover, at in actions(root)}
+    assert len({fills["0F0"], fills["0I0"], fills["0W0"]}) == 3
+
+
 def test_stages_on_several_ranks_are_marked_and_only_they() -> None:
     assert "on several ranks" in render(timeline_of("helix", ranks=2, layers=2, microbatches=2), "t")
     assert "on several ranks" not in render(timeline_of("1f1b", ranks=2, layers=2, microbatches=2), "t")
