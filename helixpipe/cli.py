@@ -112,7 +112,9 @@ def _show(args: argparse.Namespace) -> int:
     options = _given_options(args)
     actions = 3 * max(args.ranks, args.microbatches * options.get("segments", 1) * (2 * args.layers + 1))
     if actions > MOST_ACTIONS:
-        raise ConfigError(f"up to {actions:,} actions are more than show draws ({MOST_ACTIONS:,}); ask for fewer")
+        raise ConfigError(
+            f"up to {actions:,} actions are more than show draws ({MOST_ACTIONS:,}); ask for fewer micro-batches, layers or ranks"
+        )
     schedule = build_schedule(args.family, **sizes, **options)
     timeline = simulate_schedule(schedule, unit_durations(schedule))
     told = ", ".join(f"{name} {_shown(value)}" for name, value in (sizes | options).items())
@@ -189,15 +191,17 @@ def _who_has(option: str) -> str:
 
 def _given_options(args: argparse.Namespace) -> dict[str, Any]:
     """The family's own options that the command line has; raises ConfigError for another family's."""
-    from helixpipe.schedule.families import options
+    from helixpipe.schedule.families import FAMILIES, options
 
     known = options(args.family)
     given = {name: value for name in _family_options() if (value := getattr(args, name)) is not None}
     for name in given:
         if name not in known:
-            near = get_close_matches(name, known, n=1, cutoff=0.5)
-            advice = f"did you mean '{_flag(near[0])}'?" if near else f"it has {', '.join(map(_flag, known)) or 'none'}"
-            raise ConfigError(f"{_flag(name)}: {args.family} has no such option; {advice}")
+            near = get_close_matches(name, known, n=1, cutoff=0.7)
+            has = f"which has {', '.join(map(_flag, known))}" if known else "which has none"
+            have = ", ".join(family for family in FAMILIES if name in options(family))
+            advice = f"; did you mean '{_flag(near[0])}'?" if near else f", {has}, but of {have}"
+            raise ConfigError(f"{_flag(name)}: not an option of {args.family}{advice}")
     return given
 
 
@@ -238,13 +242,20 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(name, f"{name} {usage}", description=description, epilog=epilog, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(message.removeprefix("argument "))
+        """In our words: argparse's say what it expected, not what to write."""
+        name, _, fault = message.removeprefix("argument ").partition(": ")
+        if fault.startswith("expected"):
+            raise ConfigError(f"{name}: no value follows; write {name}=VALUE if it starts with a dash")
+        if name in ("the following arguments are required", "unrecognized arguments"):
+            what = "missing" if name.endswith("required") else "not understood"
+            raise ConfigError(f"{what}: {fault}; write {self.usage}, or see --help")
+        raise ConfigError(f"{name}: {fault}" if fault else name)
 
     def read(self, given: list[str]) -> argparse.Namespace:
         known = sorted(name for action in self._actions for name in action.option_strings if name.startswith("--"))
         for word in given:
             name = word.split("=")[0]
-            if name.startswith("--") and name not in known:
+            if re.match("-[-a-zA-Z]", name) and name not in (*known, "-h"):
                 raise ConfigError(f"'{name}' is not an option of {self.prog}{nearest(name, known)}")
         try:
             return self.parse_args(given)

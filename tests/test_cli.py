@@ -17,6 +17,7 @@ from helixpipe.cli import OPTIONS, main
 from helixpipe.schedule.families import FAMILIES, build_schedule, options
 from helixpipe.schedule.text import from_json, load, save
 
+SHOW = "; write helixpipe show FAMILY --ranks P --layers L --microbatches M [options], or see --help"
 SIZES = ["--ranks", "2", "--layers", "2", "--microbatches", "4"]
 
 
@@ -138,8 +139,8 @@ def test_show_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     [
         ("shwo", "'shwo' is not a command; did you mean 'show'?"),
         ("xyzzy", "'xyzzy' is not a command; known: train, show, check"),
-        ("show", "the following arguments are required: FAMILY, --ranks, --layers, --microbatches"),
-        ("show helix --ranks 2", "the following arguments are required: --layers, --microbatches"),
+        ("show", "missing: FAMILY, --ranks, --layers, --microbatches" + SHOW),
+        ("show helix --ranks 2", "missing: --layers, --microbatches" + SHOW),
         ("show helix --rank 2", "'--rank' is not an option of helixpipe show; did you mean '--ranks'?"),
         (
             "show helix --microbatch=2",
@@ -148,8 +149,11 @@ def test_show_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         ("show helix --ranks two", "--ranks: 'two' is not a whole number below a billion"),
         ("show helix --ranks 2.0", "--ranks: '2.0' is not a whole number below a billion"),
         ("show helix --ranks 99999999999", "--ranks: '99999999999' is not a whole number below a billion"),
-        ("show helix --ranks", "--ranks: expected one argument"),
-        ("show helix 1f1b --ranks 2 --layers 2 --microbatches 2", "unrecognized arguments: 1f1b"),
+        ("show helix --ranks", "--ranks: no value follows; write --ranks=VALUE if it starts with a dash"),
+        ("show helix --ends -1,2", "--ends: no value follows; write --ends=VALUE if it starts with a dash"),
+        ("show helix -r 2", None),
+        ("check -j a.csv", "'-j' is not an option of helixpipe check; did you mean '--json'?"),
+        ("show helix 1f1b --ranks 2 --layers 2 --microbatches 2", "not understood: 1f1b" + SHOW),
         (
             "show helx --ranks 2 --layers 2 --microbatches 2",
             "FAMILY: 'helx' is not known; did you mean 'helix'?",
@@ -162,11 +166,11 @@ def test_show_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         ),
         (
             "show 1f1b --ranks 2 --layers 2 --microbatches 2 --folds 2",
-            "--folds: 1f1b has no such option; it has --opaque, --ends",
+            "--folds: not an option of 1f1b, which has --opaque, --ends, but of helix",
         ),
         (
             "show helix --ranks 2 --layers 2 --microbatches 2 --group 2",
-            "--group: helix has no such option; did you mean '--groups'?",
+            "--group: not an option of helix; did you mean '--groups'?",
         ),
         (
             "show zb_v --ranks 2 --layers 4 --microbatches 2 --costs 1,x,1",
@@ -190,11 +194,11 @@ def test_show_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         ),
         (
             "show helix --ranks 2 --layers 200000 --microbatches 2",
-            "up to 2,400,006 actions are more than show draws (500,000); ask for fewer",
+            "up to 2,400,006 actions are more than show draws (500,000); ask for fewer micro-batches, layers or ranks",
         ),
         ("show helix --ranks 999999999 --layers 1 --microbatches 1", None),
-        ("check", "the following arguments are required: FILE"),
-        ("check a.csv b.csv", "unrecognized arguments: b.csv"),
+        ("check", "missing: FILE; write helixpipe check FILE [options], or see --help"),
+        ("check a.csv b.csv", "not understood: b.csv; write helixpipe check FILE [options], or see --help"),
         ("check --jsn a.csv", "'--jsn' is not an option of helixpipe check; did you mean '--json'?"),
         ("check no.csv", "no.csv: cannot be read: no such file or directory"),
         ("check setup.py", "setup.py: a schedule file ends in .json or .csv"),

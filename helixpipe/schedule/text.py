@@ -192,7 +192,9 @@ def _from_torch_rows(rows: dict[int, str], layers: int) -> Schedule:
 def _cells(row: str, line: int) -> Iterator[tuple[str, str]]:
     """(place, text) of the cells of a row that are not empty."""
     for at, cell in enumerate(row.split(","), start=1):
-        if text := cell.strip().removeprefix('"').removesuffix('"'):
+        text = cell.strip()
+        quoted = len(text) > 1 and text[0] == text[-1] == '"'
+        if text := text[1:-1] if quoted else text:
             yield f"line {line}, cell {at}", text
 
 

@@ -210,6 +210,7 @@ BAD_TORCH_CSV = {
     "0F0,,0X0": "line 1, cell 3: '0X0' has the unknown operation 'X'; known: F, B, I, W",
     "0F0,0R0,0B0": "line 1, cell 2: '0R0' has the unknown operation 'R'; known: F, B, I, W",
     "0F0,0FORWARD0": "line 1, cell 2: '0FORWARD0' has the unknown operation 'FORWARD'; known: F, B, I, W",
+    '"0F0","0B0': "line 1, cell 2: '\"0B0' is not an action of torch's; write one as '3F1'",
     "0F0,0B": "line 1, cell 2: '0B' names no micro-batch; write one as '3F1'",
     "0F0.1": "line 1, cell 1: '0F0.1' is not an action of torch's; write one as '3F1'; segments go with rows that "
     "name the stages",
