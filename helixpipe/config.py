@@ -109,7 +109,7 @@ class DataConfig:
 class TrainConfig:
     """How long, how much at a time, and the optimizer (AdamW, warm-up, cosine)."""
 
-    steps: int = 150
+    steps: int = 120
     """Optimizer steps in all."""
     microbatch_size: int = 1
     """Sequences in a micro-batch."""
@@ -117,19 +117,19 @@ class TrainConfig:
     """Tokens in a sequence."""
     seed: int = 0
     """Decides the initial weights and the order of the data."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     """At its highest, after the warm-up."""
     min_learning_rate: float | None = None
     """Where the cosine ends; a tenth of learning_rate when unset."""
-    warmup_steps: int = 15
+    warmup_steps: int = 30
     """Steps over which the learning rate rises from zero."""
     weight_decay: float = 0.1
     """On matrices alone."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = (0.9, 0.99)
     """AdamW's decay of the first and second moment."""
     clip_norm: float = 1.0
     """Gradients above this norm, over all ranks, are scaled down to it; 0 is no clipping."""
-    evaluate_every: int = 50
+    evaluate_every: int = 40
     """Steps between evaluations on held-out data; 0 is only the first and the last."""
     evaluate_batches: int = 4
     """Batches in an evaluation, each as large as a training step's."""
@@ -165,7 +165,7 @@ class RunConfig:
     """Where; "" is a new one, runs/<name>-<number>. Ranks on several machines must share it."""
     name: str = ""
     """Of new folders; "" is the config file's name, or 'default'."""
-    checkpoint_every: int = 50
+    checkpoint_every: int = 40
     """Steps between checkpoints (the last step has one too); 0 is none."""
     keep: int = 2
     """Checkpoints to keep: the newest ones."""

@@ -96,10 +96,10 @@ def _find(resume: str, over: Table, given: Arguments, warn: Callable[[str], None
             return folder.resolve(), manifests.verify(folder)
     inside = folder if folder.name == "checkpoints" else folder / "checkpoints"
     if not manifests.checkpoints(inside):
-        raise CheckpointError(f"--resume: no checkpoint in {inside}; run without --resume to start anew")
+        raise CheckpointError(f"--resume: no checkpoint in {inside}; start anew without --resume, in a new folder")
     found = manifests.find_newest(inside, warn)
     if found is None:
-        raise CheckpointError(f"--resume: no good checkpoint in {inside}; run without --resume to start anew")
+        raise CheckpointError(f"--resume: no good checkpoint in {inside}; start anew without --resume, in a new folder")
     return found[0].resolve(), found[1]
 
 
@@ -121,7 +121,7 @@ def _resolved(config: Config, given: Arguments, checkpoint: Path | None) -> Conf
     if config.run.folder:
         folder = Path(config.run.folder).resolve()
         if folder != continued:
-            _refuse_used(folder)
+            refuse_used(folder)
     else:
         folder = continued or (_RUNS / f"{name}-{(_numbers(name) or [0])[-1] + 1}").resolve()
     path = str(Path(config.data.path).resolve()) if config.data.path else ""
@@ -132,7 +132,8 @@ def _resolved(config: Config, given: Arguments, checkpoint: Path | None) -> Conf
     )
 
 
-def _refuse_used(folder: Path) -> None:
+def refuse_used(folder: Path) -> None:
+    """Raise ConfigError when a new run would write over another."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"run.folder: '{folder}' is a file; choose another folder")
     if (folder / "config.toml").exists() or (folder / "checkpoints").exists():

@@ -23,7 +23,7 @@ from helixpipe.config import write_toml
 from helixpipe.errors import HelixpipeError
 from helixpipe.files import write_text
 from helixpipe.predict.timeline import Timeline
-from helixpipe.train.job import Job
+from helixpipe.train.job import Job, refuse_used
 from helixpipe.view.svg import render
 
 
@@ -114,6 +114,8 @@ class Log:
 
     def _open_folder(self) -> None:
         folder = self.job.folder
+        if self.job.checkpoint is None:
+            refuse_used(folder)  # another run may have taken it since the job was made ready
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from helixpipe.errors import HelixpipeError
+from helixpipe.errors import ConfigError, DataError
 from helixpipe.model.decoder import Decoder
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.train.checkpoint import Checkpoints
@@ -44,6 +45,8 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
     )
     optimizer = Optimizer(pipeline.parameters, settings)
 
+    _check_same_data(corpus, group)
+
     # where it goes on
     checkpoints = Checkpoints(job.checkpoints, run.keep, group)
     if job.checkpoint is not None:
@@ -60,7 +63,7 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
             loss = pipeline.step(*_tensors(corpus.batch(step)))
             gradient_norm = pipeline.clip_gradients(settings.clip_norm or math.inf)
             if not math.isfinite(loss + gradient_norm):
-                raise HelixpipeError(
+                raise ConfigError(
                     f"step {step}: loss {loss}, gradient norm {gradient_norm}; lower train.learning_rate or train.clip_norm"
                 )
             rate = optimizer.step(step - 1)
@@ -86,6 +89,19 @@ def evaluate(pipeline: Pipeline, corpus: Corpus, batches: int, log: Log, step: i
     if len(corpus.held_out):
         losses = [pipeline.evaluate(*_tensors(batch)) for batch in corpus.evaluation(batches)]
         log.evaluation(step, math.fsum(losses) / len(losses))
+
+
+def _check_same_data(corpus: Corpus, group: dist.ProcessGroup | None) -> None:
+    """Machines have files of their own: raise DataError, on all ranks, where a batch is not the same."""
+    if group is not None:
+        mine = len(corpus.training), len(corpus.held_out), zlib.crc32(corpus.batch(1).tokens.tobytes())
+        everyone = [mine] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, mine, group)
+        for rank, other in enumerate(everyone):
+            if other != everyone[0]:
+                raise DataError(
+                    f"data.path: rank {rank} reads other tokens than rank 0; give all machines the same data"
+                )
 
 
 def _tensors(batch: Batch) -> tuple[Tensor, Tensor]:

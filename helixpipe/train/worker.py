@@ -39,7 +39,9 @@ class Place(NamedTuple):
         try:
             return Place(*(int(os.environ[name]) for name in names))
         except (KeyError, ValueError) as error:
-            raise ConfigError(f"{', '.join(names)}: {error} in the environment; start ranks with torchrun") from None
+            raise ConfigError(
+                f"environment: {error} is missing or no number; start ranks with torchrun, which sets {', '.join(names)}"
+            ) from None
 
 
 def work(job: Job, place: Place, store: Store | None) -> None:

@@ -174,7 +174,7 @@ def test_a_missing_file_is_named() -> None:
         ({"train": {"learning_rate": float("nan")}}, "train.learning_rate: nan will not do; give a finite number"),
         (
             {"train": {"min_learning_rate": 1.0}},
-            "train.min_learning_rate: 1.0 is above train.learning_rate 0.003; lower it",
+            "train.min_learning_rate: 1.0 is above train.learning_rate 0.002; lower it",
         ),
         ({"data": {"held_out": 1.0}}, "data.held_out: 1.0; give a share below 1, such as 0.1"),
         ({"runtime": {"port": 70000}}, "runtime.port: 70000; give at most 65535"),

@@ -113,7 +113,7 @@ def test_a_file_or_an_option_goes_before_the_saved_config_and_changes_are_said()
         (
             ["--resume", "empty"],
             CheckpointError,
-            "--resume: no checkpoint in empty/checkpoints; run without --resume to start anew",
+            "--resume: no checkpoint in empty/checkpoints; start anew without --resume, in a new folder",
         ),
         (
             ["--run.folder", "used"],
@@ -169,6 +169,6 @@ def test_torchrun_must_start_as_many_ranks_as_the_schedule_has() -> None:
 def test_no_good_checkpoint_is_an_error() -> None:
     (made("a", 50) / "__0_0.distcp").unlink()
     said: list[str] = []
-    with pytest.raises(CheckpointError, match=r"^--resume: no good checkpoint in a/checkpoints; run without"):
+    with pytest.raises(CheckpointError, match=r"^--resume: no good checkpoint in a/checkpoints; start anew without"):
         prepare(["--resume", "a"], said.append)
     assert len(said) == 1

@@ -23,7 +23,7 @@ def test_the_learning_rate_rises_then_follows_a_cosine() -> None:
 
 
 def test_the_lowest_is_a_tenth_when_unset() -> None:
-    assert learning_rate(TrainConfig(steps=20), 19) == pytest.approx(TrainConfig().learning_rate / 10)
+    assert learning_rate(TrainConfig(steps=20, warmup_steps=4), 19) == pytest.approx(TrainConfig().learning_rate / 10)
 
 
 @pytest.mark.parametrize("steps", [1, 2])

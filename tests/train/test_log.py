@@ -1,0 +1,88 @@
+"""The log: lines to read, lines to compute with, and a folder that is never written over."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from helixpipe.config import Config, read_toml, to_table
+from helixpipe.errors import ConfigError, HelixpipeError
+from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
+from helixpipe.schedule.action import Action
+from helixpipe.train.job import Job
+from helixpipe.train.log import Log, StepRecord
+
+TIMELINE = Timeline(
+    ((Span(Action.parse("0F0"), 0.0, 1.0),), (Span(Action.parse("1F0"), 1.0, 2.0),)),
+    ((MemoryPoint(0.0, 3 << 20),), (MemoryPoint(1.0, 5 << 20),)),
+)
+RECORD = StepRecord(1, 2.5, 0.75, 1e-3, 2.0, TIMELINE)
+
+
+def job(folder: Path, checkpoint: Path | None = None, step: int = 0) -> Job:
+    run = dataclasses.replace(Config().run, folder=str(folder))
+    return Job(dataclasses.replace(Config(), run=run), checkpoint, step)
+
+
+def test_a_step_is_a_line_to_read_and_a_line_to_compute_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Log(job(tmp_path / "run"), 0, "cpu") as log:
+        log.evaluation(0, 5.5)
+        log.step(RECORD)
+        log.evaluation(120, 2.25)
+        log.draw(TIMELINE, 1)
+    shown = capsys.readouterr()
+    assert shown.err.splitlines()[2:] == [
+        "step 0/120  held-out loss 5.5000",
+        "step 1/120  loss 2.5000  grad norm 0.750  2,048 tokens/s  bubble 50.0%  peak activations 5.0 MiB",
+        "step 120/120  held-out loss 2.2500",
+    ]
+    assert shown.out == (
+        f"trained to step 120 in 0:00; held-out loss 2.2500 nats a token, from 5.5000; run folder {tmp_path / 'run'}\n"
+    )
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"step": 0, "held_out_loss": 5.5},
+        {
+            "step": 1, "loss": 2.5, "grad_norm": 0.75, "learning_rate": 0.001, "tokens_per_s": 2048.0, "step_s": 2.0,
+            "bubble_ratio": 0.5, "peak_activation_bytes": [3 << 20, 5 << 20],
+        },
+        {"step": 120, "held_out_loss": 2.25},
+    ]  # fmt: skip
+    assert read_toml(tmp_path / "run" / "config.toml") == to_table(job(tmp_path / "run").config)
+    assert "helix, 2 ranks, 4 micro-batches: step 1, measured" in (tmp_path / "run" / "timeline.svg").read_text()
+
+
+def test_a_resumed_run_drops_the_lines_that_come_again(tmp_path: Path) -> None:
+    lines = [json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(1, 8)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 8, "lo')
+    with Log(job(tmp_path, tmp_path / "checkpoints" / "step-00000004", 4), 0, "cpu"):
+        pass
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:4])
+
+
+def test_other_ranks_say_and_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Log(job(tmp_path / "run"), 1, "cpu") as log:
+        log.evaluation(0, 5.5)
+        log.step(RECORD)
+        log.draw(TIMELINE, 1)
+        log.flush()
+    assert capsys.readouterr() == ("", "")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(HelixpipeError) as caught, Log(job(tmp_path / "file" / "run"), 0, "cpu"):
+        pass
+    assert str(caught.value) == f"run.folder: '{tmp_path / 'file' / 'run'}' cannot be made: not a directory"
+
+
+def test_a_folder_taken_meanwhile_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").touch()
+    with pytest.raises(ConfigError, match="has a run already"), Log(job(tmp_path), 0, "cpu"):
+        pass
