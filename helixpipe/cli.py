@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import os
 import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
-from functools import partial
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any
 
 from helixpipe import __version__
 from helixpipe.errors import ConfigError, HelixpipeError, ScheduleError, nearest
+from helixpipe.flags import Parser, add_family_options, flag, given_options, number, shown
 
 USAGE = """\
 usage: helixpipe COMMAND [options]
@@ -29,24 +27,9 @@ helixpipe COMMAND --help tells a command's options; helixpipe --version the vers
 SHOW = """\
 The terminal shows one column an action, as if all took equally long. The SVG, makespan and bubble use
 units for the parts of a layer: qkv 1, attention 3, mlp 2, everything else 0, a stage at least 1, and twice
-that backward; messages take no time. Attention has that share of a layer at a sequence of 6 times the
+that backward (I and W once each); messages take no time. Attention has that share of a layer at a sequence of 6 times the
 hidden size (12 when causal); longer sequences have more.
 """
-# an option of the families -> what its value is called, and what it is
-OPTIONS = {
-    "segments": ("K", "pieces of each sequence"),
-    "stages_per_rank": ("V", "stages on each rank"),
-    "group": (
-        "G",
-        "micro-batches (or segments of them) that take a stage together; 0 is the fewest that feed all ranks",
-    ),
-    "folds": ("N", "a group is N x P micro-batches: 1 is the naive order, 2 the two-fold"),
-    "travel": ("T", "what moves with the attention: none, qkv or attention"),
-    "groups": ("G", "one group after another, sequential, or all forwards first, forward_first"),
-    "costs": ("F,I,W", "times of a stage's F, I and W, which decide the order"),
-    "opaque": ("L,L,...", "layers that are one block, which nothing can split"),
-    "ends": ("E,H", "how many layers' work embed and head are"),
-}
 MOST_ACTIONS = 500_000
 MOST_LAYERS = 100_000
 
@@ -93,7 +76,7 @@ def show(given: list[str]) -> int:
     try:
         return _show(_show_parser().read(given))
     except ConfigError as error:  # the families name keys of a config
-        told = re.sub(r"^schedule\.(\w+)", lambda key: "FAMILY" if key[1] == "family" else _flag(key[1]), str(error))
+        told = re.sub(r"^schedule\.(\w+)", lambda key: "FAMILY" if key[1] == "family" else flag(key[1]), str(error))
         raise ConfigError(told) from None
 
 
@@ -109,7 +92,7 @@ def _show(args: argparse.Namespace) -> int:
     from helixpipe.view.units import unit_durations
 
     sizes = {"ranks": args.ranks, "layers": args.layers, "microbatches": args.microbatches}
-    options = _given_options(args)
+    options = given_options(args)
     actions = 3 * max(args.ranks, args.microbatches * options.get("segments", 1) * (2 * args.layers + 1))
     if actions > MOST_ACTIONS:
         raise ConfigError(
@@ -117,13 +100,14 @@ def _show(args: argparse.Namespace) -> int:
         )
     schedule = build_schedule(args.family, **sizes, **options)
     timeline = simulate_schedule(schedule, unit_durations(schedule))
-    told = ", ".join(f"{name} {_shown(value)}" for name, value in (sizes | options).items())
+    told = ", ".join(f"{name} {shown(value)}" for name, value in (sizes | options).items())
+    theirs = None if args.torch_csv is None else to_torch_csv(schedule)  # refused before anything is written
     if args.svg is not None:
         write_text(args.svg, render(timeline, f"{args.family}: {told}", unit="units"))
     if args.csv is not None:
         write_text(args.csv, to_csv(schedule))
-    if args.torch_csv is not None:
-        write_text(args.torch_csv, to_torch_csv(schedule))
+    if theirs is not None:
+        write_text(args.torch_csv, theirs)
     peaks = [int(peak) for peak in peak_kept(schedule)]
     if args.json:
         modelled = {"makespan_units": timeline.makespan_s, "bubble_ratio": timeline.bubble_ratio}
@@ -139,70 +123,22 @@ def _show(args: argparse.Namespace) -> int:
     return 0
 
 
-def _show_parser() -> _Parser:
+def _show_parser() -> Parser:
     from helixpipe.schedule.families import FAMILIES
 
     usage = "FAMILY --ranks P --layers L --microbatches M [options]"
-    parser = _Parser("show", usage, "A schedule as a staircase in the terminal, or as SVG, CSV, JSON.", SHOW)
+    parser = Parser("show", usage, "A schedule as a staircase in the terminal, or as SVG, CSV, JSON.", SHOW)
     parser.add_argument("family", metavar="FAMILY", help=", ".join(FAMILIES))
-    parser.add_argument("--ranks", type=_number, required=True, metavar="P", help="pipeline ranks")
-    parser.add_argument("--layers", type=_number, required=True, metavar="L", help="layers of the model")
-    parser.add_argument("--microbatches", type=_number, required=True, metavar="M", help="micro-batches of a step")
+    parser.add_argument("--ranks", type=number, required=True, metavar="P", help="pipeline ranks")
+    parser.add_argument("--layers", type=number, required=True, metavar="L", help="layers of the model")
+    parser.add_argument("--microbatches", type=number, required=True, metavar="M", help="micro-batches of a step")
     parser.add_argument("--svg", metavar="FILE", help="write a picture")
     parser.add_argument("--csv", metavar="FILE", help="write the schedule, a row a rank: helixpipe check reads it")
     theirs = "write it for torch.distributed.pipelining, in its compute_only format"
     parser.add_argument("--torch-csv", metavar="FILE", help=theirs)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    own = parser.add_argument_group("options of the families")
-    for name, kind in _family_options().items():
-        metavar, meaning = OPTIONS.get(name, (name.upper(), ""))
-        own.add_argument(_flag(name), type=kind, metavar=metavar, help=f"{meaning} [{_who_has(name)}]")
+    add_family_options(parser)
     return parser
-
-
-def _family_options() -> dict[str, Callable[[str], Any]]:
-    """Every option of any family -> what reads its value: from the families' own signatures."""
-    from helixpipe.schedule.families import FAMILIES, options
-
-    single: dict[type, Callable[[str], Any]] = {int: _number, str: str}
-    found: dict[str, Callable[[str], Any]] = {}
-    for family, function in FAMILIES.items():
-        kinds = get_type_hints(function)
-        for name in options(family):
-            several = get_args(kinds[name])
-            found[name] = partial(_numbers, several[0]) if several else single[kinds[name]]
-    return {name: found[name] for name in (*OPTIONS, *found) if name in found}
-
-
-def _who_has(option: str) -> str:
-    """The families that have an option, and its default."""
-    from helixpipe.schedule.families import FAMILIES, options
-
-    by_default: dict[str, list[str]] = {}
-    for family, function in FAMILIES.items():
-        if option in options(family):
-            default = _shown(inspect.signature(function).parameters[option].default) or "none"
-            by_default.setdefault(default, []).append(family)
-    without = [family for family in FAMILIES if option not in options(family)]
-    if len(by_default) == 1 and 2 * len(without) < len(FAMILIES):
-        return f"all but {', '.join(without)}; default {next(iter(by_default))}"
-    return "; ".join(f"{', '.join(families)}: default {default}" for default, families in by_default.items())
-
-
-def _given_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The family's own options that the command line has; raises ConfigError for another family's."""
-    from helixpipe.schedule.families import FAMILIES, options
-
-    known = options(args.family)
-    given = {name: value for name in _family_options() if (value := getattr(args, name)) is not None}
-    for name in given:
-        if name not in known:
-            near = get_close_matches(name, known, n=1, cutoff=0.7)
-            has = f"which has {', '.join(map(_flag, known))}" if known else "which has none"
-            have = ", ".join(family for family in FAMILIES if name in options(family))
-            advice = f"; did you mean '{_flag(near[0])}'?" if near else f", {has}, but of {have}"
-            raise ConfigError(f"{_flag(name)}: not an option of {args.family}{advice}")
-    return given
 
 
 def check(given: list[str]) -> int:
@@ -210,12 +146,12 @@ def check(given: list[str]) -> int:
     from helixpipe.schedule.check import check as prove
     from helixpipe.schedule.text import load
 
-    parser = _Parser(
+    parser = Parser(
         "check", "FILE [options]", "Whether a schedule file can run, or the reason why not: exit code 2.", ""
     )
     parser.add_argument("file", metavar="FILE", help="a .csv or .json file, as show --csv writes it")
     layers = "layers of the model: for a compute_only .csv of torch.distributed.pipelining, which does not tell"
-    parser.add_argument("--layers", type=_number, metavar="L", help=layers)
+    parser.add_argument("--layers", type=number, metavar="L", help=layers)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.read(given)
     if args.layers is not None and not 0 < args.layers <= MOST_LAYERS:
@@ -234,60 +170,6 @@ def check(given: list[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """Strict: no abbreviations, an unknown option names the nearest, and every fault is a ConfigError."""
-
-    def __init__(self, command: str, usage: str, description: str, epilog: str) -> None:
-        name = f"helixpipe {command}"
-        super().__init__(name, f"{name} {usage}", description=description, epilog=epilog, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        """In our words: argparse's say what it expected, not what to write."""
-        name, _, fault = message.removeprefix("argument ").partition(": ")
-        if fault.startswith("expected"):
-            raise ConfigError(f"{name}: no value follows; write {name}=VALUE if it starts with a dash")
-        if name in ("the following arguments are required", "unrecognized arguments"):
-            what = "missing" if name.endswith("required") else "not understood"
-            raise ConfigError(f"{what}: {fault}; write {self.usage}, or see --help")
-        raise ConfigError(f"{name}: {fault}" if fault else name)
-
-    def read(self, given: list[str]) -> argparse.Namespace:
-        known = sorted(name for action in self._actions for name in action.option_strings if name.startswith("--"))
-        for word in given:
-            name = word.split("=")[0]
-            if re.match("-[-a-zA-Z]", name) and name not in (*known, "-h"):
-                raise ConfigError(f"'{name}' is not an option of {self.prog}{nearest(name, known)}")
-        try:
-            return self.parse_args(given)
-        except SystemExit as end:  # --help; flushed here so that a closed pipe is noticed
-            sys.stdout.flush()
-            raise end
-
-
-def _number(text: str) -> int:
-    if not text.isascii() or not text.removeprefix("-").isdigit() or len(text) > 9:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number below a billion")
-    return int(text)
-
-
-def _numbers(kind: type[int] | type[float], text: str) -> tuple[int | float, ...]:
-    """`0,1.5` as numbers."""
-    try:
-        return tuple(kind(word) for word in text.split(","))
-    except ValueError:
-        numbers = "whole numbers" if kind is int else "numbers"
-        raise argparse.ArgumentTypeError(f"'{text}' is not {numbers} with commas between them") from None
-
-
-def _flag(option: str) -> str:
-    return "--" + option.replace("_", "-")
-
-
-def _shown(value: Any) -> str:
-    """A value as it is given on the command line."""
-    return ",".join(f"{number:g}" for number in value) if isinstance(value, tuple) else str(value)
-
-
 def _facts(schedule: Any) -> dict[str, int]:
     return {
         "ranks": len(schedule.ranks),
@@ -301,8 +183,8 @@ def _facts(schedule: Any) -> dict[str, int]:
 def _stages(schedule: Any, width: int) -> str:
     """What the stages are, on one line of at most `width` columns: the first ones and the last."""
     told = [f"stage {s}: {stage}" for s, stage in enumerate(schedule.stages)]
-    for shown in range(len(told), 0, -1):
-        line = "; ".join(told if shown == len(told) else [*told[: shown - 1], "...", told[-1]])
+    for count in range(len(told), 0, -1):
+        line = "; ".join(told if count == len(told) else [*told[: count - 1], "...", told[-1]])
         if len(line) <= width:
             return line
     return f"{len(told)} stages: --json or --csv names their parts"

@@ -13,7 +13,8 @@ from xml.etree import ElementTree
 import pytest
 
 import helixpipe
-from helixpipe.cli import OPTIONS, main
+from helixpipe.cli import main
+from helixpipe.flags import OPTIONS
 from helixpipe.schedule.families import FAMILIES, build_schedule, options
 from helixpipe.schedule.text import from_json, load, save
 
@@ -252,7 +253,8 @@ def test_check_reads_torchs_files_when_told_the_layers(tmp_path: Path, capsys: p
 
 
 def test_what_torch_cannot_say_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = fails(capsys, "show", "helix", *SIZES, "--torch-csv", str(tmp_path / "a.csv"))
+    files = ["--svg", str(tmp_path / "a.svg"), "--torch-csv", str(tmp_path / "a.csv")]
+    told = fails(capsys, "show", "helix", *SIZES, *files)
     assert told.startswith("stage 1 (attn.0) runs on ranks 0, 1, and a stage of torch's on one; use a family")
     assert os.listdir(tmp_path) == []
 
