@@ -17,7 +17,7 @@ import pytest
 
 from helixpipe.train import manifest
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(290)
 
 STEPS = 20
 CONFIG = f"""
@@ -59,10 +59,10 @@ class Run:
     def err(self) -> str:
         return self._err.read_text()
 
-    def wait(self, timeout_s: float = 90.0) -> int:
+    def wait(self, timeout_s: float = 150.0) -> int:
         return self.process.wait(timeout_s)
 
-    def until(self, condition: Callable[[], object], timeout_s: float = 60.0, every_s: float = 0.005) -> None:
+    def until(self, condition: Callable[[], object], timeout_s: float = 120.0, every_s: float = 0.005) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert self.process.poll() is None, self.err
