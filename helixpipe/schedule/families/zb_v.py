@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Collection, Sequence
 
 from helixpipe.schedule.action import Pass
-from helixpipe.schedule.families.v_shape import Bench, v_stages
+from helixpipe.schedule.families.v_shape import CHUNKS, Bench, v_stages
 from helixpipe.schedule.schedule import Schedule
 
 
@@ -60,7 +60,7 @@ def _build(
                 bench.put(rank, Pass.I, chunk)
         for rank in range(ranks):
             chunk = _forward(bench, rank)
-            if bench.arrival(rank, Pass.F, chunk) is not None and _make_room(bench, rank):
+            if bench.arrival(rank, Pass.F, chunk) is not None and _make_room(bench, rank, chunk):
                 _fill(bench, rank, Pass.F, chunk, before[1], expected)
                 bench.put(rank, Pass.F, chunk)
     return bench
@@ -94,11 +94,21 @@ def _forward(bench: Bench, rank: int) -> int:
     return 1 if behind and bench.arrival(rank, Pass.F, 1) is not None else 0
 
 
-def _make_room(bench: Bench, rank: int) -> bool:
-    """Run W's until one more forward can be kept; False when none is left to run."""
-    while sum(bench.kept[rank]) >= 2 * bench.ranks and bench.weights[rank]:
+def _make_room(bench: Bench, rank: int, chunk: int) -> bool:
+    """Run W's until one more forward can be kept; False when none is left to run.
+
+    Chunk 0 takes the last room only when an I is about to free some, or chunk 1 might never get any.
+    """
+
+    freeing = any(bench.arrival(rank, Pass.I, c) is not None for c in CHUNKS)
+
+    def full() -> bool:
+        kept, room = bench.kept[rank], 2 * bench.ranks
+        return sum(kept) >= room or (chunk == 0 and kept[0] >= room - 1 and not freeing)
+
+    while full() and bench.weights[rank]:
         bench.put_weight(rank)
-    return sum(bench.kept[rank]) < 2 * bench.ranks
+    return not full()
 
 
 def _fill(bench: Bench, rank: int, kind: Pass, chunk: int, partly: bool, expected: Sequence[float]) -> None:

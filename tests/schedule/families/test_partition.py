@@ -178,16 +178,16 @@ def test_long_sequences_are_cut_in_seconds() -> None:
     [
         (lambda: even(8, 9, 1), "schedule.segments: 9 segments of a sequence of 8 tokens; give at most 8"),
         (lambda: even(8, 0), "schedule.segments: 0; give at least 1 (1 keeps the sequence whole)"),
-        (lambda: even(8, 2, 0), "schedule.multiple: 0; give at least 1 (1 does not round)"),
+        (lambda: even(8, 2, 0), "schedule.segment_multiple: 0; give at least 1 (1 does not round)"),
         (
             lambda: computation_wise(1000, 8, 1, 1),
             "schedule.segments: 8 segments of at least 128 tokens are more than the sequence's 1000; give at most 7 "
-            "segments, or a multiple of at most 125",
+            "segments, or a schedule.segment_multiple of at most 125",
         ),
         (
             lambda: from_costs(100, 2, causal(1, 1)),
             "schedule.segments: 2 segments of at least 128 tokens are more than the sequence's 100; give at most 1 "
-            "segments, or a multiple of at most 50",
+            "segments, or a schedule.segment_multiple of at most 50",
         ),
         (
             lambda: computation_wise(1000, 2, 0, 0),
