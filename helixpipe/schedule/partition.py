@@ -139,7 +139,7 @@ def _check(length: int, segments: int, multiple: int) -> None:
     if segments < 1:
         raise ConfigError(f"schedule.segments: {segments}; give at least 1 (1 keeps the sequence whole)")
     if multiple < 1:
-        raise ConfigError(f"schedule.multiple: {multiple}; give at least 1 (1 does not round)")
+        raise ConfigError(f"schedule.segment_multiple: {multiple}; give at least 1 (1 does not round)")
     if segments > length:
         raise ConfigError(
             f"schedule.segments: {segments} segments of a sequence of {length} tokens; give at most {length}"
@@ -147,7 +147,7 @@ def _check(length: int, segments: int, multiple: int) -> None:
     if segments > 1 and segments * multiple > length:
         raise ConfigError(
             f"schedule.segments: {segments} segments of at least {multiple} tokens are more than the sequence's {length}; "
-            f"give at most {max(1, length // multiple)} segments, or a multiple of at most {length // segments}"
+            f"give at most {max(1, length // multiple)} segments, or a schedule.segment_multiple of at most {length // segments}"
         )
 
 

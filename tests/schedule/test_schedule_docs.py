@@ -12,7 +12,7 @@ from helixpipe.cli import main
 from helixpipe.schedule.families import FAMILIES
 
 DOCS = Path(__file__).parents[2] / "docs" / "schedules"
-PAGES = ["gpipe", "1f1b", "helix"]
+PAGES = list(FAMILIES)
 
 
 def commands() -> list[tuple[str, list[str]]]:
