@@ -21,6 +21,7 @@ import tomli_w
 
 from helixpipe.errors import ConfigError, nearest
 from helixpipe.schedule import families
+from helixpipe.schedule.partition import even, for_shape
 from helixpipe.schedule.schedule import Schedule
 from helixpipe.shape import ModelShape, named_shape
 
@@ -86,11 +87,15 @@ class ScheduleConfig:
     groups: Literal["sequential", "forward_first"] | None = None
     """helix: one group after another (least memory), or all forward first (least bubble)."""
     segments: int | None = None
-    """seq1f1b: pieces of a sequence, of as many tokens each."""
+    """seq1f1b: pieces of a sequence."""
     stages_per_rank: int | None = None
     """interleaved: stages on a rank."""
     group: int | None = None
     """interleaved: micro-batches (or segments of them) that take a stage together; 0 is the fewest that feed all ranks."""
+    partition: Literal["computation_wise", "even"] = "computation_wise"
+    """How a sequence is cut into segments: of as much computation each, or of as many tokens."""
+    segment_multiple: int = 128
+    """Segment lengths are multiples of it, the last excepted: kernels like round numbers."""
 
 
 @dataclass(frozen=True)
@@ -194,9 +199,9 @@ class Config:
 
     def build_schedule(self) -> Schedule:
         """The schedule, checked; raises ConfigError."""
-        options = dataclasses.asdict(self.schedule)
-        family, ranks, microbatches = (options.pop(key) for key in ("family", "ranks", "microbatches"))
-        given = {key: value for key, value in options.items() if value is not None}
+        asked = self.schedule
+        family, ranks, microbatches = asked.family, asked.ranks, asked.microbatches
+        given = {key: value for key in _FAMILY_OPTIONS if (value := getattr(asked, key)) is not None}
         for key in given:
             if key not in families.options(family):
                 having = [name for name in families.FAMILIES if key in families.options(name)]
@@ -207,11 +212,13 @@ class Config:
         return families.build_schedule(family, ranks=ranks, layers=layers, microbatches=microbatches, **given)
 
     def segment_lengths(self, schedule: Schedule) -> tuple[int, ...] | None:
-        """Tokens of each segment, as even as can be; None when sequences stay whole."""
-        length, segments = self.train.sequence_length, schedule.segments
+        """Tokens of each segment; None when sequences stay whole."""
+        length, segments, multiple = self.train.sequence_length, schedule.segments, self.schedule.segment_multiple
         if segments == 1:
             return None
-        return tuple(length * (i + 1) // segments - length * i // segments for i in range(segments))
+        if self.schedule.partition == "even":
+            return even(length, segments, multiple)
+        return for_shape(self.shape(), length, segments, multiple, self.runtime.recompute)
 
     @property
     def batch_size(self) -> int:
@@ -229,7 +236,7 @@ _AT_LEAST = {
     "train.learning_rate": 0, "train.min_learning_rate": 0, "train.warmup_steps": 0, "train.weight_decay": 0,
     "train.clip_norm": 0, "train.evaluate_every": 0, "train.evaluate_batches": 1, "runtime.mlp_chunk": 0,
     "runtime.head_chunk": 0, "runtime.port": 0, "runtime.threads": 1, "run.checkpoint_every": 0, "run.keep": 1,
-    "run.timeline_step": 0,
+    "run.timeline_step": 0, "schedule.segment_multiple": 1,
 }  # fmt: skip
 _AT_MOST = {"train.seed": 2**63 - 1, "runtime.port": 65535}
 
@@ -430,11 +437,7 @@ def _check_values(config: Config) -> None:
 def _check_together(config: Config) -> None:
     """What no single key can be blamed for without the others."""
     train, shape = config.train, config.shape()
-    segments = config.build_schedule().segments
-    if segments > train.sequence_length:
-        raise ConfigError(
-            f"schedule.segments: {segments}, and a sequence has {train.sequence_length} tokens; give at most as many"
-        )
+    config.segment_lengths(config.build_schedule())
     if not shape.causal:  # it would see the token it is asked for
         raise ConfigError("model.causal: next-token training needs a causal model; set it to true")
     if shape.positions == "learned" and train.sequence_length > shape.context:

@@ -71,10 +71,11 @@ def test_another_family_does_not_inherit_options() -> None:
     assert merged(base, {"schedule": {"family": "helix"}})["schedule"]["folds"] == 1
 
 
-def test_segments_are_as_even_as_can_be() -> None:
-    table = {"schedule": {"family": "seq1f1b", "segments": 3}, "train": {"sequence_length": 100}}
+@pytest.mark.parametrize(("partition", "lengths"), [("even", (384, 256, 384)), ("computation_wise", (384, 384, 256))])
+def test_segments_are_cut_by_computation_or_evenly(partition: str, lengths: tuple[int, ...]) -> None:
+    table = {"schedule": {"family": "seq1f1b", "segments": 3, "partition": partition}}
     config = build_config(table)
-    assert config.segment_lengths(config.build_schedule()) == (33, 33, 34)
+    assert config.segment_lengths(config.build_schedule()) == lengths
     assert Config().segment_lengths(Config().build_schedule()) is None
 
 
@@ -165,7 +166,17 @@ def test_a_missing_file_is_named() -> None:
         ),
         (
             {"schedule": {"family": "seq1f1b", "segments": 9}, "train": {"sequence_length": 8}},
-            "schedule.segments: 9, and a sequence has 8 tokens; give at most as many",
+            "schedule.segments: 9 segments of a sequence of 8 tokens; give at most 8",
+        ),
+        (
+            {"schedule": {"family": "seq1f1b", "segments": 9}},
+            "schedule.segments: 9 segments of at least 128 tokens are more than the sequence's 1024; give at most 8 "
+            "segments, or a schedule.segment_multiple of at most 113",
+        ),
+        (
+            {"schedule": {"family": "seq1f1b", "segments": 2}, "model": {"causal": False}},
+            "schedule.segments: 2 segments need causal attention (model.causal), since the first segments run before the "
+            "keys of later ones exist; use segments = 1, or the helix family, which splits no sequence",
         ),
         ({"schedule": {"folds": 0}}, "schedule.folds: 0; give at least 1 (1 is the naive order, 2 the two-fold)"),
         ({"schedule": {"ranks": 0}}, "schedule.ranks: 0; give at least 1"),

@@ -1,0 +1,212 @@
+"""Every family of ours beside torch's schedules, in one interleaved run. `python benchmarks/families/run.py`
+
+2 ranks, one core and one thread each; attention-heavy; the same model, weights and data. For each: time over the
+perfect two-way split (each rank half of the micro-batches, no messages), and the most bytes of activations that
+autograd kept at one time on each rank, counted by storage in the same way for all, in a step that is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import torch.distributed as dist
+import torch.distributed.pipelining as theirs
+from peers import PlainParts, interleaved, launch, machine, mean_loss, ratio
+from torch.distributed.pipelining.schedules import ScheduleZBVZeroBubble
+
+from helixpipe.model.decoder import Decoder
+from helixpipe.runtime.ledger import Ledger
+from helixpipe.runtime.pipeline import Pipeline
+from helixpipe.schedule.families import FAMILIES, build_schedule
+from helixpipe.schedule.partition import for_shape
+from helixpipe.schedule.parts import chain
+from helixpipe.shape import Batch, ModelShape
+
+RANKS = 2
+SPLIT = "perfect split"
+
+# the options with which each family runs here; k=4 segments, 2 stages a rank where it interleaves
+OURS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpipe": ("gpipe", {}),
+    "1f1b": ("1f1b", {}),
+    "interleaved": ("interleaved", {"stages_per_rank": 2}),
+    "breadth_first": ("breadth_first", {"stages_per_rank": 2}),
+    "zb_h1": ("zb_h1", {}),
+    "zb_h2": ("zb_h2", {}),
+    "zb_v": ("zb_v", {}),
+    "v_half": ("v_half", {}),
+    "v_min": ("v_min", {}),
+    "dualpipe_v": ("dualpipe_v", {}),
+    "seq1f1b": ("seq1f1b", {"segments": 4}),
+    "seq1f1b_interleaved": ("seq1f1b_interleaved", {"segments": 4, "stages_per_rank": 2}),
+    "seq1f1b_zb": ("seq1f1b_zb", {"segments": 4}),
+    "terapipe": ("terapipe", {"segments": 4}),
+    "slimpipe": ("slimpipe", {"segments": 4, "stages_per_rank": 2}),
+    "helix, nothing travels": ("helix", {"travel": "none"}),
+    "helix, qkv travels": ("helix", {"travel": "qkv"}),
+    "helix, attention travels": ("helix", {"travel": "attention"}),
+}
+# name -> (torch's class, stages a rank, whether they form a V)
+TORCH: dict[str, tuple[Any, int, bool]] = {
+    "torch 1F1B": (theirs.Schedule1F1B, 1, False),
+    "torch Interleaved1F1B": (theirs.ScheduleInterleaved1F1B, 2, False),
+    "torch InterleavedZeroBubble": (theirs.ScheduleInterleavedZeroBubble, 2, False),
+    "torch ZBVZeroBubble": (ScheduleZBVZeroBubble, 2, True),
+}
+SAME = {
+    "1f1b": "torch 1F1B", "interleaved": "torch Interleaved1F1B", "zb_v": "torch ZBVZeroBubble",
+}  # fmt: skip
+
+
+@dataclass
+class Contender:
+    step: Callable[[], float]
+    peak_bytes: Callable[[], int]
+    """Runs a step; the most bytes of activations kept at one time on this rank."""
+
+
+def our_contender(shape: ModelShape, m: int, tokens: torch.Tensor, targets: torch.Tensor, name: str) -> Contender:
+    family, options = OURS[name]
+    schedule = build_schedule(family, ranks=RANKS, layers=shape.layers, microbatches=m, **options)
+    lengths = for_shape(shape, tokens.shape[1], schedule.segments) if schedule.segments > 1 else None
+    pipeline = Pipeline(Decoder(shape), schedule, recompute="none", segment_lengths=lengths)
+
+    def step() -> float:
+        pipeline.zero_gradients()
+        return pipeline.step(tokens, targets)
+
+    def peak_bytes() -> int:
+        step()
+        return pipeline.timeline().peak_activation_bytes[dist.get_rank()]
+
+    return Contender(step, peak_bytes)
+
+
+def torch_contender(shape: ModelShape, m: int, tokens: torch.Tensor, targets: torch.Tensor, name: str) -> Contender:
+    kind, per_rank, is_v = TORCH[name]
+    rank, count = dist.get_rank(), RANKS * per_rank
+    mine = [rank, count - 1 - rank] if is_v else list(range(rank, count, RANKS))
+    each = shape.layers // count
+    modules = [PlainParts(shape, range(s * each, (s + 1) * each)) for s in mine]
+    stages = [theirs.PipelineStage(mod, s, count, torch.device("cpu")) for mod, s in zip(modules, mine, strict=True)]
+    schedule = kind(stages[0] if per_rank == 1 else stages, n_microbatches=m, loss_fn=mean_loss)
+
+    def step() -> float:
+        for module in modules:
+            module.zero_grad()
+        losses: list[torch.Tensor] = []
+        last = count - 1 in mine
+        schedule.step(*([tokens] if 0 in mine else []), **({"target": targets, "losses": losses} if last else {}))
+        return float(torch.stack(losses).mean().detach()) if losses else 0.0
+
+    def peak_bytes() -> int:
+        weights = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
+        ledger = Ledger(lambda pointer: pointer in weights)
+        with ledger.graphs():
+            step()
+        return ledger.high_bytes
+
+    return Contender(step, peak_bytes)
+
+
+def split_contender(shape: ModelShape, m: int, tokens: torch.Tensor, targets: torch.Tensor) -> Contender:
+    whole = PlainParts(shape, range(shape.layers))
+    rank = dist.get_rank()
+    mine = slice(rank * m // RANKS, (rank + 1) * m // RANKS)
+
+    def step() -> float:
+        whole.zero_grad()
+        total = 0.0
+        for x, y in zip(tokens[mine].split(1), targets[mine].split(1), strict=True):
+            loss = mean_loss(whole(x), y) / m
+            loss.backward()
+            total += float(loss.detach())
+        return total
+
+    def peak_bytes() -> int:
+        weights = {p.untyped_storage().data_ptr() for p in whole.parameters()}
+        ledger = Ledger(lambda pointer: pointer in weights)
+        with ledger.graphs():
+            step()
+        return ledger.high_bytes
+
+    return Contender(step, peak_bytes)
+
+
+def worker(rank: int, args: argparse.Namespace) -> None:
+    shape = ModelShape(
+        layers=args.layers, hidden=args.hidden, heads=args.heads, ffn=4 * args.hidden, vocabulary=256,
+        mlp="gelu", norm="layer",
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    m = args.microbatches
+    data = tuple(torch.randint(256, (m, args.length), generator=generator) for _ in range(2))
+    names = [n for n in OURS if OURS[n][0] in FAMILIES and not (OURS[n][0] == "dualpipe_v" and m < 2 * RANKS)]
+    names = [n for n in [*names, *TORCH] if not args.only or any(word in n for word in args.only.split(","))]
+    contenders = {n: (our_contender if n in OURS else torch_contender)(shape, m, *data, n) for n in names}
+    contenders[SPLIT] = split_contender(shape, m, *data)
+    peaks: dict[str, list[int]] = {}
+    for name, contender in contenders.items():
+        everyone = [torch.zeros(1, dtype=torch.int64) for _ in range(RANKS)]
+        dist.all_gather(everyone, torch.tensor([contender.peak_bytes()]))
+        peaks[name] = [int(each) for each in everyone]
+    seconds = interleaved({name: c.step for name, c in contenders.items()}, args.rounds, warmup=0)
+    if rank:
+        return
+    result = summary(args, shape, seconds, peaks)
+    print(json.dumps(result, indent=2) if args.json else table(result))
+
+
+def summary(
+    args: argparse.Namespace, shape: ModelShape, seconds: dict[str, list[float]], peaks: dict[str, list[int]]
+) -> dict[str, Any]:
+    flops = {kind: 0.0 for kind in ("attn", "rest")}
+    for part in chain(shape.layers):
+        flops["attn" if part.kind == "attn" else "rest"] += shape.forward_flops(part, Batch(1, (args.length,)), 0)
+    rows = {}
+    for name in seconds:
+        middle, low, high = ratio(seconds, name, SPLIT)
+        rows[name] = {
+            "median_s": statistics.median(seconds[name]), "over_perfect_split": middle, "range": [low, high],
+            "peak_activation_bytes": peaks[name],
+        }  # fmt: skip
+        if name in SAME and SAME[name] in seconds:
+            rows[name]["over_same_of_torch"] = ratio(seconds, name, SAME[name])[0]
+    keys = ("layers", "hidden", "heads", "length", "microbatches", "rounds")
+    share = flops["attn"] / sum(flops.values())
+    return {"machine": machine(), **{k: getattr(args, k) for k in keys}, "attention_share": share, "rows": rows}
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['machine']}. L={result['layers']} h={result['hidden']} s={result['length']} m={result['microbatches']}, "
+        f"attention {result['attention_share']:.0%} of forward FLOPs, {result['rounds']} rounds",
+        "",
+        "| schedule | over the perfect split | range | over torch's same | peak activations, MiB, rank 0 and 1 |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, row in sorted(result["rows"].items(), key=lambda item: float(item[1]["over_perfect_split"])):
+        low, high = row["range"]
+        peaks = ", ".join(f"{peak / 2**20:.0f}" for peak in row["peak_activation_bytes"])
+        same = f"{row['over_same_of_torch']:.3f}" if "over_same_of_torch" in row else ""
+        lines.append(f"| {name} | {row['over_perfect_split']:.3f} | {low:.3f} to {high:.3f} | {same} | {peaks} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag, default in (("layers", 4), ("hidden", 128), ("heads", 2), ("length", 4096), ("microbatches", 4), ("rounds", 5)):
+        parser.add_argument(f"--{flag}", type=int, default=default)
+    parser.add_argument("--only", default="", help="words, comma separated: contenders whose name has one")
+    parser.add_argument("--json", action="store_true")
+    launch(RANKS, worker, parser.parse_args())
