@@ -170,7 +170,7 @@ def worker(rank: int, args: argparse.Namespace) -> None:
 def summary(
     args: argparse.Namespace, shape: ModelShape, seconds: dict[str, list[float]], peaks: dict[str, list[int]]
 ) -> dict[str, Any]:
-    flops = {kind: 0.0 for kind in ("attn", "rest")}
+    flops = dict.fromkeys(("attn", "rest"), 0.0)
     for part in chain(shape.layers):
         flops["attn" if part.kind == "attn" else "rest"] += shape.forward_flops(part, Batch(1, (args.length,)), 0)
     rows = {}
@@ -205,7 +205,14 @@ def table(result: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag, default in (("layers", 4), ("hidden", 128), ("heads", 2), ("length", 4096), ("microbatches", 4), ("rounds", 5)):
+    for flag, default in (
+        ("layers", 4),
+        ("hidden", 128),
+        ("heads", 2),
+        ("length", 4096),
+        ("microbatches", 4),
+        ("rounds", 5),
+    ):
         parser.add_argument(f"--{flag}", type=int, default=default)
     parser.add_argument("--only", default="", help="words, comma separated: contenders whose name has one")
     parser.add_argument("--json", action="store_true")
