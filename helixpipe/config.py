@@ -22,8 +22,9 @@ import tomli_w
 from helixpipe.errors import ConfigError, nearest
 from helixpipe.schedule import families
 from helixpipe.schedule.partition import even, for_shape
+from helixpipe.schedule.parts import Part, layer_parts
 from helixpipe.schedule.schedule import Schedule
-from helixpipe.shape import ModelShape, named_shape
+from helixpipe.shape import Batch, ModelShape, named_shape
 
 
 @dataclass(frozen=True)
@@ -208,8 +209,20 @@ class Config:
                 raise ConfigError(
                     f"schedule.{key}: {family} has no such option, {', '.join(having)} has; remove the key"
                 )
-        layers = self.shape().layers
-        return families.build_schedule(family, ranks=ranks, layers=layers, microbatches=microbatches, **given)
+        shape = self.shape()
+        given |= {key: value for key, value in self._work(shape).items() if key in families.options(family)}
+        return families.build_schedule(family, ranks=ranks, layers=shape.layers, microbatches=microbatches, **given)
+
+    def _work(self, shape: ModelShape) -> dict[str, tuple[float, ...]]:
+        """What families balance by, in FLOPs: embed and head in layers; F, I and W of a layer."""
+        batch = Batch(self.train.microbatch_size, (self.train.sequence_length,))
+        forward = {part.kind: shape.forward_flops(part, batch, 0) for part in layer_parts(0)}
+        backward = sum(shape.backward_flops(part, batch, 0) for part in layer_parts(0))
+        layer, attention = sum(forward.values()), forward["attn"]
+        again = {"none": 0.0, "full": layer, "selective": layer - attention}[self.runtime.recompute]
+        weights = layer - attention  # a W multiplies as much as a linear layer's forward
+        head = shape.forward_flops(Part("head", shape.layers), batch, 0)
+        return {"ends": (0.0, head / layer), "costs": (layer, backward - weights + again, weights)}
 
     def segment_lengths(self, schedule: Schedule) -> tuple[int, ...] | None:
         """Tokens of each segment; None when sequences stay whole."""

@@ -262,7 +262,7 @@ def test_what_torch_cannot_say_is_not_written(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
-        ("0F1,", "", "rank 0, action 0F1: missing: every stage needs a forward for every micro-batch"),
+        ("0F1,", "", "rank 0, action 0F1: missing: every stage needs a forward for every segment of every micro-batch"),
         (
             "0F1,",
             "0F1,0F1,",

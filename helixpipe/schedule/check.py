@@ -89,7 +89,9 @@ def _check_passes(schedule: Schedule, places: Place, forward: Action, forward_on
     likely = places.get(forward) or next((places[b] for k in Pass if (b := forward.sibling(k)) in places), None)
     rank = likely[0] if likely else None
     if not has[Pass.F]:
-        raise ScheduleError("missing: every stage needs a forward for every micro-batch", rank=rank, action=forward)
+        raise ScheduleError(
+            "missing: every stage needs a forward for every segment of every micro-batch", rank=rank, action=forward
+        )
     if forward_only:
         extra = next((kind for kind in Pass if kind is not Pass.F and has[kind]), None)
         if extra:

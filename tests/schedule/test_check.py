@@ -36,15 +36,15 @@ WRONG = {
     "no actions": (STAGES + '""\n', "a schedule needs at least one action"),
     "missing forward": (
         STAGES + "0F0,0B0,0B1\n1F0,1B0,1F1,1B1\n",
-        "rank 0, action 0F1: missing: every stage needs a forward for every micro-batch",
+        "rank 0, action 0F1: missing: every stage needs a forward for every segment of every micro-batch",
     ),
     "missing everywhere": (
         STAGES + "0F0,0B0,0F1,0B1\n1F0,1B0\n",
-        "action 1F1: missing: every stage needs a forward for every micro-batch",
+        "action 1F1: missing: every stage needs a forward for every segment of every micro-batch",
     ),
     "missing segment": (
         STAGES + "0F0,0F0.1,0B0.1,0B0\n1F0,1B0\n",
-        "action 1F0.1: missing: every stage needs a forward for every micro-batch",
+        "action 1F0.1: missing: every stage needs a forward for every segment of every micro-batch",
     ),
     "missing backward": (
         STAGES + "0F0,0F1,0B0,0B1\n1F0,1F1,1B1\n",

@@ -71,6 +71,13 @@ def test_another_family_does_not_inherit_options() -> None:
     assert merged(base, {"schedule": {"family": "helix"}})["schedule"]["folds"] == 1
 
 
+def test_a_head_that_weighs_layers_takes_layers_from_its_rank() -> None:
+    small = build_config({"schedule": {"family": "1f1b"}, "model": {"layers": 6}}).build_schedule()
+    large = build_config({"schedule": {"family": "1f1b"}, "model": {"layers": 6, "vocabulary": 8192}}).build_schedule()
+    assert [len(stage.parts) for stage in small.stages] == [16, 16]  # three layers each, and embed or head
+    assert [len(stage.parts) for stage in large.stages] == [26, 6]
+
+
 @pytest.mark.parametrize(("partition", "lengths"), [("even", (384, 256, 384)), ("computation_wise", (384, 384, 256))])
 def test_segments_are_cut_by_computation_or_evenly(partition: str, lengths: tuple[int, ...]) -> None:
     table = {"schedule": {"family": "seq1f1b", "segments": 3, "partition": partition}}
@@ -161,8 +168,8 @@ def test_a_missing_file_is_named() -> None:
             "schedule.folds: 1f1b has no such option, helix has; remove the key",
         ),
         (
-            {"schedule": {"family": "1f1b", "ranks": 5}},
-            "schedule.ranks: 4 layers cannot fill 5 stages; use at most 4 ranks",
+            {"schedule": {"family": "1f1b", "ranks": 6}},
+            "schedule.ranks: 4 layers cannot fill 6 stages; use at most 4 ranks",
         ),
         (
             {"schedule": {"family": "seq1f1b", "segments": 9}, "train": {"sequence_length": 8}},

@@ -22,13 +22,20 @@ def split_layers(
     count = _count(layers, ranks * per_rank, ends)
     if sum(count) > layers:
         each = "" if per_rank == 1 else f" of {per_rank} stages each"
-        filled = f"{ranks * per_rank} stages" if per_rank == 1 else f"{ranks} ranks{each}"
+        filled = f"{ranks * per_rank} stages" if per_rank == 1 else f"{_count_of(ranks, 'rank')}{each}"
         most = layers // per_rank
-        advice = f"use at most {most} ranks" if most else f"use a model of at least {per_rank} layers"
-        raise ConfigError(f"schedule.ranks: {layers} layers cannot fill {filled}; {advice}")
+        advice = f"use at most {_count_of(most, 'rank')}" if most else f"use a model of at least {per_rank} layers"
+        raise ConfigError(f"schedule.ranks: {_count_of(layers, 'layer')} cannot fill {filled}; {advice}")
+    odd = next((layer for layer in opaque if not 0 <= layer < layers), None)
+    if odd is not None:
+        raise ConfigError(f"schedule.opaque: there is no layer {odd}; layers are 0..{layers - 1}")
     starts = [sum(count[:s]) for s in range(1, len(count))]
     before = {chain(layers, opaque)[-1] if at == layers else layer_parts(at, at in opaque)[0] for at in starts}
     return tuple(Stage(parts) for parts in cut(chain(layers, opaque), before))
+
+
+def _count_of(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _count(layers: int, stages: int, ends: Sequence[float]) -> list[int]:

@@ -36,6 +36,7 @@ def v_half(
     ends: Sequence[float] = (0, 0),
 ) -> Schedule:
     """`costs` are the times of F, I and W of one stage. `opaque`: see gpipe. `ends`: see split_layers."""
+    stages = v_stages(ranks, layers, opaque, ends)
     blocks = [_block(rank, ranks) for rank in range(ranks)]
     bench = Bench(ranks, microbatches, costs)
     room = max(block.kept(0) + block.kept(1) for block in blocks)
@@ -45,7 +46,7 @@ def v_half(
             if bench.free[rank] <= now:
                 _take(bench, rank, blocks[rank], room, now)
         now = min((free for free in bench.free if free > now), default=now)
-    return bench.schedule(v_stages(ranks, layers, opaque, ends))
+    return bench.schedule(stages)
 
 
 def _block(rank: int, ranks: int) -> Block:

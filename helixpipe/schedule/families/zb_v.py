@@ -35,13 +35,14 @@ def zb_v(
     ends: Sequence[float] = (0, 0),
 ) -> Schedule:
     """The best of a few greedy ones under `costs`. `opaque`: see gpipe. `ends`: see split_layers."""
+    stages = v_stages(ranks, layers, opaque, ends)
     tries = []
     for before in itertools.product((True, False), (True, False)):
         first = _build(ranks, microbatches, costs, before, [0.0] * ranks)
         # again, with the gaps known that each rank will have anyway
         tries += [first, _build(ranks, microbatches, costs, before, first.idle)]
     best = min(tries, key=lambda bench: max(bench.idle))
-    return best.schedule(v_stages(ranks, layers, opaque, ends))
+    return best.schedule(stages)
 
 
 def _build(
