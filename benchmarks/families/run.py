@@ -35,7 +35,7 @@ from helixpipe.shape import Batch, ModelShape
 RANKS = 2
 SPLIT = "perfect split"
 
-# the options with which each family runs here; k=4 segments, 2 stages a rank where it interleaves
+# the options with which each family runs here; k=8 segments (4 where they are even or all forward), 2 stages a rank where it interleaves
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpipe": ("gpipe", {}),
     "1f1b": ("1f1b", {}),
@@ -47,9 +47,9 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "v_half": ("v_half", {}),
     "v_min": ("v_min", {}),
     "dualpipe_v": ("dualpipe_v", {}),
-    "seq1f1b": ("seq1f1b", {"segments": 4}),
-    "seq1f1b_interleaved": ("seq1f1b_interleaved", {"segments": 4, "stages_per_rank": 2}),
-    "seq1f1b_zb": ("seq1f1b_zb", {"segments": 4}),
+    "seq1f1b": ("seq1f1b", {"segments": 8}),
+    "seq1f1b_interleaved": ("seq1f1b_interleaved", {"segments": 8, "stages_per_rank": 2}),
+    "seq1f1b_zb": ("seq1f1b_zb", {"segments": 8}),
     "terapipe": ("terapipe", {"segments": 4}),
     "slimpipe": ("slimpipe", {"segments": 4, "stages_per_rank": 2}),
     "helix, nothing travels": ("helix", {"travel": "none"}),
