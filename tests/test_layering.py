@@ -43,6 +43,7 @@ def test_what_describes_predicts_and_draws_needs_no_torch() -> None:
     light += [
         "helixpipe.cli",
         "helixpipe.config",
+        "helixpipe.config_text",
         "helixpipe.errors",
         "helixpipe.files",
         "helixpipe.shape",

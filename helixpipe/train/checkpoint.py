@@ -26,7 +26,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from helixpipe.config import Config, to_table
+from helixpipe.config import Config
+from helixpipe.config_text import to_table
 from helixpipe.errors import CheckpointError, RankError
 from helixpipe.train import manifest as manifests
 from helixpipe.train.manifest import FileSeal, Manifest

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from helixpipe.config import Arguments, Config, Table, build_config, merged, parse_arguments, read_toml, to_table
+from helixpipe.config import Config
+from helixpipe.config_text import Arguments, Table, build_config, merged, parse_arguments, read_toml, to_table
 from helixpipe.errors import CheckpointError, ConfigError
 from helixpipe.train import manifest as manifests
 from helixpipe.train.data import open_corpus

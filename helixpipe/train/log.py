@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from helixpipe.config import write_toml
+from helixpipe.config_text import write_toml
 from helixpipe.errors import HelixpipeError
 from helixpipe.files import write_text
 from helixpipe.predict.timeline import Timeline

@@ -10,16 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from helixpipe.config import (
-    Config,
-    ModelConfig,
-    build_config,
-    merged,
-    parse_arguments,
-    read_toml,
-    to_table,
-    write_toml,
-)
+from helixpipe.config import Config, ModelConfig
+from helixpipe.config_text import build_config, merged, parse_arguments, read_toml, to_table, write_toml
 from helixpipe.errors import ConfigError
 from helixpipe.shape import SHAPES, ModelShape
 from helixpipe.train import main

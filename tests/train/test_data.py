@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helixpipe.config import build_config
+from helixpipe.config_text import build_config
 from helixpipe.errors import DataError
 from helixpipe.train.data import Corpus, Piece, Tokens, open_corpus
 

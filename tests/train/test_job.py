@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from helixpipe.config import Table, build_config, to_table, write_toml
+from helixpipe.config_text import Table, build_config, to_table, write_toml
 from helixpipe.errors import CheckpointError, ConfigError, DataError
 from helixpipe.train import manifest
 from helixpipe.train.job import Job, prepare

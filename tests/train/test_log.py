@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from helixpipe.config import Config, read_toml, to_table
+from helixpipe.config import Config
+from helixpipe.config_text import read_toml, to_table
 from helixpipe.errors import ConfigError, HelixpipeError
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
 from helixpipe.schedule.action import Action

@@ -1,0 +1,194 @@
+"""A config as text: strict TOML and the command line, read by the same rules; an unknown key names the nearest."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import tomli_w
+
+from helixpipe.config import FAMILY_OPTIONS, Config, ScheduleConfig, check_config
+from helixpipe.errors import ConfigError, nearest
+
+Table = dict[str, dict[str, Any]]
+"""A config as TOML has it: section -> key -> value, only what was given."""
+
+
+def read_toml(path: str | Path) -> Table:
+    """The table in a TOML file, its keys and types checked; raises ConfigError."""
+    try:
+        with open(path, "rb") as file:
+            table = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}; give the path of a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+    return _checked(table, f"{path}: ")
+
+
+def write_toml(config: Config) -> str:
+    """The config as TOML text, every set key spelled out; `read_toml` gives it back."""
+    return tomli_w.dumps(to_table(config))
+
+
+def to_table(config: Config) -> Table:
+    """The config's keys that are set."""
+    return {
+        section: {
+            key: list(value) if isinstance(value, tuple) else value for key, value in keys.items() if value is not None
+        }
+        for section, keys in dataclasses.asdict(config).items()
+    }
+
+
+def merged(base: Table, over: Table) -> Table:
+    """`base` with the keys of `over` on top. Another family does not inherit the base's family options."""
+    found = {section: dict(keys) for section, keys in base.items()}
+    family = over.get("schedule", {}).get("family")
+    if family is not None and family != found.get("schedule", {}).get("family", ScheduleConfig.family):
+        for option in FAMILY_OPTIONS:
+            found.get("schedule", {}).pop(option, None)
+    for section, keys in over.items():
+        found.setdefault(section, {}).update(keys)
+    return found
+
+
+def build_config(table: Mapping[str, Any]) -> Config:
+    """A config from a table; raises ConfigError for a key, type, value or combination that cannot be."""
+    table = _checked(table, "")
+    sections = {
+        name: kind(
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in table.get(name, {}).items()}
+        )
+        for name, kind in _sections().items()
+    }
+    config = Config(**sections)
+    check_config(config)
+    return config
+
+
+class Arguments(NamedTuple):
+    """What stood behind `helixpipe train`."""
+
+    path: str | None
+    """The config file."""
+    overrides: Table
+
+
+def parse_arguments(arguments: Sequence[str]) -> Arguments:
+    """`[config.toml] [--section.key value ...] [--resume [PATH]]`, checked key by key; raises ConfigError."""
+    path: str | None = None
+    overrides: Table = {}
+    waiting = list(arguments)
+    while waiting:
+        word = waiting.pop(0)
+        if not word.startswith("--"):
+            if path is not None:
+                raise ConfigError(
+                    f"'{word}': one config file is enough, and '{path}' is given; write keys as --section.key value"
+                )
+            path = word
+            continue
+        name, equals, text = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name == "resume":
+            # a checkpoint is a folder: a TOML file after a bare --resume is the config
+            bare = not equals and (not waiting or waiting[0].startswith("--") or waiting[0].endswith(".toml"))
+            value: Any = "auto" if bare else (text if equals else waiting.pop(0))
+            overrides.setdefault("run", {})["resume"] = value
+            continue
+        section, _, key = name.partition(".")
+        kind = _field_type(section, key, "--")
+        if not equals and not waiting:
+            raise ConfigError(f"--{name}: no value; give {_expected(kind)}")
+        words = [text] if equals else [waiting.pop(0)]
+        if typing.get_origin(kind) is tuple and "," not in words[0] and not equals and waiting:
+            words.append(waiting.pop(0))
+        overrides.setdefault(section, {})[key] = _from_text(kind, ",".join(words), f"--{name}")
+    return Arguments(path, overrides)
+
+
+def _sections() -> dict[str, type]:
+    return typing.get_type_hints(Config)
+
+
+def _field_type(section: str, key: str, where: str) -> Any:
+    """The type of a key; raises ConfigError with the nearest one."""
+    sections = _sections()
+    if section not in sections:
+        full = [f"{name}.{section}" for name, kind in sections.items() if section in typing.get_type_hints(kind)]
+        if full and not key:
+            raise ConfigError(f"{where}{section}: a key needs its section; did you mean '{where}{full[0]}'?")
+        raise ConfigError(f"{where}{section}: no such section{nearest(section, sections)}")
+    hints = typing.get_type_hints(sections[section])
+    if key not in hints:
+        raise ConfigError(f"{where}{section}.{key}: no such key{nearest(key, hints)}")
+    kind = hints[key]
+    if typing.get_origin(kind) is types.UnionType or typing.get_origin(kind) is typing.Union:
+        kind = next(choice for choice in typing.get_args(kind) if choice is not type(None))
+    return kind
+
+
+def _checked(table: Mapping[str, Any], where: str) -> Table:
+    """The table with every key known and every value of its type."""
+    found: Table = {}
+    for section, keys in table.items():
+        if section not in _sections():
+            raise ConfigError(f"{where}{section}: no such section{nearest(section, _sections())}")
+        if not isinstance(keys, Mapping):
+            raise ConfigError(f"{where}{section}: a section, not a value; write keys under [{section}]")
+        for key, value in keys.items():
+            kind = _field_type(section, key, where)
+            found.setdefault(section, {})[key] = _typed(kind, value, f"{where}{section}.{key}")
+    return found
+
+
+def _typed(kind: Any, value: Any, where: str) -> Any:
+    """The value, when it is of the type; an integer may stand for a float."""
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            known = nearest(value, choices) if isinstance(value, str) else f"; known: {', '.join(choices)}"
+            raise ConfigError(f"{where}: {_shown(value)} is not known{known}")
+        return value
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)
+        if isinstance(value, (list, tuple)) and len(value) == len(inner):
+            return [_typed(each, item, where) for each, item in zip(inner, value, strict=True)]
+    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{where}: {_shown(value)} will not do; give {_expected(kind)}")
+
+
+def _from_text(kind: Any, text: str, where: str) -> Any:
+    """A value from the command line."""
+    try:
+        if kind in (int, float):
+            return kind(text)
+        if typing.get_origin(kind) is tuple:
+            return _typed(kind, [float(item) for item in text.split(",")], where)
+    except ValueError:
+        raise ConfigError(f"{where}: {_shown(text)} will not do; give {_expected(kind)}") from None
+    if kind is bool and text in ("true", "false"):
+        return text == "true"
+    return _typed(kind, text, where)
+
+
+def _expected(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return f"{len(typing.get_args(kind))} numbers"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+
+
+def _shown(value: Any) -> str:
+    return f"'{value}'" if isinstance(value, str) else json.dumps(value, default=str)
