@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch.distributed as dist
 import torch.distributed.pipelining as theirs
-from peers import PlainParts, interleaved, launch, machine, mean_loss, ratio
+from peers import PlainParts, interleaved, launch, machine, mean_loss, ratio, split_step
 from torch.distributed.pipelining.schedules import ScheduleZBVZeroBubble
 
 from helixpipe.model.decoder import Decoder
@@ -119,19 +119,11 @@ def torch_contender(shape: ModelShape, m: int, tokens: torch.Tensor, targets: to
     return Contender(step, peak_bytes)
 
 
-def split_contender(shape: ModelShape, m: int, tokens: torch.Tensor, targets: torch.Tensor) -> Contender:
+def split_contender(shape: ModelShape, tokens: torch.Tensor, targets: torch.Tensor) -> Contender:
     whole = PlainParts(shape, range(shape.layers))
-    rank = dist.get_rank()
-    mine = slice(rank * m // RANKS, (rank + 1) * m // RANKS)
 
     def step() -> float:
-        whole.zero_grad()
-        total = 0.0
-        for x, y in zip(tokens[mine].split(1), targets[mine].split(1), strict=True):
-            loss = mean_loss(whole(x), y) / m
-            loss.backward()
-            total += float(loss.detach())
-        return total
+        return split_step(whole, tokens, targets)
 
     def peak_bytes() -> int:
         weights = {p.untyped_storage().data_ptr() for p in whole.parameters()}
@@ -154,7 +146,7 @@ def worker(rank: int, args: argparse.Namespace) -> None:
     names = [n for n in OURS if OURS[n][0] in FAMILIES and not (OURS[n][0] == "dualpipe_v" and m < 2 * RANKS)]
     names = [n for n in [*names, *TORCH] if not args.only or any(word in n for word in args.only.split(","))]
     contenders = {n: (our_contender if n in OURS else torch_contender)(shape, m, *data, n) for n in names}
-    contenders[SPLIT] = split_contender(shape, m, *data)
+    contenders[SPLIT] = split_contender(shape, *data)
     peaks: dict[str, list[int]] = {}
     for name, contender in contenders.items():
         everyone = [torch.zeros(1, dtype=torch.int64) for _ in range(RANKS)]

@@ -12,7 +12,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from peers import PlainParts, interleaved, launch, machine, mean_loss, ratio
+from peers import PlainParts, interleaved, launch, machine, mean_loss, ratio, split_step
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 import helixpipe.schedule.families as families
@@ -63,18 +63,7 @@ def contender_steps(
     steps[TORCH] = torch_step
 
     whole = PlainParts(shape, range(shape.layers))
-    mine = slice(rank * m // RANKS, (rank + 1) * m // RANKS)
-
-    def split_step() -> float:
-        whole.zero_grad()
-        total = 0.0
-        for x, y in zip(tokens[mine].split(1), targets[mine].split(1), strict=True):
-            loss = mean_loss(whole(x), y) / m
-            loss.backward()
-            total += float(loss.detach())
-        return total
-
-    steps[SPLIT] = split_step
+    steps[SPLIT] = lambda: split_step(whole, tokens, targets)
     return steps
 
 
