@@ -1,0 +1,87 @@
+"""Stages that no family makes: cut anywhere, a value read twice, several layers and a half in one stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from oracle import batch, plain_step
+from ranks import Ranks
+from test_gradients import mesh_of
+
+from helixpipe.model.decoder import Decoder
+from helixpipe.runtime.pipeline import Pipeline
+from helixpipe.runtime.weights import Weights
+from helixpipe.schedule.action import Action, Pass
+from helixpipe.schedule.chunks import chunks
+from helixpipe.schedule.families import build_schedule
+from helixpipe.schedule.parts import Part, Stage, chain, cut
+from helixpipe.schedule.schedule import Schedule
+from helixpipe.shape import ModelShape
+
+SHAPE = ModelShape(layers=3, hidden=16, heads=2, ffn=32, vocabulary=17, tied=True)
+CUTS = {
+    # x of layer 1 is read by a later chunk of the stage that makes it and by the next stage
+    "a layer and a half": ["norm.0", "attn.1"],
+    "in the middle of every layer": ["attn.0", "attn.1", "attn.2"],
+    "every part alone": [str(part) for part in chain(SHAPE.layers)[1:]],
+}
+
+
+def schedule_of(before: Sequence[str], ranks: int = 2, microbatches: int = 2) -> Schedule:
+    """All forward, then all backward; stages on the ranks in turn."""
+    pieces = cut(chain(SHAPE.layers), [Part.parse(text) for text in before])
+    orders: list[list[Action]] = [[] for _ in range(ranks)]
+    for kind, stages in ((Pass.F, range(len(pieces))), (Pass.B, reversed(range(len(pieces))))):
+        for s in stages:
+            orders[s % ranks] += [Action(s, kind, mb) for mb in range(microbatches)]
+    return Schedule(tuple(map(Stage, pieces)), tuple(map(tuple, orders)))
+
+
+def run_cut(name: str, recompute: str) -> tuple[float, dict[str, torch.Tensor]] | None:
+    mesh = mesh_of(2)
+    if mesh is None:
+        return None
+    pipeline = Pipeline(
+        Decoder(SHAPE), schedule_of(CUTS[name]), mesh, dtype=torch.float64, recompute=recompute, timeout_s=30
+    )
+    loss = pipeline.step(*batch(SHAPE, 2, 8))
+    pipeline.close()
+    return loss, {name: p.grad for name, p in pipeline.parameters.items()}
+
+
+@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+def test_gradients(four_ranks: Ranks, name: str, recompute: str) -> None:
+    loss, gradients = plain_step(SHAPE, *batch(SHAPE, 2, 8))
+    found: dict[str, torch.Tensor] = {}
+    for result in four_ranks.run(run_cut, name, recompute)[:2]:
+        assert abs(result[0] - loss) < 1e-12
+        found |= result[1]
+    for parameter, gradient in gradients.items():
+        error = (found[parameter] - gradient).norm() / gradient.norm()
+        assert error < 1e-9, f"{parameter}: {error:.1e}"
+
+
+def test_a_value_is_read_by_a_later_chunk_and_by_another_stage() -> None:
+    """So that the first cut above is what it says."""
+    schedule = schedule_of(CUTS["a layer and a half"])
+    first, second = chunks(schedule.stages[1], whole=False)
+    (shared,) = [value for value in first.makes if str(value) == "x.1"]
+    assert shared in second.reads
+    assert shared in schedule.stages[2].reads
+
+
+def test_weights_that_left_are_no_parameters_any_more() -> None:
+    """Guards against counting an activation as a weight once it has the address of weights that travelled on."""
+    schedule = build_schedule("helix", ranks=2, layers=3, microbatches=2, travel="attention")
+    weights = Weights(Decoder(SHAPE), schedule, 0, torch.device("cpu"), torch.float32)
+    name = "layers.1.qkv.q.weight"
+    assert name not in weights.masters
+    came = torch.randn(16, 16)
+    pointer = came.untyped_storage().data_ptr()
+    weights.arrive([name], [came])
+    assert weights.is_parameter(pointer)
+    weights.leave([name])
+    assert not weights.is_parameter(pointer)
