@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from helixpipe.config_text import write_toml
 from helixpipe.errors import HelixpipeError
@@ -140,7 +141,7 @@ class Log:
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(16),
-                TimeRemainingColumn(),
+                TimeRemainingColumn(compact=True, table_column=Column(min_width=5, no_wrap=True)),
                 TextColumn("{task.fields[line]}"),
             )
             self._progress = Progress(*columns, console=Console(stderr=True))
