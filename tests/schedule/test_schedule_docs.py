@@ -51,6 +51,7 @@ def test_the_index_s_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for arguments in ran:
         assert main(arguments) == 0
     assert main(["check", "helix.csv"]) == 0
+    assert main(["check", "1f1b.csv", "--layers", "4"]) == 0
 
 
 def test_the_table_is_what_the_script_prints_and_the_pages_quote_it() -> None:
