@@ -35,7 +35,7 @@ from helixpipe.shape import Batch, ModelShape
 RANKS = 2
 SPLIT = "perfect split"
 
-# the options with which each family runs here; k=8 segments (4 where they are even or all forward), 2 stages a rank where it interleaves
+# the options with which each family runs here; 2 stages a rank where it interleaves; `evenness`: see partition.computation_wise
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpipe": ("gpipe", {}),
     "1f1b": ("1f1b", {}),
@@ -49,6 +49,14 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "dualpipe_v": ("dualpipe_v", {}),
     "seq1f1b": ("seq1f1b", {"segments": 8}),
     "seq1f1b_interleaved": ("seq1f1b_interleaved", {"segments": 8, "stages_per_rank": 2}),
+    "seq1f1b_interleaved, evenness 0.6": (
+        "seq1f1b_interleaved",
+        {"segments": 8, "stages_per_rank": 2, "evenness": 0.6},
+    ),
+    "seq1f1b_interleaved, k=12, evenness 0.5": (
+        "seq1f1b_interleaved",
+        {"segments": 12, "stages_per_rank": 2, "evenness": 0.5},
+    ),
     "seq1f1b_zb": ("seq1f1b_zb", {"segments": 8}),
     "terapipe": ("terapipe", {"segments": 4}),
     "slimpipe": ("slimpipe", {"segments": 4, "stages_per_rank": 2}),
@@ -77,8 +85,10 @@ class Contender:
 
 def our_contender(shape: ModelShape, m: int, tokens: torch.Tensor, targets: torch.Tensor, name: str) -> Contender:
     family, options = OURS[name]
-    schedule = build_schedule(family, ranks=RANKS, layers=shape.layers, microbatches=m, **options)
-    lengths = for_shape(shape, tokens.shape[1], schedule.segments) if schedule.segments > 1 else None
+    cut = {key: options[key] for key in options if key == "evenness"}
+    given = {key: options[key] for key in options if key != "evenness"}
+    schedule = build_schedule(family, ranks=RANKS, layers=shape.layers, microbatches=m, **given)
+    lengths = for_shape(shape, tokens.shape[1], schedule.segments, 64, **cut) if schedule.segments > 1 else None
     pipeline = Pipeline(Decoder(shape), schedule, recompute="none", segment_lengths=lengths)
 
     def step() -> float:

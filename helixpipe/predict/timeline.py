@@ -29,12 +29,24 @@ class MemoryPoint(NamedTuple):
     buffer_bytes: int = 0
 
 
+class Standing(NamedTuple):
+    """Bytes that a rank holds all step long. Weights of stages that only visit it count here too."""
+
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+
+
 @dataclass(frozen=True)
 class Timeline:
-    """`spans[r]` are rank r's actions in the order executed; `memory[r]` its live bytes, by time."""
+    """`spans[r]` are rank r's actions in the order executed; `memory[r]` its live bytes, by time.
+
+    `standing[r]` are the bytes beside these, where they are known.
+    """
 
     spans: tuple[tuple[Span, ...], ...]
     memory: tuple[tuple[MemoryPoint, ...], ...] = field(default=())
+    standing: tuple[Standing, ...] = field(default=())
 
     @property
     def ranks(self) -> int:
@@ -65,6 +77,17 @@ class Timeline:
     def peak_activation_bytes(self) -> tuple[int, ...]:
         """Per rank, the most bytes that forwards kept at one time."""
         return tuple(max((point.activation_bytes for point in points), default=0) for points in self.memory)
+
+    @cached_property
+    def peak_buffer_bytes(self) -> tuple[int, ...]:
+        """Per rank, the most bytes of messages under way at one time."""
+        return tuple(max((point.buffer_bytes for point in points), default=0) for points in self.memory)
+
+    @cached_property
+    def peak_bytes(self) -> tuple[int, ...]:
+        """Per rank, the most bytes held at one time: what stands, activations and message buffers."""
+        moving = [max((p.activation_bytes + p.buffer_bytes for p in points), default=0) for points in self.memory]
+        return tuple(sum(stands) + moves for stands, moves in zip(self.standing, moving, strict=True))
 
     @property
     def order(self) -> tuple[tuple[Action, ...], ...]:

@@ -43,13 +43,18 @@ def even(length: int, segments: int, multiple: int = MULTIPLE) -> tuple[int, ...
 
 
 def computation_wise(
-    length: int, segments: int, linear: float, quadratic: float, multiple: int = MULTIPLE
+    length: int, segments: int, linear: float, quadratic: float, multiple: int = MULTIPLE, evenness: float = 0.0
 ) -> tuple[int, ...]:
     """Segments that cost the same, if one from `start` to `end` costs linear*(end-start) + quadratic*(end^2-start^2).
 
     Everything before boundary x costs linear*x + quadratic*x^2, so boundary i of k solves
     quadratic*x^2 + linear*x = i/k of the whole.
+
+    Equal cost makes the first segments the longest, and these are what a rank keeps most of. `evenness` moves every
+    boundary that share of its way to the even ones: 0.5 costs little time and saves half of that memory.
     """
+    if not 0 <= evenness <= 1:
+        raise ConfigError(f"schedule.evenness: {evenness:g}; give 0 (computation-wise) to 1 (even)")
     if not (min(linear, quadratic) >= 0 < linear + quadratic < math.inf):
         raise ConfigError(
             f"schedule.partition: linear cost {linear:g} and quadratic cost {quadratic:g}; give two from 0 up, not both 0"
@@ -58,11 +63,17 @@ def computation_wise(
     costs = [whole * i / segments for i in range(1, segments)]
     # the usual formula, written so that it holds without a quadratic part and does not subtract equals
     bounds = [2 * cost / (linear + math.sqrt(linear**2 + 4 * quadratic * cost)) for cost in costs]
-    return _rounded(bounds, length, segments, multiple)
+    moved = [bound + evenness * (length * i / segments - bound) for i, bound in enumerate(bounds, start=1)]
+    return _rounded(moved, length, segments, multiple)
 
 
 def for_shape(
-    shape: ModelShape, length: int, segments: int, multiple: int = MULTIPLE, recompute: str = "none"
+    shape: ModelShape,
+    length: int,
+    segments: int,
+    multiple: int = MULTIPLE,
+    recompute: str = "none",
+    evenness: float = 0.0,
 ) -> tuple[int, ...]:
     """`computation_wise` for a model's layers: FLOPs of forward, backward and what `recompute` runs again.
 
@@ -81,7 +92,7 @@ def for_shape(
             quadratic += flops / length**2
         else:
             linear += flops / length
-    return computation_wise(length, segments, linear, quadratic, multiple)
+    return computation_wise(length, segments, linear, quadratic, multiple, evenness)
 
 
 def from_costs(length: int, segments: int, seconds: Seconds, multiple: int = MULTIPLE) -> tuple[int, ...]:

@@ -1,0 +1,184 @@
+"""Cost: how long each part takes in each pass, each action, and each message.
+
+    part      forward | input gradients (I) | weight gradients (W)      from an accelerator's rates, or from a profile
+    action    F = forward of its parts        I = recompute + input gradients
+              B = I + W, recompute and all    R = the recompute that the backward then need not do
+    message   bytes over a link
+
+Attention has no weights: its backward is all I, 2.5 times its forward, since a fused kernel computes the scores again.
+Causal attention counts the half that kernels compute. With tensor parallelism a rank is a group of accelerators: each
+has its share of every FLOP and byte, and a layer pays for the messages inside the group (two gathers and two scatters
+of [b, s, h] forward, and as many backward), which nothing hides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+from helixpipe.predict.hardware import Accelerator, Link
+from helixpipe.predict.memory import Keeping
+from helixpipe.schedule.action import Action, Pass
+from helixpipe.schedule.chunks import chunks
+from helixpipe.schedule.parts import Part
+from helixpipe.schedule.program import Kind, Message
+from helixpipe.schedule.schedule import Schedule
+from helixpipe.shape import Batch, ModelShape
+
+
+class PartCosts(Protocol):
+    """Seconds of one part on one segment. What `Analytic` computes and a measured `Profile` interpolates."""
+
+    def forward_s(self, part: Part, batch: Batch, segment: int) -> float: ...
+
+    def input_s(self, part: Part, batch: Batch, segment: int) -> float:
+        """Gradients of its inputs: all of a backward but the weight gradients of linear layers."""
+        ...
+
+    def weight_s(self, part: Part, batch: Batch, segment: int) -> float: ...
+
+
+@dataclass(frozen=True)
+class Analytic:
+    """Part costs from FLOPs and bytes over an accelerator's rates."""
+
+    shape: ModelShape
+    accelerator: Accelerator
+    element_bytes: int = 2
+    tensor_parallel: int = 1
+    tensor_link: Link | None = None
+    """What connects the accelerators of one rank; None is free."""
+
+    def forward_s(self, part: Part, batch: Batch, segment: int) -> float:
+        flops = self.shape.forward_flops(part, batch, segment)
+        return self._seconds(part, flops, batch, segment, backward=False)
+
+    def input_s(self, part: Part, batch: Batch, segment: int) -> float:
+        flops = self.shape.backward_flops(part, batch, segment) - self._weight_flops(part, batch, segment)
+        return self._seconds(part, flops, batch, segment, backward=True)
+
+    def weight_s(self, part: Part, batch: Batch, segment: int) -> float:
+        flops = self._weight_flops(part, batch, segment)
+        rate = self.accelerator.flops_per_s * self.accelerator.matmul_efficiency * self.tensor_parallel
+        return flops / rate + (self.accelerator.launch_s if flops else 0.0)
+
+    def _weight_flops(self, part: Part, batch: Batch, segment: int) -> float:
+        """A weight gradient is a product as large as the forward's."""
+        forward = self.shape.forward_flops(part, batch, segment)
+        if part.kind == "block":
+            return forward - self.shape.forward_flops(Part("attn", part.layer), batch, segment)
+        return 0.0 if part.kind == "attn" else forward
+
+    def _seconds(self, part: Part, flops: float, batch: Batch, segment: int, backward: bool) -> float:
+        device = self.accelerator
+        reached = device.matmul_efficiency
+        if part.kind == "attn":
+            reached = device.attention_backward_efficiency if backward else device.attention_efficiency
+        moved_bytes = self._moved_elements(part) * batch.tokens(segment) * self.element_bytes * (2 if backward else 1)
+        compute_s = flops / (device.flops_per_s * reached)
+        moved_s = moved_bytes / (device.memory_bytes_per_s * device.memory_efficiency)
+        return device.launch_s + (compute_s + moved_s) / self.tensor_parallel + self._exchange_s(part, batch, segment)
+
+    def _moved_elements(self, part: Part) -> float:
+        """Elements a token that norms, activations, rotations and residual adds read and write."""
+        h, ffn = self.shape.hidden, self.shape.ffn
+        qkv = self.shape.q_size + 2 * self.shape.kv_size
+        match part.kind:
+            case "norm":
+                return 2.0 * h
+            case "qkv":
+                return 2.0 * qkv if self.shape.positions == "rope" else 0.0
+            case "proj":
+                return 3.0 * h
+            case "mlp":
+                return 5.0 * h + (3.0 if self.shape.mlp == "swiglu" else 2.0) * ffn
+            case "head":
+                return 2.0 * h + 4.0 * self.shape.vocabulary
+            case "embed":
+                return 2.0 * h
+            case "block":
+                inner = (Part(kind, part.layer) for kind in ("norm", "qkv", "proj", "mlp"))
+                return sum(map(self._moved_elements, inner))
+            case _:
+                return 0.0
+
+    def _exchange_s(self, part: Part, batch: Batch, segment: int) -> float:
+        """Messages inside a tensor-parallel group: a gather before qkv and mlp, a scatter after proj and mlp."""
+        if self.tensor_parallel == 1 or self.tensor_link is None:
+            return 0.0
+        count = {"qkv": 1, "proj": 1, "mlp": 2, "block": 4, "head": 1, "embed": 1}.get(part.kind, 0)
+        share = (self.tensor_parallel - 1) / self.tensor_parallel
+        nbytes = batch.tokens(segment) * self.shape.hidden * self.element_bytes * share
+        return count * self.tensor_link.seconds(nbytes)
+
+
+def action_seconds(schedule: Schedule, batch: Batch, costs: PartCosts, keeping: Keeping) -> Callable[[Action], float]:
+    """Seconds of each action of a schedule. Priced once a stage, pass and segment."""
+    recomputes = keeping.recompute != "none"
+    cut = [chunks(stage, whole=not recomputes) for stage in schedule.stages]
+    # layers cost the same, so a part is priced once a kind
+    priced = lru_cache(maxsize=None)(
+        lambda kind, pass_name, segment: getattr(costs, pass_name)(Part(kind, 0), batch, segment)
+    )
+
+    def total(parts: Iterable[Part], pass_name: str, segment: int) -> float:
+        return math.fsum(priced(part.kind, pass_name, segment) for part in parts)
+
+    def again(parts: Collection[Part], segment: int) -> float:
+        """Forward seconds that a recompute of these parts runs."""
+        kept_attention = keeping.recompute == "selective"
+        return total((p for p in parts if not (kept_attention and p.kind == "attn")), "forward_s", segment)
+
+    def chunked(parts: Iterable[Part], segment: int) -> float:
+        """A chunked part's own backward runs its forward once more."""
+        sliced = {kind for kind, size in (("mlp", keeping.mlp_chunk), ("head", keeping.head_chunk)) if size}
+        return total((p for p in parts if p.kind in sliced), "forward_s", segment)
+
+    @lru_cache(maxsize=None)
+    def seconds(stage: int, kind: Pass, segment: int, ahead: bool) -> float:
+        parts = schedule.stages[stage].parts
+        if kind is Pass.F:
+            return total(parts, "forward_s", segment)
+        if kind is Pass.R:
+            return again(cut[stage][-1].parts, segment) if recomputes else 0.0
+        if kind is Pass.W:
+            return total((p for p in parts if not _sliced(p, keeping)), "weight_s", segment)
+        taken = total(parts, "input_s", segment) + chunked(parts, segment)
+        late = parts if kind is Pass.B else [p for p in parts if _sliced(p, keeping)]
+        taken += total(late, "weight_s", segment)
+        if recomputes:
+            left = cut[stage][:-1] if ahead else cut[stage]
+            taken += math.fsum(again(chunk.parts, segment) for chunk in left)
+        return taken
+
+    placed = schedule.placed
+    has_recompute = any(action.kind is Pass.R for action in placed)
+
+    def of(action: Action) -> float:
+        ahead = has_recompute and action.sibling(Pass.R) in placed
+        return seconds(action.stage, action.kind, action.segment, ahead)
+
+    return of
+
+
+def message_seconds(link: Link, keeping: Keeping, tensor_parallel: int = 1) -> Callable[[Message], float]:
+    """Seconds of a message; each accelerator of a tensor-parallel rank sends its own share over a link of its own."""
+
+    def of(message: Message) -> float:
+        return link.seconds(message_bytes(message, keeping) / tensor_parallel)
+
+    return of
+
+
+def message_bytes(message: Message, keeping: Keeping) -> int:
+    """Bytes of a message: weight gradients travel in the masters' precision, all else in the run's."""
+    size = keeping.wide_bytes if message.kind is Kind.WEIGHT_GRADIENTS else keeping.element_bytes
+    return message.elements * size
+
+
+def _sliced(part: Part, keeping: Keeping) -> bool:
+    """Whether a part runs in slices, whose weight gradients cannot wait for a W."""
+    return (part.kind == "mlp" and keeping.mlp_chunk > 0) or (part.kind == "head" and keeping.head_chunk > 0)

@@ -1,0 +1,119 @@
+"""Accelerators and links, as data with their sources.
+
+Rates are the makers' own, dense, for bfloat16; what kernels reach of them are the stated efficiencies. Where no
+measurement of ours is behind an efficiency it is a common value of well-tuned training, and it is said. A profile
+of the machine itself (`predict.profile`) is better than any of this.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from helixpipe.errors import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One device: what it computes, how fast it reads its memory, how much of it there is."""
+
+    name: str
+    flops_per_s: float
+    """Dense matrix FLOPs at bfloat16, multiply and add counted as two."""
+    memory_bytes: float
+    memory_bytes_per_s: float
+    source: str
+    matmul_efficiency: float = 0.70
+    """The share of `flops_per_s` that large matrix products reach."""
+    attention_efficiency: float = 0.55
+    """The same of a fused attention forward; half of what is skipped by causality is not counted."""
+    attention_backward_efficiency: float = 0.45
+    memory_efficiency: float = 0.80
+    """The share of `memory_bytes_per_s` that norms, activations and residual adds reach."""
+    launch_s: float = 0.0
+    """What starting a part costs, whatever its size."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """What carries messages between two ranks, one way at a time in each direction."""
+
+    name: str
+    bytes_per_s: float
+    latency_s: float
+    source: str
+
+    def seconds(self, nbytes: float) -> float:
+        """From the moment both ends are ready until it is there."""
+        return self.latency_s + nbytes / self.bytes_per_s
+
+
+_TERA, _GIGA, _GIB = 1e12, 1e9, 2.0**30
+
+ACCELERATORS: dict[str, Accelerator] = {
+    accelerator.name: accelerator
+    for accelerator in (
+        Accelerator(
+            "ideal", _TERA, math.inf, math.inf, "every FLOP at one rate and nothing else: only ratios speak",
+            1.0, 1.0, 1.0, 1.0,
+        ),
+        Accelerator(
+            "laptop-core", 60e9, 8 * _GIB, 10 * _GIGA,
+            "one AVX2 core at float32; an order of magnitude, measure yours with helixpipe profile", 0.8, 0.35, 0.35, 0.7,
+        ),
+        Accelerator(
+            "h20", 148 * _TERA, 96 * _GIGA, 4000 * _GIGA,
+            "NVIDIA H20, public specifications: 148 TFLOPS, 96 GB HBM3 at 4.0 TB/s; slow to compute for its memory, so "
+            "that kernels come closer to its peak", 0.85, 0.75, 0.65,
+        ),
+        Accelerator(
+            "a100", 312 * _TERA, 80 * _GIGA, 2039 * _GIGA,
+            "NVIDIA A100 80GB SXM data sheet: 312 TFLOPS, 80 GB HBM2e at 2039 GB/s", 0.70, 0.60, 0.50,
+        ),
+        Accelerator(
+            "a800", 312 * _TERA, 80 * _GIGA, 2039 * _GIGA,
+            "NVIDIA A800 80GB SXM: an A100 with NVLink at 400 GB/s", 0.70, 0.60, 0.50,
+        ),
+        Accelerator(
+            "h100", 989 * _TERA, 80 * _GIGA, 3350 * _GIGA,
+            "NVIDIA H100 SXM data sheet: 989 TFLOPS dense, 80 GB HBM3 at 3.35 TB/s", 0.65, 0.60, 0.45,
+        ),
+        Accelerator(
+            "h200", 989 * _TERA, 141 * _GIGA, 4800 * _GIGA,
+            "NVIDIA H200 SXM data sheet: 989 TFLOPS dense, 141 GB HBM3e at 4.8 TB/s", 0.65, 0.60, 0.45,
+        ),
+        Accelerator(
+            "b200", 2250 * _TERA, 192 * _GIGA, 8000 * _GIGA,
+            "NVIDIA B200 (HGX) data sheet: 2.25 PFLOPS dense, 192 GB HBM3e at 8 TB/s", 0.60, 0.50, 0.40,
+        ),
+    )
+}  # fmt: skip
+
+LINKS: dict[str, Link] = {
+    link.name: link
+    for link in (
+        Link("free", math.inf, 0.0, "messages take no time"),
+        Link("nvlink-a800", 160 * _GIGA, 5e-6, "400 GB/s both ways together, 200 one way; 0.8 of it reached"),
+        Link("nvlink-a100", 240 * _GIGA, 5e-6, "NVLink 3: 600 GB/s both ways, 300 one way; 0.8 of it reached"),
+        Link("nvlink", 360 * _GIGA, 5e-6, "NVLink 4 (H20, H100, H200): 900 GB/s both ways, 450 one way; 0.8 reached"),
+        Link("nvlink-b200", 720 * _GIGA, 5e-6, "NVLink 5: 1800 GB/s both ways, 900 one way; 0.8 of it reached"),
+        Link("infiniband", 45 * _GIGA, 10e-6, "NDR, 400 Gbit/s a rank, 0.9 of it reached"),
+        Link("infiniband-200", 22.5 * _GIGA, 10e-6, "HDR, 200 Gbit/s a rank, 0.9 of it reached"),
+        Link("ethernet", 11 * _GIGA, 30e-6, "100 Gbit/s a rank, 0.9 of it reached"),
+        Link("loopback", 1.5 * _GIGA, 100e-6, "gloo over one machine's loopback; an order of magnitude"),
+    )
+}  # fmt: skip
+
+
+def named_accelerator(name: str) -> Accelerator:
+    """Raises ConfigError that names the nearest."""
+    if name not in ACCELERATORS:
+        raise ConfigError(f"hardware: '{name}' is not known{nearest(name, ACCELERATORS)}")
+    return ACCELERATORS[name]
+
+
+def named_link(name: str) -> Link:
+    """Raises ConfigError that names the nearest."""
+    if name not in LINKS:
+        raise ConfigError(f"link: '{name}' is not known{nearest(name, LINKS)}")
+    return LINKS[name]
