@@ -1,0 +1,274 @@
+"""Forked: local processes, one a rank, that start together and share what they import.
+
+    caller ── stdin: a job, then silence ──> nursery   imports what the job needs, then forks; hosts the ranks' store
+       ^                                        ├─ rank 0    a pipe back: what it made, or the line of its error
+       └────────── stdout: all of it ───────────┤
+                                                └─ rank 63   a pipe ahead, never written: its end says the nursery is gone
+
+Forking is safe only before there are threads and groups, so it is done in a process of its own: torch is imported
+once, and 64 ranks start within a second or two and share its memory. Whoever dies, nobody remains: the end of a pipe
+is noticed by the one who reads it.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+from helixpipe import errors
+from helixpipe.errors import HelixpipeError, RankError
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+HOST = "127.0.0.1"
+# after a rank said that it lost another, so long for that one to be found dead
+SETTLE_S = 2.0
+# between telling the nursery to end and making it
+STOP_S = 5.0
+# for a rank to reach the store
+MEET_S = 60.0
+
+Said = tuple[Any, tuple[str, str] | None]
+"""What a rank made, or the kind and text of its error."""
+
+
+class Job(Protocol):
+    """What the ranks do; it is pickled once, to the nursery."""
+
+    @property
+    def ranks(self) -> int: ...
+
+    @property
+    def limit_s(self) -> float:
+        """All ranks are done by then, or it is an error."""
+        ...
+
+    def prepare(self) -> None:
+        """In the nursery, before it forks: memory and locks that the ranks share."""
+        ...
+
+    def run(self, rank: int, store: Store) -> Any:
+        """On each rank; what it returns is pickled. Raises HelixpipeError."""
+        ...
+
+
+def run_forked(job: Job) -> list[Any]:
+    """What `job.run` returned, by rank. Raises what a rank raised, RankError for one that died or took too long."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "helixpipe.runtime.forked"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment(),
+        start_new_session=True,  # Ctrl-C is the caller's, whose end of the pipe then tells the rest
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        try:
+            process.stdin.write(pickle.dumps(sys.path) + pickle.dumps(job))
+            process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it is dead already, which is found out now
+        text = process.stdout.read()
+    finally:
+        process.stdin.close()
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+    if not text:
+        raise RankError(
+            f"the process that starts the ranks {_how(process.returncode)} before they were done; run it again"
+        )
+    made, error = pickle.loads(text)
+    if error is not None:
+        raise getattr(errors, error[0])(error[1])
+    return list(made)
+
+
+def _environment() -> dict[str, str]:
+    quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # or every rank remarks on how its peers ended
+    loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
+    local = {"GLOO_SOCKET_IFNAME": loopback[0]} if loopback else {}
+    return quiet | local | dict(os.environ) | {"OMP_NUM_THREADS": "1"}
+
+
+def _how(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+# In the nursery
+
+
+@dataclass
+class _Rank:
+    number: int
+    pid: int
+    pipe: int
+    text: bytearray = field(default_factory=bytearray)
+    code: int | None = None
+    """How it ended."""
+
+    def reap(self) -> None:
+        self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    @property
+    def failed(self) -> bool:
+        return self.code not in (None, 0)
+
+    @property
+    def said(self) -> Said:
+        return pickle.loads(bytes(self.text)) if self.text else (None, None)
+
+    @property
+    def distance(self) -> int:
+        """How far its end is from the cause: 0 killed, 1 said why, 2 ended without a word, 3 lost another rank."""
+        if self.code is not None and self.code < 0:
+            return 0
+        error = self.said[1]
+        if error is None:
+            return 2
+        return 3 if error[0] == RankError.__name__ else 1
+
+
+def _main() -> NoReturn:
+    """`python -m helixpipe.runtime.forked`: the nursery."""
+    answers = os.dup(1)
+    os.dup2(2, 1)  # whatever is printed goes beside the answers
+    sys.path[:] = pickle.load(sys.stdin.buffer)
+    job: Job = pickle.load(sys.stdin.buffer)
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    job.prepare()
+    listener = socket.create_server((HOST, 0), backlog=1024)
+    ranks = _fork(job, listener, answers)
+    try:
+        port = listener.getsockname()[1]
+        store = TCPStore(
+            HOST, port, job.ranks, True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )  # fmt: skip
+        if _watch(ranks, job.limit_s):
+            with os.fdopen(answers, "wb") as pipe:
+                pickle.dump(_outcome(ranks, job.limit_s), pipe)
+        del store
+    finally:
+        for rank in ranks:
+            if rank.code is None:
+                os.kill(rank.pid, signal.SIGKILL)
+                rank.reap()
+    os._exit(0)
+
+
+def _fork(job: Job, listener: socket.socket, answers: int) -> list[_Rank]:
+    gc.collect()
+    gc.freeze()  # what the ranks share stays untouched, and shared
+    life, held = os.pipe()
+    ranks: list[_Rank] = []
+    port = listener.getsockname()[1]
+    for number in range(job.ranks):
+        pipe, report = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            for other in (held, answers, pipe, listener.fileno(), *(rank.pipe for rank in ranks)):
+                os.close(other)
+            _be(job, number, port, life, report)
+        os.close(report)
+        ranks.append(_Rank(number, pid, pipe))
+    os.close(life)
+    return ranks
+
+
+def _watch(ranks: list[_Rank], limit_s: float) -> bool:
+    """Until all have ended, or one has failed and the cause is known, or time is up. False when the caller is gone."""
+    deadline = time.monotonic() + limit_s
+    with selectors.DefaultSelector() as selector:
+        selector.register(0, selectors.EVENT_READ)
+        for rank in ranks:
+            selector.register(rank.pipe, selectors.EVENT_READ, rank)
+        while any(rank.code is None for rank in ranks) and time.monotonic() < deadline:
+            for key, _ in selector.select(max(deadline - time.monotonic(), 0)):
+                if key.data is None:  # nothing more is ever written there
+                    return False
+                text = os.read(key.fd, 1 << 16)
+                key.data.text.extend(text)
+                if not text:
+                    selector.unregister(key.fd)
+                    os.close(key.fd)
+                    key.data.reap()
+            failed = [rank for rank in ranks if rank.failed]
+            if failed and min(rank.distance for rank in failed) <= 1:
+                break
+            if failed:
+                deadline = min(deadline, time.monotonic() + SETTLE_S)
+    return True
+
+
+def _outcome(ranks: list[_Rank], limit_s: float) -> Said:
+    """What all made, or the error to raise: the cause, not what followed from it."""
+    failed = [rank for rank in ranks if rank.failed]
+    if failed:
+        cause = min(failed, key=lambda rank: rank.distance)
+        if (error := cause.said[1]) is not None:
+            return None, error
+        assert cause.code is not None
+        how = f"rank {cause.number} (pid {cause.pid}) {_how(cause.code)}; the other ranks are stopped"
+    else:
+        late = [rank.number for rank in ranks if rank.code is None]
+        if not late:
+            return [rank.said[0] for rank in ranks], None
+        how = (
+            f"no end after {limit_s:.0f} s of rank{'s' * (len(late) > 1)} {', '.join(map(str, late))}; they are stopped"
+        )
+    return None, (RankError.__name__, how)
+
+
+# On a rank
+
+
+def _be(job: Job, rank: int, port: int, life: int, report: int) -> NoReturn:
+    code, text = 1, b""
+    try:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        threading.Thread(target=_end_with, args=(life,), daemon=True, name="helixpipe-nursery").start()
+        text, code = pickle.dumps((job.run(rank, _store(job.ranks, rank, port)), None)), 0
+    except HelixpipeError as error:
+        text, code = pickle.dumps((None, (type(error).__name__, str(error)))), 2
+    except BaseException:
+        traceback.print_exc()
+    with os.fdopen(report, "wb") as pipe:
+        pipe.write(text)
+    sys.stderr.flush()
+    os._exit(code)  # without the waits for peers that tearing down a broken group would do
+
+
+def _store(ranks: int, rank: int, port: int) -> Store:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    try:
+        return TCPStore(HOST, port, ranks, False, timedelta(seconds=MEET_S), wait_for_workers=False)
+    except RuntimeError as error:
+        raise RankError(f"rank {rank} did not meet the others: {' '.join(str(error).split())}") from None
+
+
+def _end_with(life: int) -> None:
+    """The other end closes when the nursery ends, however it does."""
+    while os.read(life, 1):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    _main()
