@@ -1,0 +1,163 @@
+"""`helixpipe profile`"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from helixpipe.errors import ConfigError
+from helixpipe.flags import Parser, flag, number
+from helixpipe.shape import SHAPES, ModelShape, named_shape
+
+if TYPE_CHECKING:
+    from helixpipe.predict.profile import Profile
+    from helixpipe.runtime.profiling import Asked
+
+ABOUT = "Measure what the parts of a model and a message cost on this machine, for simulate, plan and show."
+EPILOG = """\
+Parts are timed by the runtime that trains, on sequences of an eighth of N tokens up to N, whole and cut into segments, by
+as many processes at once as --ranks says, since ranks of one machine slow each other down. A curve is fitted to each
+part and pass; the worst error is its largest distance from a timing. Longer sequences are extrapolated.
+"""
+DTYPES = ("float32", "bfloat16", "float64")
+DEVICES = ("auto", "cpu", "cuda")
+SHAPE_KEYS = (
+    "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocabulary", "norm", "mlp", "positions", "context",
+    "qkv_bias", "bias", "qk_norm", "causal",
+)  # fmt: skip
+MOST_RANKS = 64
+
+
+def profile(given: list[str]) -> int:
+    """`helixpipe profile [options]`"""
+    args = _parser().read(given)
+    shape = _shape(args)
+    _check(args)
+    from helixpipe.runtime.profiling import measure_machine
+
+    asked, ranks = _asked(args, shape)
+    found = measure_machine(asked, ranks)
+    found.save(args.out)
+    if args.json:
+        fits = [
+            {
+                "part": kind,
+                "pass": name,
+                "prices_s": curve.prices_s,
+                "worst_error": curve.worst_error(found.points(kind, name)),
+            }
+            for (kind, name), curve in found.curves.items()
+        ]
+        print(
+            json.dumps({"file": args.out, "worst_error": found.worst_error, "fits": fits} | json.loads(found.to_json()))
+        )
+        return 0
+    print("\n".join([*_table(found, args.sequence_length), *_words(found), f"written: {args.out}"]))
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser("profile", "[options]", ABOUT, EPILOG)
+    parser.add_argument("--model", default="tiny", metavar="NAME", help=f"{', '.join(SHAPES)} [tiny]")
+    parser.add_argument(
+        "--sequence-length", type=number, default=2048, metavar="N", help="the longest to time, tokens [2048]"
+    )
+    parser.add_argument("--dtype", default="float32", metavar="D", help=f"{', '.join(DTYPES)} [float32]")
+    parser.add_argument(
+        "--device", default="auto", metavar="D", help=f"{', '.join(DEVICES)}; auto is cuda where there is one"
+    )
+    parser.add_argument("--threads", type=number, default=1, metavar="N", help="CPU threads of a rank [1]")
+    parser.add_argument(
+        "--ranks",
+        type=number,
+        metavar="P",
+        help="processes that measure at once [2 where there are two cores or devices]",
+    )
+    parser.add_argument("--rounds", type=number, default=5, metavar="N", help="times are medians of so many [5]")
+    parser.add_argument("--out", default="profile.json", metavar="FILE", help="where the profile goes [profile.json]")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    own = parser.add_argument_group("changes to the model")
+    kinds: dict[str, Callable[[str], Any]] = {"int": number, "str": str, "bool": _truth}
+    fields = {field.name: str(field.type) for field in dataclasses.fields(ModelShape)}
+    for key in SHAPE_KEYS:
+        own.add_argument(
+            flag(key), type=kinds[fields[key]], metavar={"int": "N", "str": "NAME"}.get(fields[key], "BOOL")
+        )
+    return parser
+
+
+def _truth(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise ArgumentTypeError(f"'{text}' is neither true nor false")
+    return text == "true"
+
+
+def _shape(args: Namespace) -> ModelShape:
+    changes = {key: value for key in SHAPE_KEYS if (value := getattr(args, key)) is not None}
+    try:
+        return named_shape(args.model, **changes)
+    except ConfigError as error:  # which names keys of a config
+        key, _, fault = str(error).removeprefix("model.").partition(": ")
+        raise ConfigError(f"{'--model' if key == 'name' else flag(key)}: {fault}") from None
+
+
+def _check(args: Namespace) -> None:
+    for name, known in (("dtype", DTYPES), ("device", DEVICES)):
+        if getattr(args, name) not in known:
+            raise ConfigError(f"--{name}: '{getattr(args, name)}' is not known; known: {', '.join(known)}")
+    for name in ("threads", "rounds", "ranks"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name}: {value}; give at least 1")
+    if (args.ranks or 1) > MOST_RANKS:
+        raise ConfigError(f"--ranks: {args.ranks} processes at once are more than {MOST_RANKS}; two tell as much")
+    out = Path(args.out)
+    if out.is_dir() or not out.absolute().parent.is_dir():  # said now rather than after minutes
+        raise ConfigError(f"--out: {args.out} is a folder or in none; name a file in a folder that is there")
+
+
+def _asked(args: Namespace, shape: ModelShape) -> tuple[Asked, int]:
+    """What to measure, and by how many ranks at once."""
+    import torch
+
+    from helixpipe.runtime.profiling import Asked, default_cuts
+
+    cuts = default_cuts(shape, args.sequence_length)
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    places = torch.cuda.device_count() if device == "cuda" else max(1, (os.cpu_count() or 1) // args.threads)
+    if not places:
+        raise ConfigError("--device: 'cuda', and torch sees none here; use 'auto' or 'cpu'")
+    ranks = args.ranks or min(2, places)
+    if device == "cuda" and ranks > places:
+        raise ConfigError(f"--ranks: {ranks} ranks, and {places} CUDA devices here; give at most {places}")
+    return Asked(shape, device, args.dtype, cuts, args.rounds, args.threads, told=True), ranks
+
+
+def _table(found: Profile, length: int) -> list[str]:
+    """A row a part and pass: milliseconds at a few lengths, and behind as many tokens again."""
+    from helixpipe.predict.curves import Size
+
+    sizes = [Size(1, length // 4), Size(1, length // 2), Size(1, length)]
+    sizes += [Size(1, length // 2, length // 2)] if found.shape.causal else []
+    heads = [f"{size.length} behind {size.context}" if size.context else f"{size.length} tokens" for size in sizes]
+    lines = [f"{'part':<6} {'pass':<8}" + "".join(f"{head:>20}" for head in heads) + f"{'worst error':>14}"]
+    for (kind, name), curve in found.curves.items():
+        cells = "".join(f"{1e3 * curve.seconds(size):>17.3f} ms" for size in sizes)
+        lines.append(f"{kind:<6} {name:<8}{cells}{curve.worst_error(found.points(kind, name)):>13.1%}")
+    return lines
+
+
+def _words(found: Profile) -> list[str]:
+    """Where and how this was measured."""
+    facts: list[Any] = [found.device, found.dtype, f"torch {found.torch}", f"{found.threads} threads a rank"]
+    lines = ["", f"{', '.join(facts)}; ranks that measured at once: {found.ranks}"]
+    if found.link is None:
+        return [*lines, "link: not measured, with one device; name one where a prediction asks for it"]
+    return [*lines, f"link: {found.link.bytes_per_s / 1e9:.2f} GB/s, latency {found.link.latency_s * 1e6:.0f} us"]

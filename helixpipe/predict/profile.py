@@ -1,0 +1,258 @@
+"""Profile: what the parts of a model cost on one machine, measured (`runtime.profiling`), for any length.
+
+    timings          part, pass, length, context -> seconds: what was measured, and all that a file keeps
+    curves           fitted to them when first asked for, one per kind of part and pass (`predict.curves`)
+    prices           `forward_s`, `input_s`, `weight_s`: a curve at the size that is asked for
+
+A forward is timed as it first runs, keeping little (F), and as a recompute runs it, with a graph (R): one curve goes
+through both. Attention is never recomputed, so its R is no forward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from helixpipe.errors import ConfigError, nearest
+from helixpipe.files import read_text, write_text
+from helixpipe.predict.curves import ATTENTION, LINEAR, Curve, Size, fit
+from helixpipe.predict.hardware import Link
+from helixpipe.schedule.action import Pass
+from helixpipe.schedule.parts import LAYER_KINDS, Part
+from helixpipe.shape import SHAPES, Batch, ModelShape
+
+FORMAT = "helixpipe profile 1"
+KINDS = ("embed", *LAYER_KINDS, "head")
+WITH_WEIGHTS = ("qkv", "proj", "mlp", "head")
+"""Kinds whose weight gradients can be put off; those of norms and tables are part of their I."""
+FORWARD, INPUT, WEIGHT = "forward", "input", "weight"
+PASSES = {FORWARD: (Pass.F, Pass.R), INPUT: (Pass.I,), WEIGHT: (Pass.W,)}
+CURVES = tuple((kind, name) for kind in KINDS for name in PASSES if name != WEIGHT or kind in WITH_WEIGHTS)
+# what a part's cost depends on; layers, eps, the rope's base and tied tables change none
+SIZES = (
+    "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocabulary", "norm", "mlp", "positions", "qkv_bias", "bias",
+    "qk_norm", "causal",
+)  # fmt: skip
+
+
+class Timing(NamedTuple):
+    """One pass of one kind of part, of one sequence: `length` tokens behind `context` earlier ones."""
+
+    kind: str
+    run: Pass
+    length: int
+    context: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Measured part costs (`PartCosts`) of one shape, on one device, in one precision. Layers count for nothing."""
+
+    shape: ModelShape
+    device: str
+    """The device's own name."""
+    dtype: str
+    threads: int
+    ranks: int
+    """How many processes measured at once: they share memory, caches and clock rate as the ranks of a run do."""
+    torch: str
+    """The version measured with."""
+    timings: tuple[Timing, ...]
+    link: Link | None = None
+    """Between two ranks of this machine; None where there is only one device."""
+
+    def __post_init__(self) -> None:
+        for kind, name in CURVES:
+            if len({timing.length for timing in self._of(kind, name)}) < 2:
+                raise ConfigError(f"timings: {kind} {name} has fewer than two lengths; measure again: {self.command()}")
+
+    def forward_s(self, part: Part, batch: Batch, segment: int) -> float:
+        return self._seconds(part.kind, FORWARD, _size(batch, segment))
+
+    def input_s(self, part: Part, batch: Batch, segment: int) -> float:
+        return self._seconds(part.kind, INPUT, _size(batch, segment))
+
+    def weight_s(self, part: Part, batch: Batch, segment: int) -> float:
+        return self._seconds(part.kind, WEIGHT, _size(batch, segment))
+
+    def partition_seconds(self, recompute: str = "selective", microbatch_size: int = 1) -> Callable[[int, int], float]:
+        """(length, context) -> seconds of a layer's forward, recompute and backward: for `partition.from_costs`.
+
+        Of two segments, neither the sequence's first, one that is the end of the other costs less. The first merges
+        with nothing and may cost less than its own end would; no two cuts of a sequence differ in having one.
+        """
+        again = {"none": (), "full": LAYER_KINDS, "selective": tuple(k for k in LAYER_KINDS if k != "attn")}[recompute]
+        runs = [(kind, name) for kind in LAYER_KINDS for name in PASSES] + [(kind, FORWARD) for kind in again]
+
+        def seconds(length: int, context: int) -> float:
+            size = Size(microbatch_size, length, context)
+            return math.fsum(self._seconds(kind, name, size) for kind, name in runs)
+
+        return seconds
+
+    def beyond(self, length: int) -> str:
+        """What to say of sequences longer than any measured; "" when they are not."""
+        if length <= self.longest:
+            return ""
+        return (
+            f"profile: {length:,} tokens are {length / self.longest:.3g} times the longest measured ({self.longest:,}), and costs "
+            f"are extrapolated; measure with {self.command(sequence_length=length)}"
+        )
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest sequence measured."""
+        return max(timing.context + timing.length for timing in self.timings)
+
+    @cached_property
+    def curves(self) -> dict[tuple[str, str], Curve]:
+        """(kind, forward | input | weight) -> curve."""
+        terms = {"attn": ATTENTION}
+        return {(kind, name): fit(self.points(kind, name), terms.get(kind, LINEAR)) for kind, name in CURVES}
+
+    @cached_property
+    def worst_error(self) -> float:
+        """The largest relative distance between a timing and its curve."""
+        return max(curve.worst_error(self.points(*which)) for which, curve in self.curves.items())
+
+    def points(self, kind: str, name: str) -> list[tuple[Size, float]]:
+        """What a curve is fitted to."""
+        return [(Size(1, timing.length, timing.context), timing.seconds) for timing in self._of(kind, name)]
+
+    def check_fits(self, shape: ModelShape, device: str | None = None, dtype: str | None = None) -> None:
+        """Raise ConfigError when this was measured for another shape, device or dtype. None is not compared."""
+        found = [(name, getattr(self.shape, name), getattr(shape, name)) for name in SIZES]
+        found += [("device", self.device, device or self.device), ("dtype", self.dtype, dtype or self.dtype)]
+        told = ", ".join(f"{name} {mine} where {theirs} is asked for" for name, mine, theirs in found if mine != theirs)
+        if told:
+            raise ConfigError(f"profile: measured with {told}; measure this one: {self.command(shape, dtype)}")
+
+    def command(self, shape: ModelShape | None = None, dtype: str | None = None, sequence_length: int = 0) -> str:
+        """The command that measures a shape (this one when not given)."""
+        length = sequence_length or (self.longest if self.timings else 0)
+        flags = [_shape_flags(shape or self.shape), f"--dtype {dtype or self.dtype}"]
+        flags += [f"--sequence-length {length}"] if length else []
+        return f"helixpipe profile {' '.join(flags)}"
+
+    def to_json(self) -> str:
+        """JSON, a line for each timing."""
+        facts: dict[str, Any] = {"format": FORMAT, "shape": _fields(self.shape)}
+        facts |= {name: getattr(self, name) for name in ("device", "dtype", "threads", "ranks", "torch")}
+        facts["link"] = self.link and _fields(self.link)
+        lines = [f"  {json.dumps(name)}: {json.dumps(value)},\n" for name, value in facts.items()]
+        rows = ",\n".join(f"    {json.dumps(timing)}" for timing in self.timings)
+        return f'{{\n{"".join(lines)}  "timings": [\n{rows}\n  ]\n}}\n'
+
+    @staticmethod
+    def from_json(text: str) -> Profile:
+        """The profile that `to_json` wrote; raises ConfigError."""
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"not JSON ({error}); helixpipe profile writes these files") from None
+        if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
+            raise ConfigError(f'not a profile: no "format": "{FORMAT}"; helixpipe profile writes these files')
+        kinds = {"device": str, "dtype": str, "torch": str, "threads": int, "ranks": int}
+        given = _checked(found, "", {"shape": dict, "link": dict, "timings": list} | kinds, may_be_null=("link",))
+        given["shape"] = ModelShape(**_checked(given["shape"], "shape.", _kinds(ModelShape)))
+        if given["link"] is not None:
+            given["link"] = Link(**_checked(given["link"], "link.", _kinds(Link)))
+        given["timings"] = tuple(_timing(row, f"timings[{at}]") for at, row in enumerate(given["timings"]))
+        return Profile(**given)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Profile:
+        """Raises ConfigError that names the file and its fault."""
+        text = read_text(path, ConfigError)
+        try:
+            return Profile.from_json(text)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Written whole or not at all. Raises HelixpipeError."""
+        write_text(path, self.to_json())
+
+    def _of(self, kind: str, name: str) -> list[Timing]:
+        runs = (Pass.F,) if kind == "attn" and name == FORWARD else PASSES[name]
+        return [timing for timing in self.timings if timing.kind == kind and timing.run in runs]
+
+    def _seconds(self, kind: str, name: str, size: Size) -> float:
+        if kind == "block":
+            return math.fsum(self._seconds(inner, name, size) for inner in LAYER_KINDS)
+        curve = self.curves.get((kind, name))
+        return curve.seconds(size) if curve else 0.0
+
+
+def merged(profiles: Sequence[Profile], link: Link | None) -> Profile:
+    """One profile from what several ranks measured at once."""
+    timings = tuple(timing for profile in profiles for timing in profile.timings)
+    return dataclasses.replace(profiles[0], ranks=len(profiles), timings=timings, link=link)
+
+
+def _size(batch: Batch, segment: int) -> Size:
+    return Size(batch.microbatch_size, batch.segment_lengths[segment], batch.start(segment))
+
+
+def _shape_flags(shape: ModelShape) -> str:
+    """--model and what differs from it: the named shape that is nearest."""
+    differ = {
+        name: [key for key in SIZES if getattr(known, key) != getattr(shape, key)] for name, known in SHAPES.items()
+    }
+    name = min(differ, key=lambda each: len(differ[each]))
+    changes: dict[str, Any] = {key: getattr(shape, key) for key in differ[name]}
+    if {"hidden", "heads"} & set(changes):  # from which these follow, unless given
+        changes |= {"kv_heads": shape.kv_heads} if shape.kv_heads != shape.heads else {}
+        changes |= {"head_dim": shape.head_dim} if shape.head_dim * shape.heads != shape.hidden else {}
+    if changes.get("positions") == "learned":
+        changes["context"] = shape.context
+    told = (f"--{key.replace('_', '-')} {str(value).lower()}" for key, value in changes.items())
+    return " ".join([f"--model {name}", *told])
+
+
+def _fields(value: ModelShape | Link) -> dict[str, Any]:
+    kind = ModelShape if isinstance(value, ModelShape) else Link
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(kind)}
+
+
+def _kinds(kind: type[ModelShape] | type[Link]) -> dict[str, type]:
+    """Field -> the type of its value; their annotations are texts."""
+    known = {"int": int, "float": float, "str": str, "bool": bool}
+    return {field.name: known[str(field.type)] for field in dataclasses.fields(kind)}
+
+
+def _checked(
+    found: dict[str, Any], place: str, kinds: dict[str, type], may_be_null: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The object, if it has these keys, no others, and values of these types."""
+    for key in found:
+        if key not in kinds:
+            raise ConfigError(f"{place}{key}: not a key of a profile{nearest(key, kinds)}")
+    for key, kind in kinds.items():
+        if key not in found:
+            raise ConfigError(f"{place}{key}: missing")
+        value = found[key]
+        fits = type(value) is kind or (kind is float and type(value) is int) or (value is None and key in may_be_null)
+        if not fits or (kind is float and not 0 <= value < math.inf):
+            names = {int: "a whole number", float: "a number from 0 up", str: "a text", bool: "true or false"}
+            told = names.get(kind, "a list" if kind is list else "an object")
+            raise ConfigError(f"{place}{key}: {json.dumps(value)[:40]} is not {told}")
+    return dict(found)
+
+
+def _timing(row: object, place: str) -> Timing:
+    """A row of `to_json`."""
+    if isinstance(row, list) and len(row) == len(Timing._fields):
+        kind, run, length, context, seconds = row
+        whole = type(length) is type(context) is int and length > 0 <= context
+        timed = type(seconds) in (int, float) and 0 < seconds < math.inf
+        if kind in KINDS and run in tuple(Pass) and whole and timed:
+            return Timing(kind, Pass(run), length, context, float(seconds))
+    raise ConfigError(f'{place}: {json.dumps(row)[:60]} is not a timing; one is ["qkv", "F", 1024, 0, 0.0125]')
