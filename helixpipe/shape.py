@@ -172,6 +172,13 @@ class ModelShape:
             return 2 * forward + 0.5 * attention
         return forward * (2.5 if part.kind == "attn" else 2.0)
 
+    def weight_flops(self, part: Part, batch: Batch, segment: int) -> float:
+        """The share of the backward that makes weight gradients: a product as large as the forward's; none in attention."""
+        if part.kind == "attn":
+            return 0.0
+        forward = self.forward_flops(part, batch, segment)
+        return forward - self.forward_flops(Part("attn", part.layer), batch, segment) if part.kind == "block" else forward
+
     @property
     def parameter_count(self) -> int:
         kinds = [Part("embed", 0), Part("head", self.layers)]

@@ -57,20 +57,13 @@ class Analytic:
         return self._seconds(part, flops, batch, segment, backward=False)
 
     def input_s(self, part: Part, batch: Batch, segment: int) -> float:
-        flops = self.shape.backward_flops(part, batch, segment) - self._weight_flops(part, batch, segment)
+        flops = self.shape.backward_flops(part, batch, segment) - self.shape.weight_flops(part, batch, segment)
         return self._seconds(part, flops, batch, segment, backward=True)
 
     def weight_s(self, part: Part, batch: Batch, segment: int) -> float:
-        flops = self._weight_flops(part, batch, segment)
+        flops = self.shape.weight_flops(part, batch, segment)
         rate = self.accelerator.flops_per_s * self.accelerator.matmul_efficiency * self.tensor_parallel
         return flops / rate + (self.accelerator.launch_s if flops else 0.0)
-
-    def _weight_flops(self, part: Part, batch: Batch, segment: int) -> float:
-        """A weight gradient is a product as large as the forward's."""
-        forward = self.shape.forward_flops(part, batch, segment)
-        if part.kind == "block":
-            return forward - self.shape.forward_flops(Part("attn", part.layer), batch, segment)
-        return 0.0 if part.kind == "attn" else forward
 
     def _seconds(self, part: Part, flops: float, batch: Batch, segment: int, backward: bool) -> float:
         device = self.accelerator

@@ -90,46 +90,63 @@ class _Live:
         self.high_bytes = max(self.high_bytes, self.bytes)
 
 
+Moves = list[tuple[Kept, int]]
+"""What an action takes hold of (+1) and lets go of (-1), in order. The same for every micro-batch."""
+
+
 def _walk(program: Program, rank: int, keeping: Keeping) -> Iterator[tuple[int, int]]:
-    schedule, shape, batch = program.schedule, program.shape, program.batch
-    cut = [chunks(stage, whole=keeping.recompute == "none") for stage in schedule.stages]
+    schedule = program.schedule
+    has_recompute = keeping.recompute != "none" and any(action.kind is Pass.R for action in schedule.placed)
+    known: dict[tuple[int, Pass, int, bool], Moves] = {}
     live = _Live()
     for action in schedule.ranks[rank]:
-        live.high_bytes = live.bytes
         stage, kind, mb, seg = action
-        here = cut[stage] if kind in (Pass.F, Pass.W) else cut[stage][::-1]
-        for i, chunk in enumerate(here):
-            step = _Step(live, chunk, shape, batch, mb, seg, keeping)
-            ahead = i == 0 and keeping.recompute != "none" and action.sibling(Pass.R) in schedule.placed
-            match kind:
-                case Pass.F:
-                    step.forward(keeps_past=schedule.segments > 1)
-                case Pass.R if ahead:
-                    step.recompute()
-                case Pass.B | Pass.I:
-                    if keeping.recompute != "none" and not ahead:
-                        step.recompute()
-                    step.backward(puts_off=kind is Pass.I, kept_past=schedule.segments > 1)
-                case Pass.W:
-                    for part in chunk.parts:
-                        live.hold(mb, seg, _put_off(part, shape, batch, seg, keeping), -1)
+        ahead = has_recompute and action.sibling(Pass.R) in schedule.placed
+        key = stage, kind, seg, ahead
+        if key not in known:
+            known[key] = _moves(program, keeping, *key)
+        live.high_bytes = live.bytes
+        for held, by in known[key]:
+            live.hold(mb, seg, held, by)
         yield live.high_bytes, live.bytes
+
+
+def _moves(program: Program, keeping: Keeping, stage: int, kind: Pass, segment: int, ahead: bool) -> Moves:
+    """`ahead`: an R of its own recomputes the last chunk."""
+    schedule = program.schedule
+    cut = chunks(schedule.stages[stage], whole=keeping.recompute == "none")
+    moves: Moves = []
+    for i, chunk in enumerate(cut if kind in (Pass.F, Pass.W) else cut[::-1]):
+        step = _Step(moves, chunk, program.shape, program.batch, segment, keeping)
+        match kind:
+            case Pass.F:
+                step.forward(keeps_past=schedule.segments > 1)
+            case Pass.R if ahead and i == 0:
+                step.recompute()
+            case Pass.B | Pass.I:
+                if keeping.recompute != "none" and not (ahead and i == 0):
+                    step.recompute()
+                step.backward(puts_off=kind is Pass.I, kept_past=schedule.segments > 1)
+            case Pass.W:
+                for part in chunk.parts:
+                    step.hold(_put_off(part, *step.of), -1)
+    return moves
 
 
 @dataclass(frozen=True)
 class _Step:
     """One chunk of one action."""
 
-    live: _Live
+    moves: Moves
     chunk: Chunk
     shape: ModelShape
     batch: Batch
-    microbatch: int
     segment: int
     keeping: Keeping
 
     def hold(self, held: Kept, by: int) -> None:
-        self.live.hold(self.microbatch, self.segment, held, by)
+        if held:
+            self.moves.append((held, by))
 
     @property
     def of(self) -> tuple[ModelShape, Batch, int, Keeping]:

@@ -1,10 +1,20 @@
-"""Simulate: Program + costs -> Timeline. The same program that the executor runs, against a clock of our own."""
+"""Simulate: Program + costs -> Timeline. The same program that the executor runs, against a clock of our own.
+
+    src   [ action ]S--------.                    S, R: a message is posted (costs nothing)
+                     '--===>  arrives             ===: it travels, once both ranks have posted it and the sender's
+    dst        R[ action ]....[ action ]               way out and the receiver's way in are free
+
+Ranks are taken in the order of their clocks, so whatever shares a link is served in the order of time.
+"""
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
-from helixpipe.predict.timeline import Span, Timeline
+from helixpipe.predict.memory import Keeping, activation_bytes
+from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
 from helixpipe.schedule.action import Action
 from helixpipe.schedule.order import times
 from helixpipe.schedule.program import Accumulate, Message, Program, Receive, Run, Send
@@ -21,56 +31,125 @@ def simulate_program(
     program: Program,
     seconds: Callable[[Action], float],
     message_seconds: Callable[[Message], float] = lambda message: 0.0,
+    message_bytes: Callable[[Message], int] = lambda message: 0,
+    keeping: Keeping | None = None,
 ) -> Timeline:
-    """A program, messages and all.
+    """A program, messages and all: linear in its instructions.
 
-    A message travels once both ranks have posted it, and takes `message_seconds`; posting costs nothing.
-    An action starts when its rank has come to it and the messages it waits for are here.
+    A message takes `message_seconds` of its sender's link out and of its receiver's link in. An action starts when
+    its rank has come to it and the messages it waits for are here. With `keeping` the timeline has live bytes:
+    activations, and `message_bytes` of what is under way (from a send's posting to its end, from a receive's posting
+    until the action that reads it).
     """
-    clock = [0.0] * len(program.ranks)
-    positions = [0] * len(program.ranks)
-    posted: dict[int, float] = {}  # number of a message that one side has posted -> when
-    arrived: dict[int, float] = {}
-    waiting: dict[int, int] = {}  # number of a message -> the rank that waits for it
-    spans: list[list[Span]] = [[] for _ in program.ranks]
-    ready = list(range(len(program.ranks)))
-
-    def post(message: Message, now: float) -> None:
-        other = posted.pop(message.number, None)
-        if other is None:
-            posted[message.number] = now
-            return
-        arrived[message.number] = max(now, other) + message_seconds(message)
-        if message.number in waiting:
-            ready.append(waiting.pop(message.number))
-
-    while ready:
-        rank = ready.pop()
-        instructions = program.ranks[rank]
-        while positions[rank] < len(instructions):
-            instruction = instructions[positions[rank]]
-            match instruction:
-                case Send(message) | Receive(message):
-                    post(message, clock[rank])
-                    waits: tuple[Message, ...] = ()
-                case Accumulate(message):
-                    waits = (message,)
-                case Run(_, waits):
-                    pass
-            missing = next((m for m in waits if m.number not in arrived), None)
-            if missing is not None:
-                waiting[missing.number] = rank
-                break
-            last = max(waits, key=lambda m: arrived[m.number], default=None)
-            late = last is not None and arrived[last.number] > clock[rank]
-            if last is not None and late:
-                clock[rank] = arrived[last.number]
-            if isinstance(instruction, Run):
-                start = clock[rank]
-                clock[rank] += seconds(instruction.action)
-                spans[rank].append(Span(instruction.action, start, clock[rank], str(last) if late else ""))
-            positions[rank] += 1
+    run = _Run(program, message_seconds, message_bytes, counts=keeping is not None)
+    while run.ready:
+        clock, rank = heapq.heappop(run.ready)
+        run.go_on(rank, clock, seconds)
     for rank, instructions in enumerate(program.ranks):
-        if positions[rank] < len(instructions):
-            raise RuntimeError(f"rank {rank} never gets past {instructions[positions[rank]]}: lowering is wrong")
-    return Timeline(tuple(map(tuple, spans)))
+        if run.positions[rank] < len(instructions):
+            raise RuntimeError(f"rank {rank} never gets past {instructions[run.positions[rank]]}: lowering is wrong")
+    spans = tuple(map(tuple, run.spans))
+    if keeping is None:
+        return Timeline(spans)
+    kept = activation_bytes(program, keeping)
+    memory = tuple(_memory(*each) for each in zip(spans, kept, run.buffers, strict=True))
+    return Timeline(spans, memory)
+
+
+@dataclass
+class _Run:
+    """A simulation under way."""
+
+    program: Program
+    message_seconds: Callable[[Message], float]
+    message_bytes: Callable[[Message], int]
+    counts: bool
+    positions: list[int] = field(init=False)
+    spans: list[list[Span]] = field(init=False)
+    buffers: list[list[tuple[float, int]]] = field(init=False)
+    """Per rank, (when, bytes more)."""
+    ready: list[tuple[float, int]] = field(init=False)
+    """A heap of (clock, rank): ranks that can go on."""
+
+    def __post_init__(self) -> None:
+        ranks = len(self.program.ranks)
+        self.positions = [0] * ranks
+        self.spans = [[] for _ in range(ranks)]
+        self.buffers = [[] for _ in range(ranks)]
+        self.ready = [(0.0, rank) for rank in range(ranks)]
+        self._way_out, self._way_in = [0.0] * ranks, [0.0] * ranks  # when each rank's link is free
+        self._free = [0.0] * ranks  # when each rank's last action ended
+        self._posted: set[int] = set()  # numbers of messages that one side has posted
+        self._arrived: dict[int, float] = {}
+        self._waiting: dict[int, int] = {}  # number of a message -> the rank that waits for it
+
+    def go_on(self, rank: int, clock: float, seconds: Callable[[Action], float]) -> None:
+        """Carry out a rank's instructions up to the end of its next action, or to a message that is not here."""
+        instructions = self.program.ranks[rank]
+        arrived = self._arrived
+        while self.positions[rank] < len(instructions):
+            instruction = instructions[self.positions[rank]]
+            if isinstance(instruction, (Send, Receive)):
+                self._post(instruction.message, rank, clock)
+                self.positions[rank] += 1
+                continue
+            waits = instruction.waits if isinstance(instruction, Run) else (instruction.message,)
+            last: Message | None = None
+            for message in waits:
+                when = arrived.get(message.number)
+                if when is None:
+                    self._waiting[message.number] = rank
+                    return
+                if when > self._free[rank] and (last is None or when > arrived[last.number]):
+                    last = message
+            start = clock if last is None else max(clock, arrived[last.number])
+            for message in waits:
+                self._holds(rank, start, -1, message)
+            self.positions[rank] += 1
+            if isinstance(instruction, Accumulate):
+                if start > clock:  # others may post before it is here
+                    heapq.heappush(self.ready, (start, rank))
+                    return
+                continue
+            end = self._free[rank] = start + seconds(instruction.action)
+            self.spans[rank].append(Span(instruction.action, start, end, "" if last is None else str(last)))
+            heapq.heappush(self.ready, (end, rank))
+            return
+
+    def _post(self, message: Message, rank: int, clock: float) -> None:
+        """One side of a message; with the second one it leaves."""
+        number, src, dst = message.number, message.src, message.dst
+        self._holds(rank, clock, 1, message)
+        if number not in self._posted:
+            self._posted.add(number)
+            return
+        self._posted.discard(number)
+        leaves = max(clock, self._way_out[src], self._way_in[dst])
+        takes = self.message_seconds(message)
+        self._arrived[number] = self._way_out[src] = self._way_in[dst] = leaves + takes
+        self._holds(src, leaves + takes, -1, message)
+        if number in self._waiting:
+            heapq.heappush(self.ready, (leaves + takes, self._waiting.pop(number)))
+
+    def _holds(self, rank: int, when: float, sign: int, message: Message) -> None:
+        if self.counts:
+            self.buffers[rank].append((when, sign * self.message_bytes(message)))
+
+
+def _memory(
+    spans: tuple[Span, ...], kept: tuple[tuple[int, int], ...], buffers: list[tuple[float, int]]
+) -> tuple[MemoryPoint, ...]:
+    """Live bytes of one rank over time. An action holds its most from its start to its end."""
+    moments: list[tuple[float, bool, int]] = [(when, True, size) for when, size in buffers]
+    for span, (high, left) in zip(spans, kept, strict=True):
+        moments += [(span.start_s, False, high), (span.end_s, False, left)]
+    moments.sort(key=lambda moment: moment[0])
+    points = []
+    held = under_way = 0
+    for when, is_buffer, size in moments:
+        if is_buffer:
+            under_way += size
+        else:
+            held = size
+        points.append(MemoryPoint(when, held, under_way))
+    return tuple(points)

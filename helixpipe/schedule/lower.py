@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from helixpipe.errors import ConfigError
 from helixpipe.schedule.action import BACKWARD, Action, Pass
 from helixpipe.schedule.order import Times, times
+from helixpipe.schedule.parts import Part
 from helixpipe.schedule.program import (
     Accumulate,
     Instruction,
@@ -79,20 +80,25 @@ def lower(
 
 
 def flops(schedule: Schedule, shape: ModelShape, batch: Batch) -> Callable[[Action], float]:
-    """FLOPs of each action, as a duration: enough to order messages by. I and W are half a B each."""
+    """FLOPs of each action, as a duration: enough to order messages by."""
     segments = range(len(batch.segment_lengths))
-    forward = [
-        [sum(shape.forward_flops(p, batch, s) for p in stage.parts) for s in segments] for stage in schedule.stages
-    ]
-    backward = [
-        [sum(shape.backward_flops(p, batch, s) for p in stage.parts) for s in segments] for stage in schedule.stages
-    ]
+
+    def total(of: Callable[[Part, Batch, int], float]) -> list[list[float]]:
+        """By stage and segment, from one price a kind: layers are alike."""
+        kinds = {part.kind for stage in schedule.stages for part in stage.parts}
+        prices = {kind: [of(Part(kind, 0), batch, s) for s in segments] for kind in kinds}
+        return [[sum(prices[part.kind][s] for part in stage.parts) for s in segments] for stage in schedule.stages]
+
+    forward, backward, weight = total(shape.forward_flops), total(shape.backward_flops), total(shape.weight_flops)
 
     def duration(action: Action) -> float:
-        if action.kind in (Pass.F, Pass.R):
-            return 1.0 + forward[action.stage][action.segment]
-        share = 1.0 if action.kind is Pass.B else 0.5
-        return 1.0 + share * backward[action.stage][action.segment]
+        stage, kind, _, segment = action
+        if kind in (Pass.F, Pass.R):
+            return 1.0 + forward[stage][segment]
+        if kind is Pass.W:
+            return 1.0 + weight[stage][segment]
+        late = weight[stage][segment] if kind is Pass.I else 0.0
+        return 1.0 + backward[stage][segment] - late
 
     return duration
 

@@ -60,7 +60,7 @@ def test_what_an_action_waited_for_is_the_last_of_its_messages() -> None:
     waited = {str(span.action): span.awaited for spans in timeline.spans for span in spans if span.awaited}
     assert waited["1F0"] == "q.0 k.0 v.0 of 0F0 from rank 0 to rank 1"
     assert waited["2F0"] == "x.0 of 0F0 from rank 0 to rank 1"  # o is made on this rank; x comes the long way
-    assert waited["0B0"] == "x.0 of 2B0 from rank 1 to rank 0"
+    assert waited["0B0"] == "q.0 k.0 v.0 of 1B0 from rank 1 to rank 0"  # it left behind x.0, on the same link
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,0 +1,1 @@
+"""One file per command, each a short function over the public API."""

@@ -1,0 +1,119 @@
+"""`helixpipe compare RUN`"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from helixpipe.commands.setting import DTYPES, as_flags, duration, gibibytes
+from helixpipe.config import Config
+from helixpipe.config_text import build_config, read_toml
+from helixpipe.errors import ConfigError
+from helixpipe.files import write_text
+from helixpipe.flags import Parser
+from helixpipe.predict.estimate import Setting, priced
+from helixpipe.predict.hardware import named_accelerator, named_link
+from helixpipe.predict.memory import Keeping
+from helixpipe.predict.replay import replayed
+from helixpipe.predict.timeline import Timeline
+from helixpipe.predict.timeline_text import load
+from helixpipe.schedule.lower import lower
+from helixpipe.view.html import page
+
+ABOUT = "A run's measured step beside the predicted one, number by number."
+EPILOG = """\
+Without --profile and --hardware the prediction takes this step's own action times (the median of each stage, pass and
+segment) and free messages: what then differs is waiting and the runtime itself, not the speed of the machine.
+"""
+
+
+def compare(given: list[str]) -> int:
+    """`helixpipe compare RUN`"""
+    parser = Parser("compare", "RUN [options]", ABOUT, EPILOG)
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("--profile", metavar="FILE", help="predict from measured part costs, of helixpipe profile")
+    parser.add_argument("--hardware", metavar="NAME", help="or from an accelerator's rates")
+    parser.add_argument("--link", metavar="NAME", help="between ranks [the profile's; else free]")
+    parser.add_argument("--html", metavar="FILE", help="write both as one page, over one another")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    args = parser.read(given)
+    folder = Path(args.run)
+    if not (folder / "config.toml").is_file():
+        raise ConfigError(f"{folder}: no config.toml there; name a run folder, such as runs/default-1")
+    config = build_config(read_toml(folder / "config.toml"))
+    measured = load(folder / "timeline.json")
+    with as_flags():
+        predicted, source = _predicted(config, measured, args.profile, args.hardware, args.link)
+    if predicted.order != measured.order:
+        raise ConfigError(f"{folder}: config.toml and timeline.json are not of one run: their actions differ")
+    rows = _rows(predicted, measured)
+    if args.html is not None:
+        title = f"{folder.name}: {config.schedule.family} on {config.schedule.ranks} ranks"
+        write_text(args.html, page({"predicted": predicted, "measured": measured}, title))
+    if args.json:
+        print(json.dumps({"run": str(folder), "predicted_from": source, "numbers": rows}))
+        return 0
+    print(f"{folder}: {config.schedule.family}, {config.schedule.ranks} ranks; predicted from {source}\n")
+    print(f"{'':<28} {'predicted':>12} {'measured':>12} {'ratio':>7}")
+    for row in rows:
+        show = gibibytes if row["name"].endswith("bytes") else (duration if row["name"].endswith("_s") else "{:.4f}".format)
+        ratio = "-" if row["ratio"] is None else f"{row['ratio']:.3f}"
+        print(f"{_label(row):<28} {show(row['predicted']):>12} {show(row['measured']):>12} {ratio:>7}")
+    return 0
+
+
+def _label(row: dict[str, Any]) -> str:
+    name = row["name"].removesuffix("_s").replace("_", " ")
+    return name if row["rank"] is None else f"rank {row['rank']} {name}"
+
+
+def _rows(predicted: Timeline, measured: Timeline) -> list[dict[str, Any]]:
+    """Every number there is of both."""
+
+    def row(name: str, rank: int | None, a: float, b: float) -> dict[str, Any]:
+        return {"name": name, "rank": rank, "predicted": a, "measured": b, "ratio": a / b if b else None}
+
+    rows = [
+        row("makespan_s", None, predicted.makespan_s, measured.makespan_s),
+        row("bubble_ratio", None, predicted.bubble_ratio, measured.bubble_ratio),
+    ]
+    for name in ("busy_s", "idle_s", "peak_activation_bytes"):
+        pairs = zip(getattr(predicted, name), getattr(measured, name), strict=True)
+        rows += [row(name, rank, a, b) for rank, (a, b) in enumerate(pairs)]
+    return rows
+
+
+def _predicted(
+    config: Config, measured: Timeline, profile: str | None, hardware: str | None, link: str | None
+) -> tuple[Timeline, str]:
+    """The step as it should have been, and what that was computed from."""
+    if profile is not None and hardware is not None:
+        raise ConfigError("profile, hardware: both are given; choose one")
+    setting = setting_of(config)
+    schedule = config.build_schedule()
+    program = lower(schedule, setting.shape, setting.batch(schedule.segments))
+    joined = None if link is None else named_link(link)
+    if profile is not None:
+        from helixpipe.predict.profile import Profile
+
+        costs = Profile.load(profile)
+        costs.check_fits(setting.shape, dtype=config.runtime.dtype)
+        setting, source = replace(setting, profile=costs, link=joined or costs.link), f"the profile {profile}"
+    elif hardware is not None:
+        setting = replace(setting, accelerator=named_accelerator(hardware), link=joined or named_link("free"))
+        source = hardware
+    else:
+        return replayed(program, measured, setting.keeping), "this step's own action times"
+    return priced(program, setting).timeline, source
+
+
+def setting_of(config: Config) -> Setting:
+    """The setting of a training config, on no particular machine."""
+    runtime, schedule = config.runtime, config.schedule
+    keeping = Keeping(runtime.recompute, DTYPES[runtime.dtype], runtime.mlp_chunk, runtime.head_chunk)
+    return Setting(
+        config.shape(), config.train.sequence_length, keeping=keeping, microbatch_size=config.train.microbatch_size,
+        partition=schedule.partition, evenness=schedule.evenness, segment_multiple=schedule.segment_multiple,
+    )  # fmt: skip

@@ -1,0 +1,157 @@
+"""`helixpipe plan`"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from typing import Any
+
+from helixpipe.commands.setting import add_setting_flags, as_flags, decimal, duration, gibibytes, setting_from
+from helixpipe.config import Config, ModelConfig, RunConfig, RuntimeConfig, ScheduleConfig, TrainConfig, check_config
+from helixpipe.config_text import write_toml
+from helixpipe.errors import ConfigError
+from helixpipe.files import write_text
+from helixpipe.flags import Parser, number
+from helixpipe.predict.estimate import Setting
+from helixpipe.predict.plan import Choice, Plan
+from helixpipe.predict.plan import plan as search
+from helixpipe.view.front import picture
+
+ABOUT = "The best schedules for a model, a sequence length, a cluster and its memory: every family with its options."
+EPILOG = """\
+Each schedule is lowered to the program that training would run, and simulated: step time, and every rank's bytes of weights,
+gradients, optimizer, activations and messages. fsdp and context_parallel are priced on the same accelerators beside them.
+Memory leaves out what a CUDA context, a library's buffers and fragmentation take: give --memory less than there is.
+"""
+
+
+def plan(given: list[str]) -> int:
+    """`helixpipe plan ...`"""
+    args = _parser().read(given)
+    with as_flags():
+        setting = setting_from(args)
+        memory_bytes = setting.accelerator.memory_bytes if args.memory is None else args.memory * 2**30
+        if not memory_bytes > 0:
+            raise ConfigError(f"memory: {args.memory:g} GiB; give more than 0")
+        only = tuple(args.families.split(",")) if args.families else ()
+        begun = time.monotonic()
+        processes = args.processes or min(8, os.cpu_count() or 1)
+        found = search(setting, args.ranks, args.microbatches, memory_bytes, only, processes, _progress)
+        best = found.best
+        taken_s = time.monotonic() - begun
+        config = _config(best, args)
+    if args.svg is not None:
+        write_text(args.svg, picture(found, _title(args)))
+    if args.config is not None:
+        write_text(args.config, write_toml(config))
+    if args.json:
+        print(json.dumps([_as_json(choice) for choice in found.fits]))
+        return 0
+    print("\n".join(_table(found, setting, args, taken_s)))
+    return 0
+
+
+def _parser() -> Parser:
+    usage = "--ranks P --microbatches M --model NAME --sequence-length N [options]"
+    parser = Parser("plan", usage, ABOUT, EPILOG)
+    parser.add_argument("--ranks", type=number, required=True, metavar="P", help="pipeline ranks")
+    parser.add_argument("--microbatches", type=number, required=True, metavar="M", help="micro-batches of a step")
+    parser.add_argument("--memory", type=decimal, metavar="GIB", help="of each accelerator [the hardware's]")
+    parser.add_argument("--families", metavar="F,F,...", help="only these [all]")
+    parser.add_argument("--top", type=number, default=12, metavar="N", help="rows to show [12]")
+    parser.add_argument("--config", metavar="FILE", help="write the best one as a config that helixpipe train runs")
+    parser.add_argument("--svg", metavar="FILE", help="write time against memory as a picture")
+    parser.add_argument("--processes", type=number, default=0, metavar="N", help="that search [one a core, at most 8]")
+    parser.add_argument("--json", action="store_true", help="print one JSON list and nothing else")
+    add_setting_flags(parser)
+    return parser
+
+
+def _progress(done: int, of: int) -> None:
+    if sys.stderr.isatty():
+        end = "\n" if done == of else ""
+        print(f"\r{done} of {of} schedules priced", end=end, file=sys.stderr, flush=True)
+
+
+def _table(found: Plan, setting: Setting, args: argparse.Namespace, taken_s: float) -> list[str]:
+    """The fastest that fit, the front, and what is no pipeline."""
+    machine = "measured costs" if setting.profile else setting.accelerator.name
+    memory = "any memory" if math.isinf(found.memory_bytes) else f"{gibibytes(found.memory_bytes)} each"
+    group = f" of {args.tensor_parallel} accelerators" if args.tensor_parallel > 1 else ""
+    lines = [
+        f"{args.model}, {args.microbatches} micro-batches of {args.microbatch_size} x {args.sequence_length:,} tokens on "
+        f"{args.ranks} ranks{group}; {machine}, {memory}, link {setting.link.name}",
+        f"{len(found.fits)} of {len(found.fits) + len(found.misses)} fit; priced in {taken_s:.0f} s",
+        "",
+        f"{'':>4} {'step':>9}  {'of ideal':>8}  {'bubble':>6}  {'fullest rank':>12}  schedule",
+    ]
+    front = set(map(id, found.front))
+    shown = [*found.fits[: args.top], *(c for c in found.fits[args.top :] if id(c) in front)]
+    for place, choice in enumerate(found.fits, start=1):
+        if choice not in shown:
+            continue
+        mark = "*" if id(choice) in front else " "
+        lines.append(
+            f"{place:>3}{mark} {duration(choice.makespan_s):>9}  {choice.makespan_s / choice.ideal_s:>8.3f}  "
+            f"{choice.bubble_ratio:>6.1%}  {gibibytes(choice.peak_bytes):>12}  {choice}"
+        )
+    lines += ["", "* nothing that fits is better in both time and memory"]
+    return lines + _not_pipelines(found)
+
+
+def _not_pipelines(found: Plan) -> list[str]:
+    best = found.best
+    other = next((choice for choice in found.fits if not choice.is_pipeline), None)
+    if other is None:
+        return ["fsdp and context_parallel do not fit"]
+    told = f"{other.candidate.family} (recompute {other.candidate.recompute}) takes {duration(other.makespan_s)}"
+    if other.makespan_s < best.makespan_s:
+        return [f"no pipeline is the fastest here: {told}, {best.makespan_s / other.makespan_s:.2f} times as fast as {best}"]
+    return [f"beside it {told}: {other.makespan_s / best.makespan_s:.2f} times as long"]
+
+
+def _as_json(choice: Choice) -> dict[str, Any]:
+    candidate = choice.candidate
+    return {
+        "family": candidate.family,
+        "options": dict(candidate.options),
+        "is_pipeline": choice.is_pipeline,
+        "evenness": candidate.evenness,
+        "recompute": candidate.recompute,
+        "mlp_chunk": candidate.chunk,
+        "head_chunk": candidate.chunk,
+        "makespan_s": choice.makespan_s,
+        "ideal_s": choice.ideal_s,
+        "bubble_ratio": choice.bubble_ratio,
+        "ranks": [{"rank": rank, **figures._asdict()} for rank, figures in enumerate(choice.ranks)],
+    }
+
+
+def _config(choice: Choice, args: argparse.Namespace) -> Config:
+    """The choice as a config. What the machine decides, the device and its number, is left to where it runs."""
+    candidate = choice.candidate
+    options = dict(candidate.options)
+    partition = "even" if candidate.family == "slimpipe" else "computation_wise"
+    config = Config(
+        model=ModelConfig(name=args.model),
+        schedule=ScheduleConfig(
+            family=candidate.family, ranks=args.ranks, microbatches=args.microbatches, partition=partition,
+            evenness=candidate.evenness, segment_multiple=args.segment_multiple, **options,
+        ),
+        train=TrainConfig(sequence_length=args.sequence_length, microbatch_size=args.microbatch_size),
+        runtime=RuntimeConfig(
+            dtype=args.dtype or ("float32" if args.hardware == "laptop-core" else "bfloat16"),
+            recompute=candidate.recompute, mlp_chunk=candidate.chunk, head_chunk=candidate.chunk,
+        ),
+        run=RunConfig(name="planned"),
+    )  # fmt: skip
+    check_config(config)
+    return config
+
+
+def _title(args: argparse.Namespace) -> str:
+    return f"{args.model} at {args.sequence_length:,} tokens, {args.microbatches} micro-batches on {args.ranks} ranks"

@@ -1,0 +1,149 @@
+"""The setting of a prediction as flags: model, length, machine, what is kept. simulate, rehearse, plan and show share it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from helixpipe.errors import ConfigError
+from helixpipe.flags import Parser, add_family_options, flag, given_options, number
+from helixpipe.predict.estimate import Estimate, Setting, estimate_family
+from helixpipe.predict.hardware import ACCELERATORS, LINKS, named_accelerator, named_link
+from helixpipe.predict.memory import Keeping
+from helixpipe.schedule.families import FAMILIES
+from helixpipe.shape import SHAPES, named_shape
+
+DTYPES = {"bfloat16": 2, "float32": 4, "float64": 8}
+RECOMPUTE = ("none", "selective", "full")
+# what cannot be drawn or priced in a reasonable time and memory
+MOST_ACTIONS = 2_000_000
+
+
+def family_parser(command: str, about: str, epilog: str = "") -> Parser:
+    """FAMILY, its sizes and options, and the setting."""
+    usage = "FAMILY --ranks P --microbatches M --model NAME --sequence-length N [options]"
+    parser = Parser(command, usage, about, epilog)
+    parser.add_argument("family", metavar="FAMILY", help=", ".join(FAMILIES))
+    parser.add_argument("--ranks", type=number, required=True, metavar="P", help="pipeline ranks")
+    parser.add_argument("--microbatches", type=number, required=True, metavar="M", help="micro-batches of a step")
+    add_setting_flags(parser)
+    parser.add_argument("--recompute", default="selective", metavar="R", help=f"{', '.join(RECOMPUTE)} [selective]")
+    parser.add_argument("--evenness", type=decimal, default=0.0, metavar="E", help="segments: 0 equal cost, 1 equal length [0]")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    add_family_options(parser)
+    return parser
+
+
+def add_setting_flags(parser: Parser) -> None:
+    """The model and the machine."""
+    own = parser.add_argument_group("model and machine")
+    own.add_argument("--model", required=True, metavar="NAME", help=", ".join(SHAPES))
+    own.add_argument("--sequence-length", type=number, required=True, metavar="N", help="tokens in a sequence")
+    own.add_argument("--microbatch-size", type=number, default=1, metavar="B", help="sequences in a micro-batch [1]")
+    own.add_argument("--hardware", default="ideal", metavar="NAME", help=f"{', '.join(ACCELERATORS)} [ideal]")
+    links = f"between ranks: {', '.join(LINKS)} [free with ideal, loopback with laptop-core, else infiniband]"
+    own.add_argument("--link", metavar="NAME", help=links)
+    own.add_argument("--tensor-parallel", type=number, default=1, metavar="T", help="accelerators that are one rank [1]")
+    own.add_argument("--tensor-link", metavar="NAME", help="between these [nvlink; free with ideal]")
+    own.add_argument("--dtype", metavar="D", help=f"{', '.join(DTYPES)} [bfloat16; float32 with laptop-core]")
+    own.add_argument("--mlp-chunk", type=number, default=0, metavar="N", help="tokens at a time through the MLP [0: all]")
+    own.add_argument("--head-chunk", type=number, default=0, metavar="N", help="the same for head and loss [0: all]")
+    own.add_argument("--segment-multiple", type=number, default=128, metavar="N", help="lengths of segments are multiples of it [128]")
+    own.add_argument("--profile", metavar="FILE", help="measured costs, from helixpipe profile, in place of the hardware's")
+
+
+def setting_from(args: argparse.Namespace) -> Setting:
+    """The setting that the flags name; raises ConfigError."""
+    profile = None
+    shape = named_shape(args.model)
+    accelerator = named_accelerator(args.hardware)
+    laptop = accelerator.name == "laptop-core"
+    dtype = args.dtype or ("float32" if laptop else "bfloat16")
+    link = args.link or {"ideal": "free", "laptop-core": "loopback"}.get(accelerator.name, "infiniband")
+    joined = named_link(link)
+    if args.profile is not None:
+        from helixpipe.predict.profile import Profile
+
+        profile = Profile.load(args.profile)
+        dtype = args.dtype or profile.dtype
+        profile.check_fits(shape, dtype=dtype)
+        joined = named_link(args.link) if args.link else profile.link
+    inside = args.tensor_link or ("free" if accelerator.name == "ideal" else "nvlink")
+    for name, value, known in (("dtype", dtype, DTYPES), ("recompute", getattr(args, "recompute", "none"), RECOMPUTE)):
+        if value not in known:
+            raise ConfigError(f"{name}: '{value}' is not known; known: {', '.join(known)}")
+    if min(args.mlp_chunk, args.head_chunk) < 0:
+        raise ConfigError("mlp_chunk, head_chunk: below 0; give tokens, or 0 for all at once")
+    keeping = Keeping(
+        getattr(args, "recompute", "none"), DTYPES[dtype], args.mlp_chunk, args.head_chunk, fused_rms=not laptop
+    )
+    return Setting(
+        shape, args.sequence_length, accelerator, joined, keeping, args.microbatch_size, args.tensor_parallel,
+        named_link(inside), profile, evenness=getattr(args, "evenness", 0.0), segment_multiple=args.segment_multiple,
+    )  # fmt: skip
+
+
+def estimate_from(args: argparse.Namespace) -> Estimate:
+    """What the flags of `family_parser` ask for, priced; raises ConfigError."""
+    with as_flags():
+        setting, options = setting_from(args), given_options(args)
+        for name in ("ranks", "microbatches"):
+            if getattr(args, name) < 1:
+                raise ConfigError(f"{name}: {getattr(args, name)}; give at least 1")
+        per_microbatch = options.get("segments", 1) * (2 * setting.shape.layers + 1)
+        actions = 3 * max(args.ranks, args.microbatches * per_microbatch)
+        if actions > MOST_ACTIONS:
+            raise ConfigError(f"up to {actions:,} actions are more than fit here ({MOST_ACTIONS:,}); ask for fewer")
+        return estimate_family(setting, args.family, args.ranks, args.microbatches, **options)
+
+
+@contextmanager
+def as_flags() -> Iterator[None]:
+    """Faults name keys of a config; on the command line they are flags."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(flags_named(str(error))) from None
+
+
+def flags_named(message: str) -> str:
+    """`schedule.segments: ...` -> `--segments: ...`"""
+    match = re.match(r"(?:schedule|model|train|runtime)\.(\w+)|([a-z_]+)(?=:)", message)
+    if not match:
+        return message
+    key = {"family": "FAMILY", "name": flag("model")}.get(match[1] or "", flag(match[1] or match[2]))
+    return key + message[match.end() :]
+
+
+def decimal(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number")
+    return value
+
+
+def gibibytes(nbytes: float) -> str:
+    """Bytes to read: the largest unit that leaves at least 1."""
+    for size, unit in ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB")):
+        if nbytes >= size:
+            return f"{nbytes / size:.1f} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds to read."""
+    for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if seconds >= size:
+            return f"{seconds / size:.4g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def options_told(options: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in options.items())

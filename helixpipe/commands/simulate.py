@@ -1,0 +1,105 @@
+"""`helixpipe simulate FAMILY`"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from helixpipe.commands.setting import duration, estimate_from, family_parser, gibibytes, options_told
+from helixpipe.flags import given_options
+from helixpipe.predict.estimate import Estimate
+from helixpipe.predict.explain import Reason, critical_path, idle_by_reason
+
+ABOUT = "Predicted time, bubble and memory of a schedule, per rank, from the program that training would run."
+EPILOG = """\
+ideal is the step if ranks shared the work evenly, never waited and recomputed nothing. Idle time: warm-up before a rank's
+first action and drain after its last; imbalance, while another rank is at what it needs; message, while that travels.
+"""
+MOST_ROWS = 16
+
+
+def simulate(given: list[str]) -> int:
+    """`helixpipe simulate FAMILY ...`"""
+    parser = family_parser("simulate", ABOUT, EPILOG)
+    args = parser.read(given)
+    estimate = estimate_from(args)
+    if args.json:
+        print(json.dumps({"family": args.family, "options": given_options(args)} | as_json(estimate)))
+        return 0
+    print(_head(args.family, given_options(args), estimate))
+    print("\n".join(table(estimate)))
+    return 0
+
+
+def as_json(estimate: Estimate) -> dict[str, Any]:
+    """What is predicted, as plain data."""
+    timeline, setting = estimate.timeline, estimate.setting
+    reasons = idle_by_reason(estimate.program, timeline)
+    ranks = [
+        {
+            "rank": rank,
+            "busy_s": timeline.busy_s[rank],
+            "idle_s": timeline.idle_s[rank],
+            "idle_by_reason_s": reasons[rank],
+            "peak_activation_bytes": timeline.peak_activation_bytes[rank],
+            "peak_buffer_bytes": timeline.peak_buffer_bytes[rank],
+            **timeline.standing[rank]._asdict(),
+            "peak_bytes": timeline.peak_bytes[rank],
+        }
+        for rank in range(timeline.ranks)
+    ]
+    return {
+        "makespan_s": timeline.makespan_s,
+        "ideal_s": estimate.ideal_s,
+        "bubble_ratio": timeline.bubble_ratio,
+        "tokens_per_s": estimate.tokens_per_s,
+        "hardware": setting.accelerator.name,
+        "link": setting.link.name,
+        "segment_lengths": list(estimate.program.batch.segment_lengths),
+        "ranks": ranks,
+    }
+
+
+def table(estimate: Estimate) -> list[str]:
+    """A row a rank; of many ranks the first and the last ones."""
+    timeline = estimate.timeline
+    reasons = idle_by_reason(estimate.program, timeline)
+    names = [reason for reason in Reason if reason is not Reason.RUNTIME]
+    head = f"{'rank':>4}  {'busy':>9}  {'idle':>9}  " + "  ".join(f"{name.replace('_', '-'):>9}" for name in names)
+    lines = [head + f"  {'activations':>12}  {'all bytes':>10}"]
+    many = timeline.ranks > MOST_ROWS
+    shown = [*range(MOST_ROWS // 2), *range(timeline.ranks - MOST_ROWS // 2, timeline.ranks)] if many else range(timeline.ranks)
+    for rank in shown:
+        if many and rank == timeline.ranks - MOST_ROWS // 2:
+            lines.append(f"{'...':>4}")
+        idle = "  ".join(f"{duration(reasons[rank][name]) if reasons[rank][name] else '-':>9}" for name in names)
+        lines.append(
+            f"{rank:>4}  {duration(timeline.busy_s[rank]):>9}  {duration(timeline.idle_s[rank]):>9}  {idle}  "
+            f"{gibibytes(timeline.peak_activation_bytes[rank]):>12}  {gibibytes(timeline.peak_bytes[rank]):>10}"
+        )
+    return [*lines, *_path(estimate)]
+
+
+def _head(family: str, options: dict[str, Any], estimate: Estimate) -> str:
+    setting, timeline = estimate.setting, estimate.timeline
+    told = f", {options_told(options)}" if options else ""
+    step = f"step {duration(timeline.makespan_s)}, {timeline.makespan_s / estimate.ideal_s:.4f} of ideal {duration(estimate.ideal_s)}"
+    machine = "measured costs" if setting.profile else setting.accelerator.name
+    return (
+        f"{family}{told}: {timeline.ranks} ranks, {estimate.schedule.microbatches} micro-batches of "
+        f"{setting.microbatch_size} x {setting.sequence_length:,} tokens; {machine}, link {setting.link.name}\n"
+        f"{step}; bubble {timeline.bubble_ratio:.1%}; {estimate.tokens_per_s:,.0f} tokens/s\n"
+    )
+
+
+def _path(estimate: Estimate) -> list[str]:
+    """Where the longest chain of actions spends its time."""
+    path = critical_path(estimate.program, estimate.timeline)
+    by_rank: dict[int, float] = {}
+    for step in path:
+        by_rank[step.rank] = by_rank.get(step.rank, 0.0) + step.span.end_s - step.span.start_s
+    most = sorted(by_rank.items(), key=lambda item: -item[1])[:3]
+    share = estimate.timeline.makespan_s or 1.0
+    told = ", ".join(f"rank {rank} {seconds / share:.0%}" for rank, seconds in most)
+    travels = max(0.0, 1 - sum(by_rank.values()) / share)
+    return ["", f"critical path: {len(path)} actions, {told}; messages {travels:.0%}"]

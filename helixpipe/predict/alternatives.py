@@ -1,0 +1,117 @@
+"""What is not a pipeline, priced beside it on the same accelerators: sharded data parallelism and context parallelism.
+
+    fsdp               every rank runs whole micro-batches of its own; weights are gathered layer by layer, forward and
+                       backward, and gradients scattered: 3 P (N-1)/N elements a rank, once a micro-batch (torch's fully
+                       sharded data parallel without gradients held back)
+    context_parallel   every micro-batch is spread over all ranks along the sequence; K and V go round (ring attention),
+                       2 b s h_kv (N-1)/N elements a layer forward, twice that backward and dK, dV in float32 with it;
+                       weights as in fsdp
+
+Messages travel under compute, so a layer takes the longer of the two. Memory: weights, gradients and optimizer are
+divided by all ranks, two layers are whole at a time; activations are those of the micro-batch, or of its share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from helixpipe.predict.estimate import Setting
+from helixpipe.predict.memory import peak_activation_bytes
+from helixpipe.schedule.families import build_schedule
+from helixpipe.schedule.lower import lower
+from helixpipe.schedule.parts import Part, chain, layer_parts
+from helixpipe.shape import Batch
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A way to train that is not a pipeline; the same on every rank."""
+
+    name: str
+    makespan_s: float
+    busy_s: float
+    """Of which it computes."""
+    peak_activation_bytes: int
+    peak_bytes: int
+
+
+def alternatives(setting: Setting, ranks: int, microbatches: int) -> tuple[Alternative, ...]:
+    """Those that this many sequences and tokens allow."""
+    if ranks == 1:
+        return ()
+    found = [_sharded(setting, ranks, microbatches)]
+    if setting.sequence_length % (2 * ranks) == 0:
+        found.append(_context(setting, ranks, microbatches))
+    return tuple(found)
+
+
+def _sharded(setting: Setting, ranks: int, microbatches: int) -> Alternative:
+    turns = math.ceil(microbatches / ranks)  # of the rank with the most
+    compute_s = _compute_s(setting, setting.whole)
+    message_s = _weights_s(setting, ranks)
+    activations = _activations(setting, setting.whole)
+    return _alternative("fsdp", setting, ranks, turns, compute_s, max(compute_s, message_s), activations)
+
+
+def _context(setting: Setting, ranks: int, microbatches: int) -> Alternative:
+    """Zigzag layout, so that every rank has an equal share of a causal attention."""
+    shape, keeping = setting.shape, setting.keeping
+    tokens = setting.microbatch_size * setting.sequence_length
+    ring = 2 * tokens * shape.kv_size * (ranks - 1) / ranks / setting.tensor_parallel
+    attention = Part("attn", 0)
+    forward = setting.costs.forward_s(attention, setting.whole, 0) / ranks
+    backward = setting.costs.input_s(attention, setting.whole, 0) / ranks
+    hops = setting.link.latency_s * (ranks - 1)
+    forward_ring = hops + ring * keeping.element_bytes / setting.link.bytes_per_s
+    backward_ring = hops + ring * (keeping.element_bytes + keeping.wide_bytes) / setting.link.bytes_per_s
+    slower = max(forward, forward_ring) - forward + max(backward, backward_ring) - backward
+    compute_s = _compute_s(setting, setting.whole) / ranks
+    step_s = max(compute_s + slower * shape.layers, _weights_s(setting, ranks))
+    activations = math.ceil(_activations(setting, setting.whole) / ranks)
+    return _alternative("context_parallel", setting, ranks, microbatches, compute_s, step_s, activations)
+
+
+def _alternative(
+    name: str, setting: Setting, ranks: int, turns: int, compute_s: float, step_s: float, activations: int
+) -> Alternative:
+    shape, keeping = setting.shape, setting.keeping
+    narrow, wide = keeping.element_bytes, keeping.wide_bytes
+    copy = narrow if narrow != wide else 0
+    shared = shape.parameter_count * (4 * wide + copy) / ranks
+    largest = max(_elements(setting, layer_parts(0)), _elements(setting, [Part("head", shape.layers)]))
+    whole = 2 * largest * (narrow + wide)  # gathered weights and their gradients: this layer and the next
+    standing = math.ceil((shared + whole) / setting.tensor_parallel)
+    return Alternative(name, turns * step_s, turns * compute_s, activations, standing + activations)
+
+
+def _elements(setting: Setting, parts: Iterable[Part]) -> int:
+    return sum(math.prod(size) for part in parts for size in setting.shape.parameters(part).values())
+
+
+def _compute_s(setting: Setting, batch: Batch) -> float:
+    """One micro-batch, forward, recompute and backward, on one rank."""
+    recompute = setting.keeping.recompute
+    total = 0.0
+    for part in chain(1):
+        count = 1 if part.kind in ("embed", "head") else setting.shape.layers
+        forward = setting.costs.forward_s(part, batch, 0)
+        again = recompute == "full" or (recompute == "selective" and part.kind != "attn")
+        backward = setting.costs.input_s(part, batch, 0) + setting.costs.weight_s(part, batch, 0)
+        total += count * (forward * (2 if again else 1) + backward)
+    return total
+
+
+def _weights_s(setting: Setting, ranks: int) -> float:
+    """Two gathers in the run's precision and one scatter of gradients, of a rank's tensor-parallel share."""
+    narrow, wide = setting.keeping.element_bytes, setting.keeping.wide_bytes
+    elements = setting.shape.parameter_count / setting.tensor_parallel * (ranks - 1) / ranks
+    return 3 * setting.shape.layers * setting.link.latency_s + elements * (2 * narrow + wide) / setting.link.bytes_per_s
+
+
+def _activations(setting: Setting, batch: Batch) -> int:
+    """One micro-batch through the whole model."""
+    alone = build_schedule("1f1b", ranks=1, layers=setting.shape.layers, microbatches=1)
+    program = lower(alone, setting.shape, batch)
+    return math.ceil(peak_activation_bytes(program, setting.keeping)[0] / setting.tensor_parallel)

@@ -1,0 +1,216 @@
+"""Estimate: a schedule priced for a model, a sequence length and a machine. What every prediction goes through.
+
+    Setting (model, length, accelerator, link, what is kept) ─┐
+    family, options ──► build ──► Schedule ──► lower ──► Program ──► simulate ──► Timeline
+                         └ balanced by the same costs                 └ seconds, bytes a rank
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from helixpipe.errors import ConfigError
+from helixpipe.predict.cost import Analytic, PartCosts, action_seconds, message_bytes, message_seconds
+from helixpipe.predict.hardware import Accelerator, Link, named_accelerator, named_link
+from helixpipe.predict.memory import Keeping
+from helixpipe.predict.simulate import simulate_program
+from helixpipe.predict.standing import standing_bytes
+from helixpipe.predict.timeline import MemoryPoint, Timeline
+from helixpipe.schedule import families
+from helixpipe.schedule.action import Action
+from helixpipe.schedule.check import check
+from helixpipe.schedule.lower import lower
+from helixpipe.schedule.partition import MULTIPLE, even, for_shape, from_costs
+from helixpipe.schedule.parts import Part, chain, layer_parts
+from helixpipe.schedule.program import Message, Program
+from helixpipe.schedule.schedule import Schedule
+from helixpipe.shape import Batch, ModelShape, named_shape
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a schedule is priced for."""
+
+    shape: ModelShape
+    sequence_length: int
+    accelerator: Accelerator = field(default_factory=lambda: named_accelerator("ideal"))
+    link: Link = field(default_factory=lambda: named_link("free"))
+    """Between pipeline ranks."""
+    keeping: Keeping = field(default_factory=lambda: Keeping("selective", 2))
+    microbatch_size: int = 1
+    tensor_parallel: int = 1
+    """Accelerators that are one rank together."""
+    tensor_link: Link | None = None
+    """Between these; None is free."""
+    profile: PartCosts | None = None
+    """Measured costs, in place of the accelerator's rates."""
+    partition: str = "computation_wise"
+    evenness: float = 0.0
+    segment_multiple: int = MULTIPLE
+
+    def __post_init__(self) -> None:
+        for name in ("sequence_length", "microbatch_size", "tensor_parallel"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: {getattr(self, name)}; give at least 1")
+        if self.tensor_parallel > 1 and self.shape.kv_heads % self.tensor_parallel:
+            raise ConfigError(
+                f"tensor_parallel: {self.tensor_parallel} do not divide {self.shape.kv_heads} key/value heads; choose a divisor"
+            )
+
+    @cached_property
+    def costs(self) -> PartCosts:
+        if self.profile is not None:
+            return self.profile
+        return Analytic(
+            self.shape, self.accelerator, self.keeping.element_bytes, self.tensor_parallel, self.tensor_link
+        )
+
+    @cached_property
+    def whole(self) -> Batch:
+        """A micro-batch whose sequences are not cut."""
+        return Batch(self.microbatch_size, (self.sequence_length,))
+
+    @cached_property
+    def balance(self) -> dict[str, tuple[float, ...]]:
+        """What families balance by: embed and head in layers; F, I and W of a layer."""
+        recompute = self.keeping.recompute
+        forward = {part: self.costs.forward_s(part, self.whole, 0) for part in layer_parts(0)}
+        layer = math.fsum(forward.values())
+        again = math.fsum(
+            s for p, s in forward.items() if recompute == "full" or (recompute == "selective" and p.kind != "attn")
+        )
+        inputs = math.fsum(self.costs.input_s(part, self.whole, 0) for part in layer_parts(0))
+        weights = math.fsum(self.costs.weight_s(part, self.whole, 0) for part in layer_parts(0))
+        ends = (Part("embed", 0), Part("head", self.shape.layers))
+        embed, head = (self.costs.forward_s(part, self.whole, 0) for part in ends)
+        return {"ends": (embed / layer, head / layer), "costs": (layer, inputs + again, weights)}
+
+    def batch(self, segments: int) -> Batch:
+        """A micro-batch whose sequences are cut into so many segments, of equal cost unless asked otherwise."""
+        return Batch(self.microbatch_size, self.segment_lengths(segments))
+
+    def segment_lengths(self, segments: int) -> tuple[int, ...]:
+        if segments == 1:
+            return (self.sequence_length,)
+        if self.partition == "even":
+            return even(self.sequence_length, segments, self.segment_multiple)
+        if self.profile is not None:
+            return from_costs(self.sequence_length, segments, self._segment_s, self.segment_multiple)
+        recompute = self.keeping.recompute
+        return for_shape(
+            self.shape, self.sequence_length, segments, self.segment_multiple, recompute, self.evenness
+        )
+
+    def _segment_s(self, length: int, context: int) -> float:
+        """Measured seconds of a layer, forward and backward, on `length` tokens behind `context` others."""
+        batch = Batch(self.microbatch_size, (context, length) if context else (length,))
+        segment = len(batch.segment_lengths) - 1
+        costs, total = self.costs, 0.0
+        for part in layer_parts(0):
+            again = self.keeping.recompute == "full" or (self.keeping.recompute == "selective" and part.kind != "attn")
+            total += costs.forward_s(part, batch, segment) * (2 if again else 1)
+            total += costs.input_s(part, batch, segment) + costs.weight_s(part, batch, segment)
+        return total
+
+    def build(self, family: str, ranks: int, microbatches: int, **options: Any) -> Schedule:
+        """The family's schedule, balanced by this setting's costs unless options say otherwise; checked."""
+        balance = {key: value for key, value in self.balance.items() if key in families.options(family)}
+        return families.build_schedule(
+            family, ranks=ranks, layers=self.shape.layers, microbatches=microbatches, **(balance | options)
+        )
+
+    @cached_property
+    def microbatch_s(self) -> float:
+        """Seconds of one whole micro-batch, forward and backward, on one rank: nothing recomputed, nothing sent."""
+        names = ("forward_s", "input_s", "weight_s")
+        priced = {
+            kind: math.fsum(getattr(self.costs, name)(Part(kind, 0), self.whole, 0) for name in names)
+            for kind in {part.kind for part in chain(1)}
+        }
+        return math.fsum(priced[part.kind] for part in chain(self.shape.layers))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A schedule priced."""
+
+    setting: Setting
+    schedule: Schedule
+    program: Program
+    seconds: Callable[[Action], float]
+    message_seconds: Callable[[Message], float]
+    timeline: Timeline
+
+    @property
+    def ideal_s(self) -> float:
+        """The step if ranks shared the work evenly, never waited and recomputed nothing."""
+        return self.setting.microbatch_s * self.schedule.microbatches / len(self.schedule.ranks)
+
+    @property
+    def tokens_per_s(self) -> float:
+        setting = self.setting
+        tokens = setting.sequence_length * setting.microbatch_size * self.schedule.microbatches
+        return tokens / self.timeline.makespan_s
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the fullest rank: a plan fits when this does."""
+        return max(self.timeline.peak_bytes)
+
+
+def estimate(schedule: Schedule, setting: Setting) -> Estimate:
+    """Price a schedule. Raises ConfigError where it does not suit the setting, ScheduleError where it cannot run."""
+    check(schedule)
+    return priced(lower(schedule, setting.shape, setting.batch(schedule.segments)), setting)
+
+
+def estimate_family(setting: Setting, family: str, ranks: int, microbatches: int, **options: Any) -> Estimate:
+    """Build, lower as training does, and price."""
+    schedule = setting.build(family, ranks, microbatches, **options)
+    return priced(lower(schedule, setting.shape, setting.batch(schedule.segments)), setting)
+
+
+def priced(program: Program, setting: Setting) -> Estimate:
+    """A program under a setting: that of its schedule and batch."""
+    keeping, schedule = setting.keeping, program.schedule
+    seconds = action_seconds(schedule, program.batch, setting.costs, keeping)
+    travel = message_seconds(setting.link, keeping, setting.tensor_parallel)
+    timeline = simulate_program(program, seconds, travel, lambda message: message_bytes(message, keeping), keeping)
+    timeline = _per_accelerator(timeline, setting.tensor_parallel)
+    standing = standing_bytes(schedule, setting.shape, keeping, setting.tensor_parallel)
+    return Estimate(setting, schedule, program, seconds, travel, Timeline(timeline.spans, timeline.memory, standing))
+
+
+def _per_accelerator(timeline: Timeline, tensor_parallel: int) -> Timeline:
+    """Activations are cut along heads or along the sequence: each accelerator of a rank holds its share."""
+    if tensor_parallel == 1:
+        return timeline
+    memory = tuple(
+        tuple(MemoryPoint(t, a // tensor_parallel, b // tensor_parallel) for t, a, b in points)
+        for points in timeline.memory
+    )
+    return Timeline(timeline.spans, memory)
+
+
+def simulate(
+    schedule: Schedule,
+    model: ModelShape | str,
+    hardware: Accelerator | str = "ideal",
+    sequence_length: int = 4096,
+    link: Link | str = "free",
+    recompute: str = "selective",
+    **more: Any,
+) -> Timeline:
+    """The predicted timeline of one step: seconds, and bytes of every rank. `more`: fields of `Setting`.
+
+    Raises ConfigError for a model, accelerator or link that is not known, ScheduleError for a schedule that cannot run.
+    """
+    shape = named_shape(model) if isinstance(model, str) else model
+    accelerator = named_accelerator(hardware) if isinstance(hardware, str) else hardware
+    joined = named_link(link) if isinstance(link, str) else link
+    keeping = more.pop("keeping", Keeping(recompute, 2))
+    return estimate(schedule, Setting(shape, sequence_length, accelerator, joined, keeping, **more)).timeline

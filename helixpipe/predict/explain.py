@@ -1,0 +1,132 @@
+"""Explain a timeline: why each rank stood idle, and which chain of actions decided the step's length.
+
+    rank 0  |....|F0|F1|..........|B0|..|B1|......|
+             warm  1       2    3         drain           warm-up: before a rank's first action; drain: after its last
+
+    between: 1 waits for another rank to make what it needs (imbalance), then 2 for the message that brings it;
+             3 what the runtime itself takes (measured timelines only)
+
+Works on predicted and on measured timelines alike: the program says who waits for what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import NamedTuple
+
+from helixpipe.predict.timeline import Span, Timeline
+from helixpipe.schedule.action import Action
+from helixpipe.schedule.program import Message, Program, Run
+
+
+class Reason(StrEnum):
+    """Why a rank stood idle."""
+
+    WARM_UP = "warm_up"
+    DRAIN = "drain"
+    IMBALANCE = "imbalance"  # another rank was still at what this one needs
+    MESSAGE = "message"  # it was made, and on its way
+    RUNTIME = "runtime"  # neither: the time between two actions
+
+
+class Idle(NamedTuple):
+    """A while in which a rank ran nothing. `source` is the rank it waited for, -1 for none."""
+
+    rank: int
+    start_s: float
+    end_s: float
+    reason: Reason
+    source: int = -1
+    awaited: str = ""
+
+    @property
+    def seconds(self) -> float:
+        return self.end_s - self.start_s
+
+
+class Step(NamedTuple):
+    """An action on the critical path; `waited_s` is how long its rank had stood idle for it."""
+
+    rank: int
+    span: Span
+    waited_s: float
+
+
+def idle(program: Program, timeline: Timeline) -> tuple[tuple[Idle, ...], ...]:
+    """Per rank, every idle while, in order. Their sum is the rank's `idle_s`."""
+    ends = _ends(timeline)
+    waits = _waits(program)
+    return tuple(tuple(_of_rank(rank, timeline, ends, waits)) for rank in range(timeline.ranks))
+
+
+def idle_by_reason(program: Program, timeline: Timeline) -> tuple[dict[str, float], ...]:
+    """Per rank, seconds of idle time by reason; every reason is there."""
+    found = tuple({str(reason): 0.0 for reason in Reason} for _ in timeline.spans)
+    for sums, whiles in zip(found, idle(program, timeline), strict=True):
+        for each in whiles:
+            sums[each.reason] += each.seconds
+    return found
+
+
+def critical_path(program: Program, timeline: Timeline) -> tuple[Step, ...]:
+    """From the step's first moment to its last: each action started as soon as the one before it let it."""
+    ends, waits = _ends(timeline), _waits(program)
+    place = {span.action: (rank, i) for rank, spans in enumerate(timeline.spans) for i, span in enumerate(spans)}
+    last = max((span for spans in timeline.spans for span in spans), key=lambda span: span.end_s, default=None)
+    path: list[Step] = []
+    action = None if last is None else last.action
+    while action is not None:
+        rank, i = place[action]
+        span = timeline.spans[rank][i]
+        before = timeline.spans[rank][i - 1].end_s if i else 0.0
+        path.append(Step(rank, span, span.start_s - before))
+        binding = _binding(waits.get(action, ()), ends)
+        if binding is not None and span.awaited:
+            action = binding.producer
+        else:
+            action = timeline.spans[rank][i - 1].action if i else None
+    return tuple(reversed(path))
+
+
+def _of_rank(
+    rank: int, timeline: Timeline, ends: dict[Action, float], waits: dict[Action, tuple[Message, ...]]
+) -> Iterator[Idle]:
+    at = 0.0
+    for i, span in enumerate(timeline.spans[rank]):
+        if span.start_s > at:
+            if i == 0:
+                yield Idle(rank, at, span.start_s, Reason.WARM_UP)
+            else:
+                yield from _gap(rank, at, span, waits.get(span.action, ()), ends)
+        at = max(at, span.end_s)
+    if timeline.makespan_s > at:
+        yield Idle(rank, at, timeline.makespan_s, Reason.DRAIN)
+
+
+def _gap(
+    rank: int, at: float, span: Span, messages: tuple[Message, ...], ends: dict[Action, float]
+) -> Iterator[Idle]:
+    binding = _binding(messages, ends)
+    if binding is None or not span.awaited:
+        yield Idle(rank, at, span.start_s, Reason.RUNTIME)
+        return
+    made = at if binding.producer is None else min(max(at, ends[binding.producer]), span.start_s)
+    if made > at:
+        yield Idle(rank, at, made, Reason.IMBALANCE, binding.src, str(binding))
+    if span.start_s > made:
+        yield Idle(rank, made, span.start_s, Reason.MESSAGE, binding.src, str(binding))
+
+
+def _binding(messages: tuple[Message, ...], ends: dict[Action, float]) -> Message | None:
+    """The message whose producer ended last: weights, which nothing on the path makes, only when there is no other."""
+    made = [m for m in messages if m.producer is not None]
+    return max(made, key=lambda m: ends[m.producer], default=next(iter(messages), None))  # type: ignore[index]
+
+
+def _ends(timeline: Timeline) -> dict[Action, float]:
+    return {span.action: span.end_s for spans in timeline.spans for span in spans}
+
+
+def _waits(program: Program) -> dict[Action, tuple[Message, ...]]:
+    return {i.action: i.waits for rank in program.ranks for i in rank if isinstance(i, Run) and i.waits}

@@ -1,0 +1,257 @@
+"""Plan: every family, its options, and what a forward keeps, priced; those that fit in memory, fastest first.
+
+    candidates   family x options (v, k, evenness, folds, travel, groups) x recompute x chunks
+    choices      each with the step time and every rank's bytes: an estimate is never a mean of ranks
+    front        the choices that no other beats in both time and memory
+
+Programs are lowered once a schedule and shared by all policies and chunk sizes; estimates are spread over processes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from helixpipe.errors import ConfigError
+from helixpipe.predict.alternatives import alternatives
+from helixpipe.predict.estimate import Estimate, Setting, priced
+from helixpipe.schedule import families
+from helixpipe.schedule.lower import lower
+from helixpipe.schedule.program import Program
+
+RECOMPUTE = ("none", "selective", "full")
+CHUNK = 4096
+"""Tokens at a time where MLP and head are chunked."""
+SEGMENTS = (2, 4, 8, 16, 32)
+STAGES_PER_RANK = (2, 4, 8)
+EVENNESS = (0.0, 0.5)
+
+
+class Candidate(NamedTuple):
+    """A schedule that could be, and how it would keep activations."""
+
+    family: str
+    options: tuple[tuple[str, Any], ...]
+    evenness: float = 0.0
+    recompute: str = "selective"
+    chunk: int = 0
+    """Tokens at a time through MLP and head; 0 is all at once."""
+
+    def __str__(self) -> str:
+        told = [f"{name} {value}" for name, value in self.options]
+        told += [f"evenness {self.evenness:g}"] if self.evenness else []
+        told += [f"recompute {self.recompute}"] + ([f"chunks of {self.chunk}"] if self.chunk else [])
+        return f"{self.family}, {', '.join(told)}"
+
+
+class RankFigures(NamedTuple):
+    """What a choice asks of one rank."""
+
+    busy_s: float
+    idle_s: float
+    peak_activation_bytes: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A candidate priced. An alternative that is no pipeline has no options, and all its ranks alike."""
+
+    candidate: Candidate
+    makespan_s: float
+    ideal_s: float
+    bubble_ratio: float
+    ranks: tuple[RankFigures, ...]
+    is_pipeline: bool = True
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(rank.peak_bytes for rank in self.ranks)
+
+    @property
+    def fullest(self) -> int:
+        """The rank with the most bytes."""
+        return max(range(len(self.ranks)), key=lambda rank: self.ranks[rank].peak_bytes)
+
+    def __str__(self) -> str:
+        return str(self.candidate) if self.is_pipeline else self.candidate.family
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that was priced: what fits, fastest first, and what does not, nearest first."""
+
+    fits: tuple[Choice, ...]
+    misses: tuple[Choice, ...]
+    memory_bytes: float
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Candidates that cannot be, and why."""
+
+    @property
+    def best(self) -> Choice:
+        """The fastest pipeline that fits; raises ConfigError when none does, with the nearest miss."""
+        for choice in self.fits:
+            if choice.is_pipeline:
+                return choice
+        raise ConfigError(self._nothing())
+
+    @property
+    def front(self) -> tuple[Choice, ...]:
+        """Choices that no other beats in both time and memory, fastest first."""
+        found: list[Choice] = []
+        for choice in self.fits:
+            if not found or choice.peak_bytes < found[-1].peak_bytes:
+                found.append(choice)
+        return tuple(found)
+
+    def _nothing(self) -> str:
+        memory = f"{self.memory_bytes / 2**30:.1f} GiB"
+        nearest = next((choice for choice in self.misses if choice.is_pipeline), None)
+        if nearest is None:
+            reason = next(iter(self.refused.values()), "there are no candidates")
+            return f"plan: no schedule can be made for this: {reason}"
+        return (
+            f"memory: no schedule fits {memory}; the nearest is {nearest} with {nearest.peak_bytes / 2**30:.1f} GiB "
+            f"on rank {nearest.fullest}: give that much memory, more ranks, or more tensor_parallel"
+        )
+
+
+def candidates(
+    ranks: int, layers: int, sequence_length: int, multiple: int, causal: bool = True, only: Sequence[str] = ()
+) -> list[Candidate]:
+    """All that make sense; sizes that a family refuses are left to it."""
+    segments = [k for k in SEGMENTS if causal and k * multiple <= sequence_length]
+    stages = [v for v in STAGES_PER_RANK if v * ranks <= layers + 1]
+    grids: dict[str, dict[str, Sequence[Any]]] = {
+        "interleaved": {"stages_per_rank": stages},
+        "breadth_first": {"stages_per_rank": stages},
+        "terapipe": {"segments": segments},
+        "seq1f1b": {"segments": segments},
+        "seq1f1b_zb": {"segments": segments},
+        "seq1f1b_interleaved": {"segments": segments, "stages_per_rank": stages},
+        "slimpipe": {"segments": segments, "stages_per_rank": [1, *stages]},
+        "helix": {
+            "folds": (1, 2), "travel": ("none", "qkv", "attention"), "groups": ("sequential", "forward_first"),
+        },
+    }  # fmt: skip
+    chunks = (0, CHUNK) if sequence_length > CHUNK else (0,)
+    found = []
+    for family in only or families.FAMILIES:
+        grid = grids.get(family, {})
+        for values in itertools.product(*grid.values()):
+            options = tuple(zip(grid, values, strict=True))
+            evenness = EVENNESS if "segments" in grid and family != "slimpipe" else (0.0,)
+            found += [Candidate(family, options, *each) for each in itertools.product(evenness, RECOMPUTE, chunks)]
+    return found
+
+
+def plan(
+    setting: Setting,
+    ranks: int,
+    microbatches: int,
+    memory_bytes: float,
+    only: Sequence[str] = (),
+    processes: int = 1,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Plan:
+    """Price every candidate. `setting.keeping` gives the precision; recompute and chunks are the candidates' own.
+
+    `only`: families to consider. Raises ConfigError for sizes that cannot be.
+    """
+    for name in only:
+        families.options(name)
+    if ranks < 1 or microbatches < 1:
+        raise ConfigError(f"ranks, microbatches: {ranks}, {microbatches}; give at least 1 of each")
+    shape = setting.shape
+    asked = candidates(ranks, shape.layers, setting.sequence_length, setting.segment_multiple, shape.causal, only)
+    # one schedule at a time, with all its policies: the program is shared
+    by_schedule: dict[tuple[Any, ...], list[Candidate]] = {}
+    for candidate in asked:
+        by_schedule.setdefault((candidate.family, candidate.options, candidate.evenness), []).append(candidate)
+    work = [(setting, ranks, microbatches, group) for group in by_schedule.values()]
+    choices: list[Choice] = []
+    refused: dict[str, str] = {}
+    for done, (good, bad) in enumerate(_spread(work, processes), start=1):
+        choices += good
+        refused |= bad
+        progress(done, len(work))
+    choices += _alternatives(setting, ranks, microbatches)
+    fits = sorted((c for c in choices if c.peak_bytes <= memory_bytes), key=lambda c: (c.makespan_s, c.peak_bytes))
+    misses = sorted((c for c in choices if c.peak_bytes > memory_bytes), key=lambda c: c.peak_bytes)
+    return Plan(tuple(fits), tuple(misses), memory_bytes, refused)
+
+
+_Work = tuple[Setting, int, int, list[Candidate]]
+
+
+def _spread(work: list[_Work], processes: int) -> Iterator[tuple[list[Choice], dict[str, str]]]:
+    if processes == 1:
+        yield from map(_price, work)
+        return
+    # no fork: the caller may have threads
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_price, work)
+
+
+def _price(work: _Work) -> tuple[list[Choice], dict[str, str]]:
+    """All candidates of one schedule. Those that it, or the sequence, refuses are told why."""
+    setting, ranks, microbatches, group = work
+    good, bad = [], {}
+    programs: dict[Any, Program] = {}
+    for candidate in group:
+        try:
+            good.append(_choice(setting, ranks, microbatches, candidate, programs))
+        except ConfigError as error:
+            bad[str(candidate)] = str(error)
+    return good, bad
+
+
+def _choice(
+    setting: Setting, ranks: int, microbatches: int, candidate: Candidate, programs: dict[Any, Program]
+) -> Choice:
+    found = estimate_candidate(setting, ranks, microbatches, candidate, programs)
+    timeline = found.timeline
+    columns = timeline.busy_s, timeline.idle_s, timeline.peak_activation_bytes, timeline.peak_bytes
+    figures = tuple(RankFigures(*row) for row in zip(*columns, strict=True))
+    return Choice(candidate, timeline.makespan_s, found.ideal_s, timeline.bubble_ratio, figures)
+
+
+def estimate_candidate(
+    setting: Setting, ranks: int, microbatches: int, candidate: Candidate, programs: dict[Any, Program] | None = None
+) -> Estimate:
+    """The whole estimate behind a choice. `programs` keeps what was lowered, for candidates that share it."""
+    keeping = replace(
+        setting.keeping, recompute=candidate.recompute, mlp_chunk=candidate.chunk, head_chunk=candidate.chunk
+    )
+    setting = replace(setting, keeping=keeping, evenness=candidate.evenness)
+    if candidate.family == "slimpipe":
+        setting = replace(setting, partition="even")
+    programs = {} if programs is None else programs
+    # a schedule is ordered by costs in some families, and cut by them where there are segments
+    own = families.options(candidate.family)
+    costs = tuple(setting.balance[name] for name in ("costs", "ends") if name in own)
+    segments = dict(candidate.options).get("segments", 1)
+    batch = setting.batch(segments)
+    key = costs, batch
+    if key not in programs:
+        schedule = setting.build(candidate.family, ranks, microbatches, **dict(candidate.options))
+        programs[key] = lower(schedule, setting.shape, setting.batch(schedule.segments))
+    return priced(programs[key], setting)
+
+
+def _alternatives(setting: Setting, ranks: int, microbatches: int) -> list[Choice]:
+    """What is no pipeline, under every policy."""
+    found = []
+    ideal_s = setting.microbatch_s * microbatches / ranks
+    for recompute, chunk in itertools.product(RECOMPUTE, (0, CHUNK)):
+        keeping = replace(setting.keeping, recompute=recompute, mlp_chunk=chunk, head_chunk=chunk)
+        for each in alternatives(replace(setting, keeping=keeping), ranks, microbatches):
+            idle = each.makespan_s - each.busy_s
+            figures = (RankFigures(each.busy_s, idle, each.peak_activation_bytes, each.peak_bytes),) * ranks
+            candidate = Candidate(each.name, (), 0.0, recompute, chunk)
+            found.append(Choice(candidate, each.makespan_s, ideal_s, idle / each.makespan_s, figures, False))
+    return found

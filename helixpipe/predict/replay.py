@@ -1,0 +1,27 @@
+"""Replay: a measured step simulated from its own action times, to see what waiting and the runtime made of it."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+
+from helixpipe.predict.memory import Keeping
+from helixpipe.predict.simulate import simulate_program
+from helixpipe.predict.timeline import Timeline
+from helixpipe.schedule.action import Action, Pass
+from helixpipe.schedule.program import Program
+
+
+def replayed(program: Program, measured: Timeline, keeping: Keeping) -> Timeline:
+    """Each action takes the median of its stage, pass and segment over all micro-batches; messages are free."""
+    taken: dict[tuple[int, Pass, int], list[float]] = defaultdict(list)
+    for spans in measured.spans:
+        for span in spans:
+            stage, kind, _, segment = span.action
+            taken[stage, kind, segment].append(span.end_s - span.start_s)
+    medians = {key: statistics.median(each) for key, each in taken.items()}
+
+    def seconds(action: Action) -> float:
+        return medians.get((action.stage, action.kind, action.segment), 0.0)
+
+    return simulate_program(program, seconds, keeping=keeping)
