@@ -32,6 +32,7 @@ from helixpipe.shape import Batch, ModelShape, named_shape
 if TYPE_CHECKING:
     from helixpipe.model.decoder import Decoder, Model
     from helixpipe.runtime.pipeline import Pipeline
+    from helixpipe.sequence import ring_attention, ulysses_attention
 
 __version__ = _version("helixpipe")
 
@@ -40,6 +41,8 @@ _LATE = {
     "Decoder": "helixpipe.model.decoder",
     "Model": "helixpipe.model.decoder",
     "Pipeline": "helixpipe.runtime.pipeline",
+    "ring_attention": "helixpipe.sequence",
+    "ulysses_attention": "helixpipe.sequence",
 }
 
 __all__ = [
@@ -66,8 +69,10 @@ __all__ = [
     "check",
     "lower",
     "named_shape",
+    "ring_attention",
     "simulate_program",
     "simulate_schedule",
+    "ulysses_attention",
 ]
 
 
