@@ -2,10 +2,8 @@
 
     one layer, embed and head, each part a stage of its own, on one rank:
 
-    F   embed norm qkv attn proj mlp head   of segment 0, then 1, ...     keeping what the selective policy keeps
-    R   then, last part and last segment first: the graph again (attention's from what was kept)
-    I   gradients of the inputs
-    W   weight gradients of the linear layers
+    F      embed norm qkv attn proj mlp head   of segment 0, then 1, ...    with a graph
+    I, W   head ... embed                      of the last segment first    gradients of inputs; of linear layers' weights
 
 Sequences of several lengths, whole and cut, take turns; a part's time is its median over the rounds. Several
 ranks measure at once, since they slow each other down as in a run; two of them time messages between them.
@@ -99,9 +97,7 @@ class Parts:
         self.stages = tuple(Stage((part,)) for part in chain(1))
         self.weights = Weights(Decoder(self.shape), self._schedule(1), 0, device, dtype)
         self.ledger = Ledger(self.weights.is_parameter)
-        self.tapes = {
-            s: Tape(stage, self.weights.modules, "selective", self.ledger) for s, stage in enumerate(self.stages)
-        }
+        self.tapes = {s: Tape(stage, self.weights.modules, "none", self.ledger) for s, stage in enumerate(self.stages)}
         self.recorder, self.watch = Recorder(device), Watch(None, 0, 1)
         self.transport = Transport(None, device, dtype, self.weights.master_dtype, TIMEOUT_S, self.watch)
 
@@ -133,7 +129,7 @@ class Parts:
         order = [Action(stage, Pass.F, 0, segment) for segment in range(segments) for stage in stages]
         for segment in reversed(range(segments)):
             for stage in reversed(stages):
-                order += [Action(stage, run, 0, segment) for run in (Pass.R, Pass.I, Pass.W)]
+                order += [Action(stage, run, 0, segment) for run in (Pass.I, Pass.W)]
         return Schedule(self.stages, (tuple(order),))
 
     def _feeds(self, cut: Cut) -> dict[tuple[int, int], Feed]:
