@@ -6,7 +6,7 @@
                                                 └─ rank 63   a pipe ahead, never written: its end says the nursery is gone
 
 Forking is safe only before there are threads and groups, so it is done in a process of its own: torch is imported
-once, and 64 ranks start within a second or two and share its memory. Whoever dies, nobody remains: the end of a pipe
+once, and 64 ranks start within seconds and share its memory. Whoever dies, nobody remains: the end of a pipe
 is noticed by the one who reads it.
 """
 
@@ -91,7 +91,7 @@ def run_forked(job: Job) -> list[Any]:
         process.stdout.close()
     if not text:
         raise RankError(
-            f"the process that starts the ranks {_how(process.returncode)} before they were done; run it again"
+            f"the process that starts the ranks {_how(process.returncode)} before they were done; what it wrote is above"
         )
     made, error = pickle.loads(text)
     if error is not None:
@@ -120,9 +120,11 @@ class _Rank:
     pipe: int
     text: bytearray = field(default_factory=bytearray)
     code: int | None = None
-    """How it ended."""
+    """How it ended, and when."""
+    ended_s: float = 0.0
 
     def reap(self) -> None:
+        self.ended_s = time.monotonic()
         self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     @property
@@ -220,7 +222,7 @@ def _outcome(ranks: list[_Rank], limit_s: float) -> Said:
     """What all made, or the error to raise: the cause, not what followed from it."""
     failed = [rank for rank in ranks if rank.failed]
     if failed:
-        cause = min(failed, key=lambda rank: rank.distance)
+        cause = min(failed, key=lambda rank: (rank.distance, rank.ended_s))
         if (error := cause.said[1]) is not None:
             return None, error
         assert cause.code is not None

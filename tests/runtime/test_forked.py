@@ -1,0 +1,140 @@
+"""Forked ranks: what they make comes back, and whatever goes wrong, it is named and no process remains.
+
+No torch in this file: the process that forks brings it in for the store alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helixpipe.errors import CheckpointError, RankError
+from helixpipe.runtime import forked
+from helixpipe.runtime.forked import run_forked
+
+RANKS = 3
+
+
+@dataclass
+class Job:
+    """Rank 1 meets its fate."""
+
+    fate: str = ""
+    ranks: int = RANKS
+    limit_s: float = 60.0
+    shared: int = 0
+
+    def prepare(self) -> None:
+        self.shared = os.getpid()
+
+    def run(self, rank: int, store: Any) -> Any:
+        store.set(str(rank), str(rank))
+        others = [int(store.get(str(other))) for other in range(self.ranks)]
+        if self.fate and rank == 1:
+            if self.fate == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.fate == "faulty":
+                raise ValueError("a fault in the code")
+            if self.fate == "refused":
+                raise CheckpointError("this is how it is")
+        if self.fate:
+            time.sleep(60)
+        return self.shared == os.getppid(), others, "x" * 1_000_000  # more than a pipe holds
+
+
+def members(session: int) -> list[int]:
+    """Processes of a session: the nursery's own and all that it forked."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.fixture
+def nurseries(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The process ids of nurseries as they start, each of them a session."""
+    started: list[int] = []
+
+    class Recording(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **named: Any) -> None:
+            super().__init__(*args, **named)
+            started.append(self.pid)
+
+    monkeypatch.setattr(forked.subprocess, "Popen", Recording)
+    return started
+
+
+def test_what_ranks_make_comes_back_by_rank(nurseries: list[int]) -> None:
+    assert run_forked(Job()) == [(True, [0, 1, 2], "x" * 1_000_000)] * RANKS
+    assert members(nurseries[0]) == []
+
+
+@pytest.mark.parametrize(
+    ("fate", "kind", "message"),
+    [
+        ("killed", RankError, r"rank 1 \(pid \d+\) was killed by SIGKILL; the other ranks are stopped"),
+        ("faulty", RankError, r"rank 1 \(pid \d+\) ended with exit code 1; the other ranks are stopped"),
+        ("refused", CheckpointError, r"this is how it is"),
+        ("slow", RankError, r"no end after 1 s of ranks 0, 1, 2; they are stopped"),
+    ],
+)
+def test_the_cause_is_named_and_no_process_remains(
+    fate: str, kind: type[Exception], message: str, nurseries: list[int]
+) -> None:
+    with pytest.raises(kind) as raised:
+        run_forked(Job(fate, limit_s=1.0 if fate == "slow" else 60.0))
+    assert re.fullmatch(message, str(raised.value))
+    (nursery,) = nurseries
+    assert members(nursery) == []
+
+
+CALLER = """
+from test_forked import Job
+from helixpipe.runtime.forked import run_forked
+run_forked(Job("slow"))
+"""
+
+
+@pytest.mark.parametrize("gone", ["caller", "nursery"])
+def test_ranks_end_with_the_caller_and_with_the_nursery(gone: str) -> None:
+    environment = dict(os.environ) | {"PYTHONPATH": str(Path(__file__).parent)}
+    caller = subprocess.Popen(
+        [sys.executable, "-c", CALLER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        nursery = eventually(lambda: children(caller.pid), 1)[0]
+        eventually(lambda: members(nursery), 1 + RANKS)
+        os.kill(caller.pid if gone == "caller" else nursery, signal.SIGKILL)
+        _, told = caller.communicate(timeout=20)
+        eventually(lambda: [] if members(nursery) else ["none"], 1)
+    finally:
+        caller.kill()
+        caller.communicate()
+    if gone == "nursery":
+        assert "the process that starts the ranks was killed by SIGKILL before they were done" in told
+
+
+def children(parent: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
+def eventually(look: Any, count: int) -> list[Any]:
+    deadline = time.monotonic() + 30
+    while len(found := look()) < count:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.02)
+    return list(found)
