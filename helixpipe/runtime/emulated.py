@@ -42,6 +42,8 @@ from helixpipe.schedule.action import Action
 from helixpipe.schedule.program import Accumulate, Instruction, Message, Program, Receive, Run, Send
 
 CPU = torch.device("cpu")
+# what every message is made of; only ever read
+ELEMENT = torch.zeros(1)
 # a sleep ends late by about this, so the last bit of it is waited for awake
 AWAKE_S = 1e-4
 # between agreeing on the start and the start, and as much more for each rank
@@ -90,7 +92,7 @@ class Rehearsal:
         return sum(self.seconds.values()) + sum(self.message_seconds) + 2 * self.timeout_s
 
     def prepare(self) -> None:
-        self._links = Links(self.message_seconds, self.ranks)
+        self._links = Links(self.message_seconds, self.ranks) if any(self.message_seconds) else None
 
     def run(self, rank: int, store: Store) -> tuple[Span, ...]:
         """The step of one rank: its spans, from the start that all agreed on."""
@@ -144,21 +146,25 @@ class Links:
 class EmulatedTransport(Transport):
     """The real one, but what has come is not handed on before its modelled time."""
 
-    def __init__(self, timeout_s: float, watch: Watch, links: Links) -> None:
+    def __init__(self, timeout_s: float, watch: Watch, links: Links | None) -> None:
+        """Without links messages take what they take."""
         super().__init__(dist.group.WORLD, CPU, torch.float32, torch.float32, timeout_s, watch)
         self._links = links
 
     def send(self, message: Message, tensors: Sequence[Tensor]) -> None:
-        self._links.post(message)
+        if self._links:
+            self._links.post(message)
         super().send(message, tensors)
 
     def receive(self, message: Message) -> None:
-        self._links.post(message)
+        if self._links:
+            self._links.post(message)
         super().receive(message)
 
     def wait(self, message: Message) -> list[Tensor]:
         tensors = super().wait(message)
-        sleep_until(self._links.arrives_s(message))
+        if self._links:
+            sleep_until(self._links.arrives_s(message))
         return tensors
 
 
@@ -246,7 +252,7 @@ def _named(watch: Watch) -> Iterator[None]:
 
 
 def _elements(names: Sequence[str]) -> list[Tensor]:
-    return [torch.zeros(1) for _ in names]
+    return [ELEMENT] * len(names)
 
 
 def _with(small: dict[int, Message], instruction: Instruction) -> Instruction:

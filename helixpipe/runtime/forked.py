@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 HOST = "127.0.0.1"
 # after a rank said that it lost another, so long for that one to be found dead
 SETTLE_S = 2.0
+# an error names no more silent ranks than these
+MOST_SILENT = 4
 # between telling the nursery to end and making it
 STOP_S = 5.0
 # for a rank to reach the store
@@ -224,7 +226,7 @@ def _outcome(ranks: list[_Rank], limit_s: float) -> Said:
     if failed:
         cause = min(failed, key=lambda rank: (rank.distance, rank.ended_s))
         if (error := cause.said[1]) is not None:
-            return None, error
+            return None, (error[0], error[1] + _silent(ranks) * (error[0] == RankError.__name__))
         assert cause.code is not None
         how = f"rank {cause.number} (pid {cause.pid}) {_how(cause.code)}; the other ranks are stopped"
     else:
@@ -235,6 +237,12 @@ def _outcome(ranks: list[_Rank], limit_s: float) -> Said:
             f"no end after {limit_s:.0f} s of rank{'s' * (len(late) > 1)} {', '.join(map(str, late))}; they are stopped"
         )
     return None, (RankError.__name__, how)
+
+
+def _silent(ranks: list[_Rank]) -> str:
+    """Who said nothing while others gave up waiting: perhaps the cause."""
+    silent = [str(rank.number) for rank in ranks if rank.code is None]
+    return f"; silent since: rank {', '.join(silent)}" if 0 < len(silent) <= MOST_SILENT else ""
 
 
 # On a rank
