@@ -70,23 +70,26 @@ class Spread(torch.autograd.Function):
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     merged = _Merged(q)
-
-    def visit(rings: Sequence[Peers], steps: tuple[int, ...], block: Sequence[Tensor]) -> None:
-        if not rings:
-            k, v = map(_heads, block)
-            for batch, tile in plan.tiles(steps):
-                rows, keys = (batch, ALL, tile.queries), (batch, ALL, tile.keys)
-                merged.add(rows, *attention_forward(q[rows], k[keys], v[keys], tile.causal))
-            return
-        ring, *inner = rings
-        for step in range(ring.size):
-            coming = ring.pass_on(block, "keys and values", KEYS) if step + 1 < ring.size else None
-            visit(inner, (*steps, step), block)
-            if coming is not None:
-                block = coming.wait()
-
-    visit(plan.rings, (), (k, v))
+    _visit(plan, q, merged, plan.rings, (), (k, v))
     return merged.result()
+
+
+def _visit(
+    plan: Plan, q: Tensor, merged: _Merged, rings: Sequence[Peers], steps: tuple[int, ...], block: Sequence[Tensor]
+) -> None:
+    """Attend to the block that is here, and to those that come around these rings."""
+    if not rings:
+        k, v = map(_heads, block)
+        for batch, tile in plan.tiles(steps):
+            rows, keys = (batch, ALL, tile.queries), (batch, ALL, tile.keys)
+            merged.add(rows, *attention_forward(q[rows], k[keys], v[keys], tile.causal))
+        return
+    ring, *inner = rings
+    for step in range(ring.size):
+        coming = ring.pass_on(block, "keys and values", KEYS) if step + 1 < ring.size else None
+        _visit(plan, q, merged, inner, (*steps, step), block)
+        if coming is not None:
+            block = coming.wait()
 
 
 class _Backward:

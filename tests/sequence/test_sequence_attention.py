@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from oracle_attention import (
     Case,
     attend,
     expected,
+    ids_of,
     largest_difference,
     mesh_for,
     plain_attention,
@@ -21,9 +23,19 @@ from oracle_attention import (
 from ranks import Ranks
 from torch import Tensor
 
+import helixpipe
 from helixpipe.errors import ConfigError
 from helixpipe.model.attention import KeptAttention
-from helixpipe.sequence import from_contiguous, gather, linformer_attention, shard, shard_batch, to_contiguous
+from helixpipe.runtime.ledger import Ledger
+from helixpipe.sequence import (
+    from_contiguous,
+    gather,
+    linformer_attention,
+    ring_attention,
+    shard,
+    shard_batch,
+    to_contiguous,
+)
 
 RING = [
     Case(rings=(ranks,), layout=layout, causal=causal, documents=documents, kv_heads=kv_heads)
@@ -99,15 +111,17 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3}
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_the_error_does_not_grow_with_the_ring(eight_ranks: Ranks, dtype: torch.dtype) -> None:
-    errors = {}
-    for ranks in (1, 2, 4, 8):
-        for causal in (True, False):
+    """One kernel call rounds its output once; merged ones are rounded once more, however many they are."""
+    for causal in (True, False):
+        errors = {}
+        for ranks in (1, 2, 4, 8):
             case = Case(rings=(ranks,), causal=causal, length=256, kv_heads=2, head_dim=32, dtype=dtype)
-            reference = expected(case)
             found = eight_ranks.run(spread, case)[0]
-            errors[ranks, causal] = worst(found, reference, relative_norm)
-            assert errors[ranks, causal] < TOLERANCE[dtype], errors
-    assert all(errors[8, causal] < 1.2 * errors[1, causal] for causal in (True, False)), errors
+            errors[ranks] = [relative_norm(a.double(), b) for a, b in zip(found, expected(case), strict=True)]
+            assert max(errors[ranks]) < TOLERANCE[dtype], errors
+        for one, two, eight in zip(errors[1], errors[2], errors[8], strict=True):
+            assert eight < 1.15 * two, errors
+            assert eight < 1.4 * one, errors
 
 
 def replayed(case: Case) -> tuple[list[Tensor], list[Tensor], int] | None:
@@ -152,8 +166,6 @@ def test_log_sum_exp_is_of_all_keys() -> None:
     case = Case(rings=(1,), documents="lengths", causal=False)
     q, k, v, _ = case.inputs()
     kept = KeptAttention()
-    from helixpipe.sequence import ring_attention
-
     ring_attention(q, k, v, causal=False, documents=case.packed(), kept=kept)
     scores = torch.einsum("bihd,bjhd->bhij", q[:, 4:13], k[:, 4:13]) * case.head_dim**-0.5
     assert kept.lse is not None
@@ -190,11 +202,7 @@ def test_linformer_equals_one_process(four_ranks: Ranks, case: Case) -> None:
     q, k, v, grad = case.inputs()
     leaves = [t.requires_grad_() for t in (q, k, v, *projections_of(case, p))]
     q, k, v, project_k, project_v = leaves
-    ids = torch.zeros(case.batch, case.length) if case.packed() is None else None
-    if ids is None:
-        from oracle_attention import ids_of
-
-        ids = ids_of(case.packed(), case.batch, case.length)
+    ids = ids_of(case.packed(), case.batch, case.length)
     rows = []
     for row in range(case.batch):
         out_row = torch.zeros_like(q[row])
@@ -278,12 +286,26 @@ def test_what_cannot_be_is_refused(four_ranks: Ranks, what: str, message: str) -
         assert error.startswith(message)
 
 
+def test_nothing_stays_when_the_graph_goes() -> None:
+    """Guards against a cycle of references that once held q, and with it the graph before it, until a collection."""
+    q, k, v, _ = Case().inputs()
+    ledger = Ledger(lambda pointer: False)
+    gc.collect()
+    gc.disable()
+    try:
+        with ledger.graphs():
+            out = ring_attention(q.requires_grad_().square(), k, v, documents=(0, 5, 24))
+        assert ledger.bytes > 0
+        del out
+        assert ledger.bytes == 0
+    finally:
+        gc.enable()
+
+
 def test_without_ranks_it_is_attention() -> None:
     """No process group: the whole sequence is here."""
-    from helixpipe import ring_attention, ulysses_attention
-
     case = Case(kv_heads=2, documents="lengths")
     q, k, v, _ = case.inputs()
     reference = plain_attention(q, k, v, True, case.packed())
-    assert largest_difference(ring_attention(q, k, v, documents=case.packed()), reference) < 1e-10
-    assert largest_difference(ulysses_attention(q, k, v, documents=case.packed()), reference) < 1e-10
+    assert largest_difference(helixpipe.ring_attention(q, k, v, documents=case.packed()), reference) < 1e-10
+    assert largest_difference(helixpipe.ulysses_attention(q, k, v, documents=case.packed()), reference) < 1e-10
