@@ -18,6 +18,9 @@ from helixpipe.errors import (
     RankError,
     ScheduleError,
 )
+from helixpipe.predict.estimate import Estimate, Setting, estimate, simulate
+from helixpipe.predict.hardware import Accelerator, Link
+from helixpipe.predict.plan import Choice, Plan, plan
 from helixpipe.predict.simulate import simulate_program, simulate_schedule
 from helixpipe.predict.timeline import Timeline
 from helixpipe.schedule.action import Action, Pass
@@ -46,30 +49,39 @@ _LATE = {
 }
 
 __all__ = [
+    "Accelerator",
     "Action",
     "Batch",
     "CheckpointError",
+    "Choice",
     "ConfigError",
     "DataError",
     "Decoder",
+    "Estimate",
     "HelixpipeError",
+    "Link",
     "Model",
     "ModelShape",
     "Part",
     "Pass",
     "Pipeline",
+    "Plan",
     "Program",
     "RankError",
     "Schedule",
     "ScheduleError",
+    "Setting",
     "Stage",
     "Timeline",
     "Value",
     "build_schedule",
     "check",
+    "estimate",
     "lower",
     "named_shape",
+    "plan",
     "ring_attention",
+    "simulate",
     "simulate_program",
     "simulate_schedule",
     "ulysses_attention",

@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from helixpipe.errors import ConfigError
+from helixpipe.predict.estimate import Setting
+from helixpipe.predict.memory import Keeping
+from helixpipe.predict.profile import Profile
 from helixpipe.schedule import families
-from helixpipe.schedule.partition import even, for_shape
-from helixpipe.schedule.parts import Part, layer_parts
 from helixpipe.schedule.schedule import Schedule
-from helixpipe.shape import Batch, ModelShape, named_shape
+from helixpipe.shape import ModelShape, named_shape
+
+ELEMENT_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,8 @@ class ScheduleConfig:
     """How a sequence is cut into segments: of as much computation each, or of as many tokens."""
     evenness: float = 0.0
     """How far computation-wise cuts are moved towards even ones, 0 to 1: 0.5 saves memory and costs little time."""
+    profile: str = ""
+    """A file of helixpipe profile, by whose measured costs segments are cut and stages balanced; "" is by FLOPs."""
     segment_multiple: int = 128
     """Segment lengths are multiples of it, the last excepted: kernels like round numbers."""
 
@@ -159,7 +164,7 @@ class RuntimeConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The run folder: config.toml, metrics.jsonl, checkpoints/ and timeline.svg."""
+    """The run folder: config.toml, metrics.jsonl, checkpoints/ and the timeline of one step."""
 
     folder: str = ""
     """Where; "" is a new one, runs/<name>-<number>. Ranks on several machines must share it."""
@@ -172,7 +177,7 @@ class RunConfig:
     resume: str = ""
     """'auto' continues the newest good checkpoint of the run folder; a path, that run's or that checkpoint."""
     timeline_step: int = 10
-    """The step that timeline.svg shows; 0 is none."""
+    """The step whose timeline is written, as .json, .svg, .html and for Perfetto; 0 is none."""
 
 
 @dataclass(frozen=True)
@@ -203,29 +208,33 @@ class Config:
                 raise ConfigError(
                     f"schedule.{key}: {family} has no such option, {', '.join(having)} has; remove the key"
                 )
-        shape = self.shape()
-        given |= {key: value for key, value in self._work(shape).items() if key in families.options(family)}
-        return families.build_schedule(family, ranks=ranks, layers=shape.layers, microbatches=microbatches, **given)
+        setting = self.setting()
+        given |= {key: value for key, value in setting.balance.items() if key in families.options(family)}
+        layers = setting.shape.layers
+        return families.build_schedule(family, ranks=ranks, layers=layers, microbatches=microbatches, **given)
 
-    def _work(self, shape: ModelShape) -> dict[str, tuple[float, ...]]:
-        """What families balance by, in FLOPs: embed and head in layers; F, I and W of a layer."""
-        batch = Batch(self.train.microbatch_size, (self.train.sequence_length,))
-        forward = {part.kind: shape.forward_flops(part, batch, 0) for part in layer_parts(0)}
-        backward = sum(shape.backward_flops(part, batch, 0) for part in layer_parts(0))
-        layer, attention = sum(forward.values()), forward["attn"]
-        again = {"none": 0.0, "full": layer, "selective": layer - attention}[self.runtime.recompute]
-        weights = layer - attention  # a W multiplies as much as a linear layer's forward
-        head = shape.forward_flops(Part("head", shape.layers), batch, 0)
-        return {"ends": (0.0, head / layer), "costs": (layer, backward - weights + again, weights)}
+    def setting(self) -> Setting:
+        """What predictions need to know of this run; of the machine, only its profile."""
+        runtime, schedule = self.runtime, self.schedule
+        shape = self.shape()
+        profile = None
+        if schedule.profile:
+            profile = Profile.load(schedule.profile)
+            profile.check_fits(shape, dtype=runtime.dtype)
+        return Setting(
+            shape,
+            self.train.sequence_length,
+            keeping=Keeping(runtime.recompute, ELEMENT_BYTES[runtime.dtype], runtime.mlp_chunk, runtime.head_chunk),
+            microbatch_size=self.train.microbatch_size,
+            profile=profile,
+            partition=schedule.partition,
+            evenness=schedule.evenness,
+            segment_multiple=schedule.segment_multiple,
+        )
 
     def segment_lengths(self, schedule: Schedule) -> tuple[int, ...] | None:
         """Tokens of each segment; None when sequences stay whole."""
-        length, segments, multiple = self.train.sequence_length, schedule.segments, self.schedule.segment_multiple
-        if segments == 1:
-            return None
-        if self.schedule.partition == "even":
-            return even(length, segments, multiple)
-        return for_shape(self.shape(), length, segments, multiple, self.runtime.recompute, self.schedule.evenness)
+        return None if schedule.segments == 1 else self.setting().segment_lengths(schedule.segments)
 
     @property
     def batch_size(self) -> int:
@@ -266,9 +275,7 @@ def _check_values(config: Config) -> None:
     if not config.runtime.timeout_s > 0:
         raise ConfigError(f"runtime.timeout_s: {config.runtime.timeout_s}; give more than 0")
     if not 0 <= config.schedule.evenness <= 1:
-        raise ConfigError(
-            f"schedule.evenness: {config.schedule.evenness:g}; give 0 (computation-wise) to 1 (even)"
-        )
+        raise ConfigError(f"schedule.evenness: {config.schedule.evenness:g}; give 0 (computation-wise) to 1 (even)")
     for beta in config.train.betas:
         if not 0 <= beta < 1:
             raise ConfigError(f"train.betas: {beta}; give two numbers from 0 to below 1")

@@ -22,7 +22,7 @@ RANKS = 8
 SHAPE = named_shape("7b")
 BATCH = Batch(microbatch_size=1, segment_lengths=(131072,))
 FLOPS_PER_S = 400e12  # one rank, sustained
-BYTES_PER_S = 50e9  # one message; messages do not share it
+BYTES_PER_S = 50e9  # of a rank's link, each way; its messages share it
 CHUNK = 8192  # tokens of the chunked MLP and head
 ELEMENT_BYTES = 2  # bf16; gradients of weights travel in float32
 

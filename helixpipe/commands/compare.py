@@ -7,20 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from helixpipe.commands.setting import DTYPES, as_flags, duration, gibibytes
+from helixpipe.commands.pictures import add_picture_flags, write_pictures
+from helixpipe.commands.setting import as_flags, duration, gibibytes
 from helixpipe.config import Config
 from helixpipe.config_text import build_config, read_toml
 from helixpipe.errors import ConfigError
-from helixpipe.files import write_text
 from helixpipe.flags import Parser
-from helixpipe.predict.estimate import Setting, priced
+from helixpipe.predict.estimate import priced
 from helixpipe.predict.hardware import named_accelerator, named_link
-from helixpipe.predict.memory import Keeping
+from helixpipe.predict.profile import Profile
 from helixpipe.predict.replay import replayed
 from helixpipe.predict.timeline import Timeline
 from helixpipe.predict.timeline_text import load
 from helixpipe.schedule.lower import lower
-from helixpipe.view.html import page
 
 ABOUT = "A run's measured step beside the predicted one, number by number."
 EPILOG = """\
@@ -36,7 +35,7 @@ def compare(given: list[str]) -> int:
     parser.add_argument("--profile", metavar="FILE", help="predict from measured part costs, of helixpipe profile")
     parser.add_argument("--hardware", metavar="NAME", help="or from an accelerator's rates")
     parser.add_argument("--link", metavar="NAME", help="between ranks [the profile's; else free]")
-    parser.add_argument("--html", metavar="FILE", help="write both as one page, over one another")
+    add_picture_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.read(given)
     folder = Path(args.run)
@@ -49,16 +48,20 @@ def compare(given: list[str]) -> int:
     if predicted.order != measured.order:
         raise ConfigError(f"{folder}: config.toml and timeline.json are not of one run: their actions differ")
     rows = _rows(predicted, measured)
-    if args.html is not None:
-        title = f"{folder.name}: {config.schedule.family} on {config.schedule.ranks} ranks"
-        write_text(args.html, page({"predicted": predicted, "measured": measured}, title))
+    title = f"{folder.name}: {config.schedule.family} on {config.schedule.ranks} ranks"
+    stages = tuple(map(str, config.build_schedule().stages))
+    write_pictures(args, {"predicted": predicted, "measured": measured}, title, stages, [("predicted from", source)])
     if args.json:
         print(json.dumps({"run": str(folder), "predicted_from": source, "numbers": rows}))
         return 0
     print(f"{folder}: {config.schedule.family}, {config.schedule.ranks} ranks; predicted from {source}\n")
     print(f"{'':<28} {'predicted':>12} {'measured':>12} {'ratio':>7}")
     for row in rows:
-        show = gibibytes if row["name"].endswith("bytes") else (duration if row["name"].endswith("_s") else "{:.4f}".format)
+        show = (
+            gibibytes
+            if row["name"].endswith("bytes")
+            else (duration if row["name"].endswith("_s") else "{:.4f}".format)
+        )
         ratio = "-" if row["ratio"] is None else f"{row['ratio']:.3f}"
         print(f"{_label(row):<28} {show(row['predicted']):>12} {show(row['measured']):>12} {ratio:>7}")
     return 0
@@ -91,29 +94,20 @@ def _predicted(
     """The step as it should have been, and what that was computed from."""
     if profile is not None and hardware is not None:
         raise ConfigError("profile, hardware: both are given; choose one")
-    setting = setting_of(config)
+    setting = config.setting()
     schedule = config.build_schedule()
     program = lower(schedule, setting.shape, setting.batch(schedule.segments))
     joined = None if link is None else named_link(link)
     if profile is not None:
-        from helixpipe.predict.profile import Profile
-
         costs = Profile.load(profile)
         costs.check_fits(setting.shape, dtype=config.runtime.dtype)
-        setting, source = replace(setting, profile=costs, link=joined or costs.link), f"the profile {profile}"
+        setting, source = (
+            replace(setting, profile=costs, link=joined or costs.link or named_link("free")),
+            f"the profile {profile}",
+        )
     elif hardware is not None:
         setting = replace(setting, accelerator=named_accelerator(hardware), link=joined or named_link("free"))
         source = hardware
     else:
         return replayed(program, measured, setting.keeping), "this step's own action times"
     return priced(program, setting).timeline, source
-
-
-def setting_of(config: Config) -> Setting:
-    """The setting of a training config, on no particular machine."""
-    runtime, schedule = config.runtime, config.schedule
-    keeping = Keeping(runtime.recompute, DTYPES[runtime.dtype], runtime.mlp_chunk, runtime.head_chunk)
-    return Setting(
-        config.shape(), config.train.sequence_length, keeping=keeping, microbatch_size=config.train.microbatch_size,
-        partition=schedule.partition, evenness=schedule.evenness, segment_multiple=schedule.segment_multiple,
-    )  # fmt: skip

@@ -10,9 +10,17 @@ import sys
 import time
 from typing import Any
 
-from helixpipe.commands.setting import add_setting_flags, as_flags, decimal, duration, gibibytes, setting_from
-from helixpipe.config import Config, ModelConfig, RunConfig, RuntimeConfig, ScheduleConfig, TrainConfig, check_config
-from helixpipe.config_text import write_toml
+from helixpipe.commands.setting import (
+    add_setting_flags,
+    as_flags,
+    decimal,
+    dtype_of,
+    duration,
+    gibibytes,
+    setting_from,
+)
+from helixpipe.config import Config
+from helixpipe.config_text import build_config, write_toml
 from helixpipe.errors import ConfigError
 from helixpipe.files import write_text
 from helixpipe.flags import Parser, number
@@ -43,7 +51,7 @@ def plan(given: list[str]) -> int:
         found = search(setting, args.ranks, args.microbatches, memory_bytes, only, processes, _progress)
         best = found.best
         taken_s = time.monotonic() - begun
-        config = _config(best, args)
+        config = _config(best, args, dtype_of(setting))
     if args.svg is not None:
         write_text(args.svg, picture(found, _title(args)))
     if args.config is not None:
@@ -90,28 +98,34 @@ def _table(found: Plan, setting: Setting, args: argparse.Namespace, taken_s: flo
         f"{'':>4} {'step':>9}  {'of ideal':>8}  {'bubble':>6}  {'fullest rank':>12}  schedule",
     ]
     front = set(map(id, found.front))
-    shown = [*found.fits[: args.top], *(c for c in found.fits[args.top :] if id(c) in front)]
-    for place, choice in enumerate(found.fits, start=1):
-        if choice not in shown:
+    pipelines = [choice for choice in found.fits if choice.is_pipeline]
+    for place, choice in enumerate(pipelines, start=1):
+        if place > args.top and id(choice) not in front:
             continue
         mark = "*" if id(choice) in front else " "
         lines.append(
             f"{place:>3}{mark} {duration(choice.makespan_s):>9}  {choice.makespan_s / choice.ideal_s:>8.3f}  "
             f"{choice.bubble_ratio:>6.1%}  {gibibytes(choice.peak_bytes):>12}  {choice}"
         )
-    lines += ["", "* nothing that fits is better in both time and memory"]
+    lines += ["", "* no pipeline that fits is better in both time and memory"]
     return lines + _not_pipelines(found)
 
 
 def _not_pipelines(found: Plan) -> list[str]:
-    best = found.best
-    other = next((choice for choice in found.fits if not choice.is_pipeline), None)
-    if other is None:
-        return ["fsdp and context_parallel do not fit"]
-    told = f"{other.candidate.family} (recompute {other.candidate.recompute}) takes {duration(other.makespan_s)}"
-    if other.makespan_s < best.makespan_s:
-        return [f"no pipeline is the fastest here: {told}, {best.makespan_s / other.makespan_s:.2f} times as fast as {best}"]
-    return [f"beside it {told}: {other.makespan_s / best.makespan_s:.2f} times as long"]
+    """The best of each alternative, beside the best pipeline."""
+    lines = []
+    for name in dict.fromkeys(c.candidate.family for c in (*found.fits, *found.misses) if not c.is_pipeline):
+        fitting = next((c for c in found.fits if c.candidate.family == name), None)
+        if fitting is None:
+            lines.append(f"not a pipeline: {name} does not fit")
+            continue
+        times = found.best.makespan_s / fitting.makespan_s
+        verdict = f"{times:.2f} times as fast as the best pipeline" if times > 1 else f"{1 / times:.2f} times as long"
+        told = (
+            f"{duration(fitting.makespan_s)}, {gibibytes(fitting.peak_bytes)}, recompute {fitting.candidate.recompute}"
+        )
+        lines.append(f"not a pipeline: {name} {told}: {verdict}")
+    return lines
 
 
 def _as_json(choice: Choice) -> dict[str, Any]:
@@ -131,26 +145,24 @@ def _as_json(choice: Choice) -> dict[str, Any]:
     }
 
 
-def _config(choice: Choice, args: argparse.Namespace) -> Config:
+def _config(choice: Choice, args: argparse.Namespace, dtype: str) -> Config:
     """The choice as a config. What the machine decides, the device and its number, is left to where it runs."""
     candidate = choice.candidate
     options = dict(candidate.options)
-    partition = "even" if candidate.family == "slimpipe" else "computation_wise"
-    config = Config(
-        model=ModelConfig(name=args.model),
-        schedule=ScheduleConfig(
-            family=candidate.family, ranks=args.ranks, microbatches=args.microbatches, partition=partition,
-            evenness=candidate.evenness, segment_multiple=args.segment_multiple, **options,
-        ),
-        train=TrainConfig(sequence_length=args.sequence_length, microbatch_size=args.microbatch_size),
-        runtime=RuntimeConfig(
-            dtype=args.dtype or ("float32" if args.hardware == "laptop-core" else "bfloat16"),
-            recompute=candidate.recompute, mlp_chunk=candidate.chunk, head_chunk=candidate.chunk,
-        ),
-        run=RunConfig(name="planned"),
-    )  # fmt: skip
-    check_config(config)
-    return config
+    tables: dict[str, dict[str, Any]] = {
+        "model": {"name": args.model},
+        "schedule": {
+            "family": candidate.family, "ranks": args.ranks, "microbatches": args.microbatches, **options,
+            "partition": "even" if candidate.family == "slimpipe" else "computation_wise",
+            "evenness": candidate.evenness, "segment_multiple": args.segment_multiple, "profile": args.profile or "",
+        },
+        "train": {"sequence_length": args.sequence_length, "microbatch_size": args.microbatch_size},
+        "runtime": {
+            "dtype": dtype, "recompute": candidate.recompute, "mlp_chunk": candidate.chunk, "head_chunk": candidate.chunk,
+        },
+        "run": {"name": "planned"},
+    }  # fmt: skip
+    return build_config(tables)
 
 
 def _title(args: argparse.Namespace) -> str:

@@ -9,15 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from helixpipe.config import ELEMENT_BYTES
 from helixpipe.errors import ConfigError
 from helixpipe.flags import Parser, add_family_options, flag, given_options, number
 from helixpipe.predict.estimate import Estimate, Setting, estimate_family
 from helixpipe.predict.hardware import ACCELERATORS, LINKS, named_accelerator, named_link
 from helixpipe.predict.memory import Keeping
+from helixpipe.predict.profile import Profile
 from helixpipe.schedule.families import FAMILIES
 from helixpipe.shape import SHAPES, named_shape
 
-DTYPES = {"bfloat16": 2, "float32": 4, "float64": 8}
 RECOMPUTE = ("none", "selective", "full")
 # what cannot be drawn or priced in a reasonable time and memory
 MOST_ACTIONS = 2_000_000
@@ -32,7 +33,9 @@ def family_parser(command: str, about: str, epilog: str = "") -> Parser:
     parser.add_argument("--microbatches", type=number, required=True, metavar="M", help="micro-batches of a step")
     add_setting_flags(parser)
     parser.add_argument("--recompute", default="selective", metavar="R", help=f"{', '.join(RECOMPUTE)} [selective]")
-    parser.add_argument("--evenness", type=decimal, default=0.0, metavar="E", help="segments: 0 equal cost, 1 equal length [0]")
+    parser.add_argument(
+        "--evenness", type=decimal, default=0.0, metavar="E", help="segments: 0 equal cost, 1 equal length [0]"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     add_family_options(parser)
     return parser
@@ -47,13 +50,25 @@ def add_setting_flags(parser: Parser) -> None:
     own.add_argument("--hardware", default="ideal", metavar="NAME", help=f"{', '.join(ACCELERATORS)} [ideal]")
     links = f"between ranks: {', '.join(LINKS)} [free with ideal, loopback with laptop-core, else infiniband]"
     own.add_argument("--link", metavar="NAME", help=links)
-    own.add_argument("--tensor-parallel", type=number, default=1, metavar="T", help="accelerators that are one rank [1]")
+    own.add_argument(
+        "--tensor-parallel", type=number, default=1, metavar="T", help="accelerators that are one rank [1]"
+    )
     own.add_argument("--tensor-link", metavar="NAME", help="between these [nvlink; free with ideal]")
-    own.add_argument("--dtype", metavar="D", help=f"{', '.join(DTYPES)} [bfloat16; float32 with laptop-core]")
-    own.add_argument("--mlp-chunk", type=number, default=0, metavar="N", help="tokens at a time through the MLP [0: all]")
+    own.add_argument("--dtype", metavar="D", help=f"{', '.join(ELEMENT_BYTES)} [bfloat16; float32 with laptop-core]")
+    own.add_argument(
+        "--mlp-chunk", type=number, default=0, metavar="N", help="tokens at a time through the MLP [0: all]"
+    )
     own.add_argument("--head-chunk", type=number, default=0, metavar="N", help="the same for head and loss [0: all]")
-    own.add_argument("--segment-multiple", type=number, default=128, metavar="N", help="lengths of segments are multiples of it [128]")
-    own.add_argument("--profile", metavar="FILE", help="measured costs, from helixpipe profile, in place of the hardware's")
+    own.add_argument(
+        "--segment-multiple",
+        type=number,
+        default=128,
+        metavar="N",
+        help="lengths of segments are multiples of it [128]",
+    )
+    own.add_argument(
+        "--profile", metavar="FILE", help="measured costs, from helixpipe profile, in place of the hardware's"
+    )
 
 
 def setting_from(args: argparse.Namespace) -> Setting:
@@ -66,25 +81,30 @@ def setting_from(args: argparse.Namespace) -> Setting:
     link = args.link or {"ideal": "free", "laptop-core": "loopback"}.get(accelerator.name, "infiniband")
     joined = named_link(link)
     if args.profile is not None:
-        from helixpipe.predict.profile import Profile
-
         profile = Profile.load(args.profile)
         dtype = args.dtype or profile.dtype
         profile.check_fits(shape, dtype=dtype)
-        joined = named_link(args.link) if args.link else profile.link
+        joined = named_link(args.link) if args.link else profile.link or named_link("free")
     inside = args.tensor_link or ("free" if accelerator.name == "ideal" else "nvlink")
-    for name, value, known in (("dtype", dtype, DTYPES), ("recompute", getattr(args, "recompute", "none"), RECOMPUTE)):
+    for name, value, known in (
+        ("dtype", dtype, ELEMENT_BYTES),
+        ("recompute", getattr(args, "recompute", "none"), RECOMPUTE),
+    ):
         if value not in known:
             raise ConfigError(f"{name}: '{value}' is not known; known: {', '.join(known)}")
     if min(args.mlp_chunk, args.head_chunk) < 0:
         raise ConfigError("mlp_chunk, head_chunk: below 0; give tokens, or 0 for all at once")
     keeping = Keeping(
-        getattr(args, "recompute", "none"), DTYPES[dtype], args.mlp_chunk, args.head_chunk, fused_rms=not laptop
+        getattr(args, "recompute", "none"), ELEMENT_BYTES[dtype], args.mlp_chunk, args.head_chunk, fused_rms=not laptop
     )
     return Setting(
         shape, args.sequence_length, accelerator, joined, keeping, args.microbatch_size, args.tensor_parallel,
         named_link(inside), profile, evenness=getattr(args, "evenness", 0.0), segment_multiple=args.segment_multiple,
     )  # fmt: skip
+
+
+def dtype_of(setting: Setting) -> str:
+    return next(name for name, size in ELEMENT_BYTES.items() if size == setting.keeping.element_bytes)
 
 
 def estimate_from(args: argparse.Namespace) -> Estimate:

@@ -10,6 +10,7 @@ import shutil
 import sys
 
 from helixpipe.commands.facts import facts
+from helixpipe.commands.pictures import add_picture_flags, write_pictures
 from helixpipe.errors import ConfigError
 from helixpipe.files import write_text
 from helixpipe.flags import Parser, add_family_options, flag, given_options, number, shown
@@ -19,7 +20,6 @@ from helixpipe.schedule.families import FAMILIES, build_schedule
 from helixpipe.schedule.schedule import Schedule
 from helixpipe.schedule.text import to_csv, to_json
 from helixpipe.schedule.torch_text import to_torch_csv
-from helixpipe.view.svg import render
 from helixpipe.view.text import staircase
 from helixpipe.view.units import unit_durations
 
@@ -53,8 +53,8 @@ def _show(args: argparse.Namespace) -> int:
     timeline = simulate_schedule(schedule, unit_durations(schedule))
     told = ", ".join(f"{name} {shown(value)}" for name, value in (sizes | options).items())
     theirs = None if args.torch_csv is None else to_torch_csv(schedule)  # refused before anything is written
-    if args.svg is not None:
-        write_text(args.svg, render(timeline, f"{args.family}: {told}", unit="units"))
+    stages = tuple(map(str, schedule.stages))
+    write_pictures(args, {"in units": timeline}, f"{args.family}: {told}", stages, unit="units")
     if args.csv is not None:
         write_text(args.csv, to_csv(schedule))
     if theirs is not None:
@@ -75,14 +75,13 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _show_parser() -> Parser:
-
     usage = "FAMILY --ranks P --layers L --microbatches M [options]"
     parser = Parser("show", usage, "A schedule as a staircase in the terminal, or as SVG, CSV, JSON.", SHOW)
     parser.add_argument("family", metavar="FAMILY", help=", ".join(FAMILIES))
     parser.add_argument("--ranks", type=number, required=True, metavar="P", help="pipeline ranks")
     parser.add_argument("--layers", type=number, required=True, metavar="L", help="layers of the model")
     parser.add_argument("--microbatches", type=number, required=True, metavar="M", help="micro-batches of a step")
-    parser.add_argument("--svg", metavar="FILE", help="write a picture")
+    add_picture_flags(parser)
     parser.add_argument("--csv", metavar="FILE", help="write the schedule, a row a rank: helixpipe check reads it")
     theirs = "write it for torch.distributed.pipelining, in its compute_only format"
     parser.add_argument("--torch-csv", metavar="FILE", help=theirs)

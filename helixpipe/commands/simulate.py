@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from helixpipe.commands.pictures import add_picture_flags, write_pictures
 from helixpipe.commands.setting import duration, estimate_from, family_parser, gibibytes, options_told
 from helixpipe.flags import given_options
 from helixpipe.predict.estimate import Estimate
@@ -21,14 +22,32 @@ MOST_ROWS = 16
 def simulate(given: list[str]) -> int:
     """`helixpipe simulate FAMILY ...`"""
     parser = family_parser("simulate", ABOUT, EPILOG)
+    add_picture_flags(parser)
     args = parser.read(given)
     estimate = estimate_from(args)
+    title = f"{args.family} on {args.ranks} ranks: {args.model} at {args.sequence_length:,} tokens, predicted"
+    stages = tuple(map(str, estimate.schedule.stages))
+    write_pictures(args, {"predicted": estimate.timeline}, title, stages, _facts(estimate))
     if args.json:
         print(json.dumps({"family": args.family, "options": given_options(args)} | as_json(estimate)))
         return 0
     print(_head(args.family, given_options(args), estimate))
     print("\n".join(table(estimate)))
     return 0
+
+
+def _facts(estimate: Estimate) -> list[tuple[str, str]]:
+    """What the page's head tells."""
+    setting, timeline = estimate.setting, estimate.timeline
+    return [
+        ("step", duration(timeline.makespan_s)),
+        ("of ideal", f"{timeline.makespan_s / estimate.ideal_s:.4f}"),
+        ("bubble", f"{timeline.bubble_ratio:.1%}"),
+        ("tokens/s", f"{estimate.tokens_per_s:,.0f}"),
+        ("hardware", "measured costs" if setting.profile else setting.accelerator.name),
+        ("link", setting.link.name),
+        ("recompute", setting.keeping.recompute),
+    ]
 
 
 def as_json(estimate: Estimate) -> dict[str, Any]:
@@ -68,7 +87,11 @@ def table(estimate: Estimate) -> list[str]:
     head = f"{'rank':>4}  {'busy':>9}  {'idle':>9}  " + "  ".join(f"{name.replace('_', '-'):>9}" for name in names)
     lines = [head + f"  {'activations':>12}  {'all bytes':>10}"]
     many = timeline.ranks > MOST_ROWS
-    shown = [*range(MOST_ROWS // 2), *range(timeline.ranks - MOST_ROWS // 2, timeline.ranks)] if many else range(timeline.ranks)
+    shown = (
+        [*range(MOST_ROWS // 2), *range(timeline.ranks - MOST_ROWS // 2, timeline.ranks)]
+        if many
+        else range(timeline.ranks)
+    )
     for rank in shown:
         if many and rank == timeline.ranks - MOST_ROWS // 2:
             lines.append(f"{'...':>4}")

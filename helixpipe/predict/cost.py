@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Protocol
 
 from helixpipe.predict.hardware import Accelerator, Link
@@ -130,7 +130,7 @@ def action_seconds(schedule: Schedule, batch: Batch, costs: PartCosts, keeping: 
         sliced = {kind for kind, size in (("mlp", keeping.mlp_chunk), ("head", keeping.head_chunk)) if size}
         return total((p for p in parts if p.kind in sliced), "forward_s", segment)
 
-    @lru_cache(maxsize=None)
+    @cache
     def seconds(stage: int, kind: Pass, segment: int, ahead: bool) -> float:
         parts = schedule.stages[stage].parts
         if kind is Pass.F:
@@ -159,11 +159,7 @@ def action_seconds(schedule: Schedule, batch: Batch, costs: PartCosts, keeping: 
 
 def message_seconds(link: Link, keeping: Keeping, tensor_parallel: int = 1) -> Callable[[Message], float]:
     """Seconds of a message; each accelerator of a tensor-parallel rank sends its own share over a link of its own."""
-
-    def of(message: Message) -> float:
-        return link.seconds(message_bytes(message, keeping) / tensor_parallel)
-
-    return of
+    return lambda message: link.seconds(message_bytes(message, keeping) / tensor_parallel)
 
 
 def message_bytes(message: Message, keeping: Keeping) -> int:

@@ -1,8 +1,8 @@
 """Estimate: a schedule priced for a model, a sequence length and a machine. What every prediction goes through.
 
-    Setting (model, length, accelerator, link, what is kept) ─┐
-    family, options ──► build ──► Schedule ──► lower ──► Program ──► simulate ──► Timeline
-                         └ balanced by the same costs                 └ seconds, bytes a rank
+Setting (model, length, accelerator, link, what is kept) ─┐
+family, options ──► build ──► Schedule ──► lower ──► Program ──► simulate ──► Timeline
+                     └ balanced by the same costs                 └ seconds, bytes a rank
 """
 
 from __future__ import annotations
@@ -76,17 +76,21 @@ class Setting:
 
     @cached_property
     def balance(self) -> dict[str, tuple[float, ...]]:
-        """What families balance by: embed and head in layers; F, I and W of a layer."""
+        """What families balance by: embed and head in layers; F, I and W of a layer.
+
+        In FLOPs where nothing was measured, whatever the accelerator: training, which is told of none, does the same.
+        """
+        costs = self.profile or Analytic(self.shape, named_accelerator("ideal"))
         recompute = self.keeping.recompute
-        forward = {part: self.costs.forward_s(part, self.whole, 0) for part in layer_parts(0)}
+        forward = {part: costs.forward_s(part, self.whole, 0) for part in layer_parts(0)}
         layer = math.fsum(forward.values())
         again = math.fsum(
             s for p, s in forward.items() if recompute == "full" or (recompute == "selective" and p.kind != "attn")
         )
-        inputs = math.fsum(self.costs.input_s(part, self.whole, 0) for part in layer_parts(0))
-        weights = math.fsum(self.costs.weight_s(part, self.whole, 0) for part in layer_parts(0))
+        inputs = math.fsum(costs.input_s(part, self.whole, 0) for part in layer_parts(0))
+        weights = math.fsum(costs.weight_s(part, self.whole, 0) for part in layer_parts(0))
         ends = (Part("embed", 0), Part("head", self.shape.layers))
-        embed, head = (self.costs.forward_s(part, self.whole, 0) for part in ends)
+        embed, head = (costs.forward_s(part, self.whole, 0) for part in ends)
         return {"ends": (embed / layer, head / layer), "costs": (layer, inputs + again, weights)}
 
     def batch(self, segments: int) -> Batch:
@@ -101,9 +105,7 @@ class Setting:
         if self.profile is not None:
             return from_costs(self.sequence_length, segments, self._segment_s, self.segment_multiple)
         recompute = self.keeping.recompute
-        return for_shape(
-            self.shape, self.sequence_length, segments, self.segment_multiple, recompute, self.evenness
-        )
+        return for_shape(self.shape, self.sequence_length, segments, self.segment_multiple, recompute, self.evenness)
 
     def _segment_s(self, length: int, context: int) -> float:
         """Measured seconds of a layer, forward and backward, on `length` tokens behind `context` others."""
@@ -178,8 +180,13 @@ def priced(program: Program, setting: Setting) -> Estimate:
     """A program under a setting: that of its schedule and batch."""
     keeping, schedule = setting.keeping, program.schedule
     seconds = action_seconds(schedule, program.batch, setting.costs, keeping)
-    travel = message_seconds(setting.link, keeping, setting.tensor_parallel)
-    timeline = simulate_program(program, seconds, travel, lambda message: message_bytes(message, keeping), keeping)
+    sizes = [message_bytes(message, keeping) for message in program.messages]
+    travels = list(map(message_seconds(setting.link, keeping, setting.tensor_parallel), program.messages))
+
+    def travel(message: Message) -> float:
+        return travels[message.number]
+
+    timeline = simulate_program(program, seconds, travel, lambda message: sizes[message.number], keeping)
     timeline = _per_accelerator(timeline, setting.tensor_parallel)
     standing = standing_bytes(schedule, setting.shape, keeping, setting.tensor_parallel)
     return Estimate(setting, schedule, program, seconds, travel, Timeline(timeline.spans, timeline.memory, standing))

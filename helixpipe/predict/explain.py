@@ -104,9 +104,7 @@ def _of_rank(
         yield Idle(rank, at, timeline.makespan_s, Reason.DRAIN)
 
 
-def _gap(
-    rank: int, at: float, span: Span, messages: tuple[Message, ...], ends: dict[Action, float]
-) -> Iterator[Idle]:
+def _gap(rank: int, at: float, span: Span, messages: tuple[Message, ...], ends: dict[Action, float]) -> Iterator[Idle]:
     binding = _binding(messages, ends)
     if binding is None or not span.awaited:
         yield Idle(rank, at, span.start_s, Reason.RUNTIME)
@@ -121,7 +119,7 @@ def _gap(
 def _binding(messages: tuple[Message, ...], ends: dict[Action, float]) -> Message | None:
     """The message whose producer ended last: weights, which nothing on the path makes, only when there is no other."""
     made = [m for m in messages if m.producer is not None]
-    return max(made, key=lambda m: ends[m.producer], default=next(iter(messages), None))  # type: ignore[index]
+    return max(made, key=lambda m: ends[m.producer], default=next(iter(messages), None))
 
 
 def _ends(timeline: Timeline) -> dict[Action, float]:

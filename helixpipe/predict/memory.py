@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from helixpipe.schedule.action import Pass
+from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.chunks import Chunk, chunks
 from helixpipe.schedule.parts import Part, Value
 from helixpipe.schedule.program import Program
@@ -92,23 +92,74 @@ class _Live:
 
 Moves = list[tuple[Kept, int]]
 """What an action takes hold of (+1) and lets go of (-1), in order. The same for every micro-batch."""
+_Key = tuple[int, Pass, int, bool]  # stage, pass, segment, whether an R has recomputed the last chunk
+
+_Unit = tuple[int, int, int]  # stage, micro-batch, segment
+_Highs = dict[_Key, tuple[int, int]]
+"""An action -> (the most bytes more while it runs, bytes more when it has ended)."""
 
 
 def _walk(program: Program, rank: int, keeping: Keeping) -> Iterator[tuple[int, int]]:
     schedule = program.schedule
     has_recompute = keeping.recompute != "none" and any(action.kind is Pass.R for action in schedule.placed)
-    known: dict[tuple[int, Pass, int, bool], Moves] = {}
+    order = [
+        (
+            action,
+            (action.stage, action.kind, action.segment, has_recompute and action.sibling(Pass.R) in schedule.placed),
+        )
+        for action in schedule.ranks[rank]
+    ]
+    moves = {key: _moves(program, keeping, *key) for key in dict.fromkeys(key for _, key in order)}
+    sharing = _sharing(moves)
+    alone = _alone(order, moves, sharing)
     live = _Live()
-    for action in schedule.ranks[rank]:
-        stage, kind, mb, seg = action
-        ahead = has_recompute and action.sibling(Pass.R) in schedule.placed
-        key = stage, kind, seg, ahead
-        if key not in known:
-            known[key] = _moves(program, keeping, *key)
-        live.high_bytes = live.bytes
-        for held, by in known[key]:
-            live.hold(mb, seg, held, by)
+    for action, key in order:
+        if key[0] in sharing:
+            live.high_bytes = live.bytes
+            for held, by in moves[key]:
+                live.hold(action.microbatch, action.segment, held, by)
+        else:
+            high, net = alone[action.stage, action.microbatch, action.segment][key]
+            live.high_bytes = live.bytes + high
+            live.bytes += net
         yield live.high_bytes, live.bytes
+
+
+def _sharing(moves: dict[_Key, Moves]) -> set[int]:
+    """Stages that keep a tensor which another stage of this rank keeps too: counted once, so one by one."""
+    stages_of: dict[str, set[int]] = {}
+    for key, each in moves.items():
+        for held, _ in each:
+            for name in held:
+                stages_of.setdefault(name, set()).add(key[0])
+    return {stage for stages in stages_of.values() if len(stages) > 1 for stage in stages}
+
+
+def _alone(order: list[tuple[Action, _Key]], moves: dict[_Key, Moves], sharing: set[int]) -> dict[_Unit, _Highs]:
+    """Of all other stages: what each action adds. It depends on what its unit did before, and on nothing else."""
+    done: dict[_Unit, list[_Key]] = {}
+    for action, key in order:
+        if key[0] not in sharing:
+            done.setdefault((action.stage, action.microbatch, action.segment), []).append(key)
+    known: dict[tuple[_Key, ...], _Highs] = {}
+    found: dict[_Unit, _Highs] = {}
+    for unit, keys in done.items():
+        whole = tuple(keys)
+        if whole not in known:
+            known[whole] = _highs(keys, moves)
+        found[unit] = known[whole]
+    return found
+
+
+def _highs(keys: list[_Key], moves: dict[_Key, Moves]) -> _Highs:
+    live = _Live()
+    found: _Highs = {}
+    for key in keys:
+        before = live.high_bytes = live.bytes
+        for held, by in moves[key]:
+            live.hold(0, 0, held, by)
+        found[key] = live.high_bytes - before, live.bytes - before
+    return found
 
 
 def _moves(program: Program, keeping: Keeping, stage: int, kind: Pass, segment: int, ahead: bool) -> Moves:

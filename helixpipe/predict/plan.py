@@ -9,6 +9,7 @@ Programs are lowered once a schedule and shared by all policies and chunk sizes;
 
 from __future__ import annotations
 
+import gc
 import itertools
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from helixpipe.predict.estimate import Estimate, Setting, priced
 from helixpipe.schedule import families
 from helixpipe.schedule.lower import lower
 from helixpipe.schedule.program import Program
+from helixpipe.schedule.schedule import Schedule
 
 RECOMPUTE = ("none", "selective", "full")
 CHUNK = 4096
@@ -29,6 +31,9 @@ CHUNK = 4096
 SEGMENTS = (2, 4, 8, 16, 32)
 STAGES_PER_RANK = (2, 4, 8)
 EVENNESS = (0.0, 0.5)
+MOST_PIECES = 64
+"""Segments times stages a rank: more pieces gain nothing and cost a start each."""
+BALANCE = ("costs", "ends")
 
 
 class Candidate(NamedTuple):
@@ -46,6 +51,14 @@ class Candidate(NamedTuple):
         told += [f"evenness {self.evenness:g}"] if self.evenness else []
         told += [f"recompute {self.recompute}"] + ([f"chunks of {self.chunk}"] if self.chunk else [])
         return f"{self.family}, {', '.join(told)}"
+
+
+@dataclass
+class Made:
+    """Schedules and programs that candidates share."""
+
+    schedules: dict[Any, Schedule] = field(default_factory=dict)
+    programs: dict[Any, Program] = field(default_factory=dict)
 
 
 class RankFigures(NamedTuple):
@@ -78,7 +91,7 @@ class Choice:
         return max(range(len(self.ranks)), key=lambda rank: self.ranks[rank].peak_bytes)
 
     def __str__(self) -> str:
-        return str(self.candidate) if self.is_pipeline else self.candidate.family
+        return str(self.candidate)
 
 
 @dataclass(frozen=True)
@@ -101,10 +114,10 @@ class Plan:
 
     @property
     def front(self) -> tuple[Choice, ...]:
-        """Choices that no other beats in both time and memory, fastest first."""
+        """Pipelines that no other beats in both time and memory, fastest first."""
         found: list[Choice] = []
         for choice in self.fits:
-            if not found or choice.peak_bytes < found[-1].peak_bytes:
+            if choice.is_pipeline and (not found or choice.peak_bytes < found[-1].peak_bytes):
                 found.append(choice)
         return tuple(found)
 
@@ -144,6 +157,9 @@ def candidates(
         grid = grids.get(family, {})
         for values in itertools.product(*grid.values()):
             options = tuple(zip(grid, values, strict=True))
+            given = dict(options)
+            if given.get("segments", 1) * given.get("stages_per_rank", 1) > MOST_PIECES:
+                continue
             evenness = EVENNESS if "segments" in grid and family != "slimpipe" else (0.0,)
             found += [Candidate(family, options, *each) for each in itertools.product(evenness, RECOMPUTE, chunks)]
     return found
@@ -193,7 +209,9 @@ def _spread(work: list[_Work], processes: int) -> Iterator[tuple[list[Choice], d
         yield from map(_price, work)
         return
     # no fork: the caller may have threads
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    # and no collector: what is made are trees of tuples, which it walks again and again to find nothing
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, initializer=gc.disable) as pool:
         yield from pool.map(_price, work)
 
 
@@ -201,19 +219,17 @@ def _price(work: _Work) -> tuple[list[Choice], dict[str, str]]:
     """All candidates of one schedule. Those that it, or the sequence, refuses are told why."""
     setting, ranks, microbatches, group = work
     good, bad = [], {}
-    programs: dict[Any, Program] = {}
+    made = Made()
     for candidate in group:
         try:
-            good.append(_choice(setting, ranks, microbatches, candidate, programs))
+            good.append(_choice(setting, ranks, microbatches, candidate, made))
         except ConfigError as error:
             bad[str(candidate)] = str(error)
     return good, bad
 
 
-def _choice(
-    setting: Setting, ranks: int, microbatches: int, candidate: Candidate, programs: dict[Any, Program]
-) -> Choice:
-    found = estimate_candidate(setting, ranks, microbatches, candidate, programs)
+def _choice(setting: Setting, ranks: int, microbatches: int, candidate: Candidate, made: Made) -> Choice:
+    found = estimate_candidate(setting, ranks, microbatches, candidate, made)
     timeline = found.timeline
     columns = timeline.busy_s, timeline.idle_s, timeline.peak_activation_bytes, timeline.peak_bytes
     figures = tuple(RankFigures(*row) for row in zip(*columns, strict=True))
@@ -221,26 +237,28 @@ def _choice(
 
 
 def estimate_candidate(
-    setting: Setting, ranks: int, microbatches: int, candidate: Candidate, programs: dict[Any, Program] | None = None
+    setting: Setting, ranks: int, microbatches: int, candidate: Candidate, made: Made | None = None
 ) -> Estimate:
-    """The whole estimate behind a choice. `programs` keeps what was lowered, for candidates that share it."""
+    """The whole estimate behind a choice. `made` keeps what candidates of one schedule share."""
     keeping = replace(
         setting.keeping, recompute=candidate.recompute, mlp_chunk=candidate.chunk, head_chunk=candidate.chunk
     )
     setting = replace(setting, keeping=keeping, evenness=candidate.evenness)
     if candidate.family == "slimpipe":
         setting = replace(setting, partition="even")
-    programs = {} if programs is None else programs
-    # a schedule is ordered by costs in some families, and cut by them where there are segments
+    options = dict(candidate.options)
+    made = Made() if made is None else made
+    # some families are ordered by what their actions cost, most are cut by what embed and head do
     own = families.options(candidate.family)
-    costs = tuple(setting.balance[name] for name in ("costs", "ends") if name in own)
-    segments = dict(candidate.options).get("segments", 1)
-    batch = setting.batch(segments)
-    key = costs, batch
-    if key not in programs:
-        schedule = setting.build(candidate.family, ranks, microbatches, **dict(candidate.options))
-        programs[key] = lower(schedule, setting.shape, setting.batch(schedule.segments))
-    return priced(programs[key], setting)
+    costs = tuple(tuple(round(each, 3) for each in setting.balance[name]) for name in BALANCE if name in own)
+    if costs not in made.schedules:
+        given = dict(zip((name for name in BALANCE if name in own), costs, strict=True))
+        made.schedules[costs] = setting.build(candidate.family, ranks, microbatches, **(given | options))
+    schedule = made.schedules[costs]
+    batch = setting.batch(schedule.segments)
+    if (costs, batch) not in made.programs:
+        made.programs[costs, batch] = lower(schedule, setting.shape, batch)
+    return priced(made.programs[costs, batch], setting)
 
 
 def _alternatives(setting: Setting, ranks: int, microbatches: int) -> list[Choice]:

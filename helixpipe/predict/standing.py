@@ -28,14 +28,8 @@ def standing_bytes(
     copy = narrow if narrow != wide else 0
     found = []
     for own, visits in zip(owned, visiting, strict=True):
-        own, visits = own / tensor_parallel, visits / tensor_parallel
-        found.append(
-            Standing(
-                weights_bytes=math.ceil(own * (wide + copy) + visits * narrow),
-                gradients_bytes=math.ceil((own + visits) * wide),
-                optimizer_bytes=math.ceil(own * 2 * wide),
-            )
-        )
+        sizes = own * (wide + copy) + visits * narrow, (own + visits) * wide, own * 2 * wide
+        found.append(Standing(*(math.ceil(size / tensor_parallel) for size in sizes)))
     return tuple(found)
 
 

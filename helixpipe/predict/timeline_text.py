@@ -1,6 +1,6 @@
 """Timelines as JSON: what a training run leaves, and `helixpipe compare` reads.
 
-    {"spans": [[["0F0", 0.0, 1.5, ""], ...] a rank], "memory": [[[0.0, 1024, 0], ...] a rank], "standing": [[w, g, o] a rank]}
+{"spans": [[["0F0", 0.0, 1.5, ""], ...] a rank], "memory": [[[0.0, 1024, 0], ...] a rank], "standing": [[w, g, o] a rank]}
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from helixpipe.schedule.action import Action
 
 def to_json(timeline: Timeline) -> str:
     """Times to a tenth of a microsecond."""
-    spans = [[[str(s.action), round(s.start_s, 7), round(s.end_s, 7), s.awaited] for s in rank] for rank in timeline.spans]
+    spans = [
+        [[str(s.action), round(s.start_s, 7), round(s.end_s, 7), s.awaited] for s in rank] for rank in timeline.spans
+    ]
     memory = [[[round(p.time_s, 7), *p[1:]] for p in rank] for rank in timeline.memory]
     return json.dumps({"spans": spans, "memory": memory, "standing": timeline.standing}) + "\n"
 

@@ -81,6 +81,7 @@ class Pipeline:
         }
         self._recorder = Recorder(self.device)
         self._programs: dict[tuple[Batch, bool], Program] = {}
+        self._last: Program | None = None
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -139,6 +140,12 @@ class Pipeline:
             ]
         return Timeline(tuple(each[0] for each in everyone if each), tuple(each[1] for each in everyone if each))
 
+    @property
+    def last_program(self) -> Program:
+        """What the last step ran."""
+        assert self._last is not None, "no step was taken yet"
+        return self._last
+
     def program(self, batch: Batch, training: bool = True) -> Program:
         """The program of a batch's shape: lowered once."""
         key = batch, training
@@ -154,7 +161,7 @@ class Pipeline:
 
     def _run(self, tokens: Tensor, targets: Tensor, training: bool) -> float:
         batch = self._batch(tokens, targets)
-        program = self.program(batch, training)
+        self._last = program = self.program(batch, training)
         counted = int((targets != IGNORED).sum())
         scale = 1.0 / max(counted, 1)
         stages = Stages(

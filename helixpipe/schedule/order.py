@@ -40,6 +40,7 @@ def times(schedule: Schedule, duration: Callable[[Action], float]) -> Times:
     start: dict[Action, float] = {}
     end: dict[Action, float] = {}
     place: dict[Action, int] = {}
+    dependencies = schedule.dependencies
     positions = [0] * len(schedule.ranks)
     clock = [0.0] * len(schedule.ranks)
     waiting: dict[Action, list[int]] = {}  # action -> the ranks that stand still until it ends
@@ -50,7 +51,7 @@ def times(schedule: Schedule, duration: Callable[[Action], float]) -> Times:
         while positions[rank] < len(order):
             action = order[positions[rank]]
             begin = clock[rank]
-            for needed in schedule.dependencies(action):
+            for needed in dependencies(action):
                 if needed not in end:
                     waiting.setdefault(needed, []).append(rank)
                     break

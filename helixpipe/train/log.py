@@ -2,7 +2,7 @@
 
 <run>/config.toml     the resolved config
       metrics.jsonl   a line per step and per evaluation
-      timeline.svg    one measured step
+      timeline.*      one measured step: .json, .svg, .html (beside its replay), .perfetto.json
       checkpoints/    see `manifest`
 """
 
@@ -23,8 +23,13 @@ from rich.table import Column
 from helixpipe.config_text import write_toml
 from helixpipe.errors import HelixpipeError
 from helixpipe.files import write_text
+from helixpipe.predict.replay import replayed
 from helixpipe.predict.timeline import Timeline
+from helixpipe.predict.timeline_text import to_json
+from helixpipe.schedule.program import Program
 from helixpipe.train.job import Job, refuse_used
+from helixpipe.view.html import page
+from helixpipe.view.perfetto import perfetto
 from helixpipe.view.svg import render
 
 
@@ -100,12 +105,23 @@ class Log:
             self._write(step=step, held_out_loss=loss)
             self._say(f"step {step}/{self.job.config.train.steps}  held-out loss {loss:.4f}")
 
-    def draw(self, timeline: Timeline, step: int) -> None:
-        """timeline.svg."""
-        if self.speaks:
-            schedule = self.job.config.schedule
-            title = f"{schedule.family}, {schedule.ranks} ranks, {schedule.microbatches} micro-batches: step {step}, measured"
-            write_text(self.job.folder / "timeline.svg", render(timeline, title))
+    def draw(self, timeline: Timeline, program: Program, step: int) -> None:
+        """The timeline of a step: as data, as a picture, as a page beside its replay, and for Perfetto."""
+        if not self.speaks:
+            return
+        config, folder = self.job.config, self.job.folder
+        schedule = config.schedule
+        title = (
+            f"{schedule.family}, {schedule.ranks} ranks, {schedule.microbatches} micro-batches: step {step}, measured"
+        )
+        predicted = replayed(program, timeline, config.setting().keeping)
+        stages = tuple(map(str, program.schedule.stages))
+        facts = [("predicted", "from this step's own action times, messages free"), ("device", self.device)]
+        both = {"predicted": predicted, "measured": timeline}
+        write_text(folder / "timeline.json", to_json(timeline))
+        write_text(folder / "timeline.svg", render(timeline, title))
+        write_text(folder / "timeline.html", page(both, title, facts, stages=stages))
+        write_text(folder / "timeline.perfetto.json", perfetto(both, stages))
 
     def flush(self) -> None:
         """Put the metrics on the disk for good: a checkpoint must not know steps that they do not."""

@@ -1,10 +1,10 @@
-"""A plan as a picture: step time against the fullest rank's memory, a dot for each choice, and the Pareto front.
+r"""A plan as a picture: step time against the fullest rank's memory, a dot for each choice, and the Pareto front.
 
-    step  |  o       .
-          |   \   .   .
-          |    o----.------o        the front: nothing is better in both
-          |________________________
-                       memory | limit
+step  |  o       .
+      |   \   .   .
+      |    o----.------o        the front: nothing is better in both
+      |________________________
+                   memory | limit
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from html import escape
 from helixpipe.predict.plan import Choice, Plan
 from helixpipe.view.palette import oklch
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1100, 560, 84, 300, 64, 64
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1240, 640, 84, 440, 64, 64
 FONT = "ui-monospace,SFMono-Regular,Menlo,Consolas,'DejaVu Sans Mono',monospace"
 STYLE = f"text{{font-family:{FONT};font-size:12px;fill:#222}}.h{{font-size:16px;font-weight:600}}.m{{fill:#666}}.c{{text-anchor:middle}}.e{{text-anchor:end}}"
 LABELLED = 6
@@ -27,7 +27,9 @@ SLOWEST = 2.0
 def picture(plan: Plan, title: str) -> str:
     """The drawing. Hovering over a dot tells its choice. Raises ConfigError for a plan that nothing fits."""
     fastest = plan.best.makespan_s
-    everyone = [c for c in (*plan.fits, *plan.misses) if c.makespan_s <= SLOWEST * min(fastest, plan.fits[0].makespan_s)]
+    everyone = [
+        c for c in (*plan.fits, *plan.misses) if c.makespan_s <= SLOWEST * min(fastest, plan.fits[0].makespan_s)
+    ]
     drawing = _Drawing(plan, everyone)
     body = "\n".join([*drawing.axes(), *drawing.limit(), *drawing.dots(), *drawing.front(), *drawing.legend()])
     return (

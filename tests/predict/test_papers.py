@@ -103,7 +103,11 @@ def test_keys_kept_side_by_side(seq: dict[str, Any]) -> None:
 
 def test_tables(helix: dict[str, Any], seq: dict[str, Any]) -> None:
     at = "1.3b", 32 * K, 2
-    result = {"cells": [helix["cell"](*at)], "varied": helix["vary"](helix["VARIED"][:2], at)}
+    result = {
+        "cells": [helix["cell"](*at)],
+        "composition": helix["composition"](at),
+        "varied": helix["vary"](helix["VARIED"][:2], at),
+    }
     lines = helix["tables"](result).splitlines()
     assert any(line.startswith("| 1.3b | 2 | 32k | ZB1P (recompute none) | ") for line in lines)
     assert any(line.startswith("| messages take no time | ZB1P (recompute none) | ") for line in lines)

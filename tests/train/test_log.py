@@ -12,7 +12,12 @@ from helixpipe.config import Config
 from helixpipe.config_text import read_toml, to_table
 from helixpipe.errors import ConfigError, HelixpipeError
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
+from helixpipe.predict.timeline_text import load
 from helixpipe.schedule.action import Action
+from helixpipe.schedule.lower import lower
+from helixpipe.schedule.parts import Stage, chain
+from helixpipe.schedule.schedule import Schedule
+from helixpipe.shape import Batch, ModelShape
 from helixpipe.train.job import Job
 from helixpipe.train.log import Log, StepRecord
 
@@ -20,6 +25,8 @@ TIMELINE = Timeline(
     ((Span(Action.parse("0F0"), 0.0, 1.0),), (Span(Action.parse("1F0"), 1.0, 2.0),)),
     ((MemoryPoint(0.0, 3 << 20),), (MemoryPoint(1.0, 5 << 20),)),
 )
+SCHEDULE = Schedule((Stage(chain(1)[:4]), Stage(chain(1)[4:])), ((Action.parse("0F0"),), (Action.parse("1F0"),)))
+PROGRAM = lower(SCHEDULE, ModelShape(layers=1, hidden=4, heads=1, ffn=4, vocabulary=5), Batch(1, (2,)))
 RECORD = StepRecord(1, 2.5, 0.75, 1e-3, 2.0, TIMELINE)
 
 
@@ -35,7 +42,7 @@ def test_a_step_is_a_line_to_read_and_a_line_to_compute_with(
         log.evaluation(0, 5.5)
         log.step(RECORD)
         log.evaluation(120, 2.25)
-        log.draw(TIMELINE, 1)
+        log.draw(TIMELINE, PROGRAM, 1)
     shown = capsys.readouterr()
     assert shown.err.splitlines()[2:] == [
         "step 0/120  held-out loss 5.5000",
@@ -56,6 +63,9 @@ def test_a_step_is_a_line_to_read_and_a_line_to_compute_with(
     ]  # fmt: skip
     assert read_toml(tmp_path / "run" / "config.toml") == to_table(job(tmp_path / "run").config)
     assert "helix, 2 ranks, 4 micro-batches: step 1, measured" in (tmp_path / "run" / "timeline.svg").read_text()
+    assert load(tmp_path / "run" / "timeline.json") == TIMELINE
+    assert "this step&#x27;s own action times" in (tmp_path / "run" / "timeline.html").read_text()
+    assert json.loads((tmp_path / "run" / "timeline.perfetto.json").read_text())["traceEvents"]
 
 
 def test_a_resumed_run_drops_the_lines_that_come_again(tmp_path: Path) -> None:
@@ -70,7 +80,7 @@ def test_other_ranks_say_and_write_nothing(tmp_path: Path, capsys: pytest.Captur
     with Log(job(tmp_path / "run"), 1, "cpu") as log:
         log.evaluation(0, 5.5)
         log.step(RECORD)
-        log.draw(TIMELINE, 1)
+        log.draw(TIMELINE, PROGRAM, 1)
         log.flush()
     assert capsys.readouterr() == ("", "")
     assert not (tmp_path / "run").exists()
