@@ -193,6 +193,8 @@ def tables(result: dict[str, Any]) -> str:
         over_ideal = f"{by[other]['over_ideal']:.3f}" if other else "-"
         row = [each["model"], each["ranks"], f"{each['tokens'] // 1024}k", ways, over_ideal, *ratios, *memory]
         lines.append(f"| {' | '.join(map(str, row))} |")
+    lines += ["", "| at the headline | step over no bubble | GB on the fullest rank |", "| --- | --- | --- |"]
+    lines += [f"| {each['way']} | {each['over_ideal']:.3f} | {gigabytes(each)} |" for each in result["composition"]]
     model, length, ranks = HEADLINE
     lines += [
         "", f"{model}, {length // 1024}k tokens, p = {ranks}. Published ({PUBLISHED['source']}): 1.26.", "",
@@ -219,6 +221,17 @@ def vary(assumptions: Sequence[Assumptions] = VARIED, at: tuple[str, int, int] =
     return rows
 
 
+def composition(at: tuple[str, int, int] = HEADLINE) -> list[dict[str, Any]]:
+    """What recompute and the chunked MLP add to the authors' HelixPipe, each with what it needs."""
+    options = {"folds": 2, "travel": "qkv"}
+    ways = (
+        Way("helix", "none", 0, options),
+        Way("helix", "selective", 0, options),
+        Way("helix", "selective", CHUNK, options),
+    )
+    return [priced(way, *at, VARIED[0]) for way in ways]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
@@ -228,7 +241,7 @@ def main() -> None:
     args = parser.parse_args()
     began = time.perf_counter()
     cells = [cell(m, length, p) for m in args.models for p in args.ranks for length in args.lengths]
-    result = {"published": PUBLISHED, "cells": cells, "varied": vary()}
+    result = {"published": PUBLISHED, "cells": cells, "composition": composition(), "varied": vary()}
     print(json.dumps(result, indent=2) if args.json else tables(result))
     print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
 

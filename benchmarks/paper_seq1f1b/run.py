@@ -136,7 +136,7 @@ def row(length: int, microbatches: int, given: Assumptions | None = None) -> dic
 def side_by_side(lengths: Sequence[int] = LENGTHS) -> dict[str, float]:
     """Share that keys and values put side by side, kept per segment, add to the activations of a layer: by length.
 
-    The authors' attention keeps for each segment the keys and values of all so far; ours keeps each segment's once.
+    A public port of the authors' attention copies the keys and values of all segments so far for each segment; ours keeps each once.
     """
     found = {}
     for length in lengths:
