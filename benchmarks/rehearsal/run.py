@@ -166,7 +166,7 @@ def main() -> None:
     if not args.no_many:
         deep = Setting(named_shape("7b", layers=2 * MANY), LENGTH, keeping=Keeping("none", 2))
         runs = {}
-        for name, options in (("1f1b", {}), ("seq1f1b", {"segments": 8})):
+        for name, options in (("1f1b", {}), ("seq1f1b", {"segments": 2})):
             begun = time.perf_counter()
             runs[f"{name}, {MANY} ranks"] = [run := many(deep, name, options, 20.0)]
             _say(f"{MANY} ranks, {name}: {run.seconds:.3f} s, {time.perf_counter() - begun:.1f} s with start and end")
