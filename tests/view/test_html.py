@@ -1,0 +1,420 @@
+"""The page holds every action, harms nobody, and works in a browser that reaches nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helixpipe.errors import ConfigError
+from helixpipe.predict.memory import Keeping
+from helixpipe.predict.simulate import simulate_program, simulate_schedule
+from helixpipe.predict.timeline import MemoryPoint, Span, Standing, Timeline
+from helixpipe.schedule.action import Action, Pass
+from helixpipe.schedule.families import build_schedule
+from helixpipe.schedule.lower import lower
+from helixpipe.shape import Batch, ModelShape
+from helixpipe.view.html import page
+from helixpipe.view.palette import colour
+from helixpipe.view.units import unit_durations
+
+GIB = 2**30
+
+
+def timeline_of(family: str, slower: float = 1.0, **given: Any) -> Timeline:
+    """A millisecond a unit, messages of half of one, and live bytes."""
+    schedule = build_schedule(family, **given)
+    shape = ModelShape(layers=schedule.layers, hidden=8, heads=1, ffn=16, vocabulary=32)
+    program = lower(schedule, shape, Batch(1, (4,) * schedule.segments))
+    units = unit_durations(schedule)
+    return simulate_program(
+        program,
+        lambda action: 1e-3 * slower * units(action),
+        lambda message: 0.5e-3,
+        lambda message: 1 << 10,
+        Keeping("selective"),
+    )
+
+
+class Page(HTMLParser):
+    """What a page says, by element."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self.inside: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attributes)))
+        if tag not in ("meta", "link"):
+            self.inside.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.inside.pop() == tag
+
+    def handle_data(self, text: str) -> None:
+        self.texts.append((self.inside[-1] if self.inside else "", text))
+
+    def of(self, tag: str) -> list[str]:
+        return [text for inside, text in self.texts if inside == tag]
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return json.loads(self.of("script")[0])
+
+    @property
+    def rows(self) -> list[str]:
+        """The table's rows, cells joined by blanks."""
+        cells = [(inside, text) for inside, text in self.texts if inside in ("th", "td")]
+        told: list[list[str]] = []
+        for inside, text in cells:
+            if inside == "th" and re.match(r"rank \d|mean|most", text):
+                told.append([])
+            if told:
+                told[-1].append(text)
+        return [" ".join(row) for row in told]
+
+
+def spans_of(data: Mapping[str, Any], which: int) -> list[list[Span]]:
+    """The JSON's spans as they were."""
+    return [
+        [Span(Action(s, Pass(k), m, g), a, b, *waited) for s, k, m, g, a, b, *waited in rank]
+        for rank in data["timelines"][which]["spans"]
+    ]
+
+
+def test_every_action_is_in_the_page_once() -> None:
+    predicted = timeline_of("helix", ranks=3, layers=4, microbatches=6)
+    measured = timeline_of("helix", 1.1, ranks=3, layers=4, microbatches=6)
+    data = Page(page({"predicted": predicted, "measured": measured}, "t")).data
+    assert [t["name"] for t in data["timelines"]] == ["predicted", "measured"]
+    for which, timeline in enumerate((predicted, measured)):
+        for told, spans in zip(spans_of(data, which), timeline.spans, strict=True):
+            assert [(s.action, s.awaited) for s in told] == [(s.action, s.awaited) for s in spans]
+            assert [s.start_s for s in told] == pytest.approx([s.start_s for s in spans], rel=1e-8)
+            assert [s.end_s for s in told] == pytest.approx([s.end_s for s in spans], rel=1e-8)
+    assert any(span.awaited for rank in spans_of(data, 0) for span in rank)
+    assert data["timelines"][0]["memory"][0][1][1:] == list(predicted.memory[0][1][1:])
+
+
+def test_colours_are_the_palettes() -> None:
+    data = Page(page({"a": timeline_of("zb_h1", ranks=2, layers=2, microbatches=3)}, "t")).data
+    assert list(data["passes"]) == ["F", "I", "W"]
+    for kind, told in data["passes"].items():
+        assert told["colours"] == [colour(Pass(kind), microbatch, 3) for microbatch in range(3)]
+
+
+def test_head_and_lanes_are_told_in_words() -> None:
+    timeline = timeline_of("1f1b", ranks=2, layers=2, microbatches=4)
+    told = Page(page({"predicted": timeline}, "my page", [("model", "tiny")]))
+    assert told.of("title") == told.of("h1") == ["my page"]
+    assert (told.of("dt"), told.of("dd")) == (["model"], ["tiny"])
+    labels = [at.get("aria-label") for tag, at in told.elements if tag == "canvas" and at.get("role") == "img"]
+    assert labels == [
+        f"predicted, rank {rank}: 8 actions, busy {timeline.busy_s[rank] / timeline.makespan_s:.1%}, "
+        f"peak {timeline.peak_activation_bytes[rank] / 1024:.4g} KiB of activations"
+        for rank in range(2)
+    ]
+    legend = [text for text in told.of("li") if text]
+    assert legend == ["forward", "backward", "hue: micro-batch", "idle", "activations", "message buffers"]
+
+
+def test_the_legend_has_segments_and_moving_stages_only_where_they_are() -> None:
+    bare = [simulate_schedule(s, unit_durations(s)) for s in (
+        build_schedule("seq1f1b", ranks=2, layers=2, microbatches=2, segments=4),
+        build_schedule("helix", ranks=2, layers=2, microbatches=4),
+    )]  # fmt: skip
+    segments, helix = (Page(page({"t": timeline}, "t", unit="units")).of("li") for timeline in bare)
+    assert segments == ["forward", "backward", "hue: micro-batch", "segment, of 4", "idle"]
+    assert helix == ["forward", "backward", "hue: micro-batch", "stage on several ranks", "idle"]
+
+
+def two_by_hand() -> dict[str, Timeline]:
+    """Two ranks, 4 s: rank 0 works 3 of them, rank 1 all; measured, one works half a second more."""
+    f, b = Action(0, Pass.F, 0), Action(0, Pass.B, 0)
+    points = ((MemoryPoint(0, 0), MemoryPoint(1, GIB, GIB), MemoryPoint(2, 3 * GIB, 0)), (MemoryPoint(0, GIB),))
+    standing = (Standing(GIB, GIB, 2 * GIB), Standing(0, 0, 0))
+    spans = ((Span(f, 0, 1), Span(b, 2, 4)), (Span(f, 0, 1), Span(b, 1, 4)))
+    longer = ((Span(f, 0, 1), Span(b, 1.5, 4)), spans[1])
+    return {"predicted": Timeline(spans, points, standing), "measured": Timeline(longer, points)}
+
+
+def test_the_table_of_one_timeline() -> None:
+    told = Page(page({"predicted": two_by_hand()["predicted"]}, "t"))
+    assert told.rows == [
+        "rank 0 3 1 25 3 7",
+        "rank 1 4 0 0 1 1",
+        "mean 4 0 12 2 4",
+        "most 4 1 25 3 7",
+    ]
+    assert told.of("caption") == ["Ranks"]
+
+
+def test_the_table_of_two_has_them_beside_each_other_and_their_ratio() -> None:
+    told = Page(page(two_by_hand(), "t"))
+    assert told.of("caption") == ["Ranks; ratio is predicted / measured"]
+    assert told.rows[0] == "rank 0 3.000 3.500 0.857 1.000 0.500 2.000 25.00 12.50 2.000 3 3 1.000 7 – –"
+    assert told.rows[1] == "rank 1 4.000 4.000 1.000 0.000 0.000 – 0.00 0.00 – 1 1 1.000 1 – –"
+
+
+def test_what_has_no_memory_has_no_columns_of_it() -> None:
+    bare = {"a": Timeline(two_by_hand()["predicted"].spans)}
+    told = Page(page(bare, "t", unit="units"))
+    assert told.rows[0] == "rank 0 3 1 25"
+    assert [text for text in told.of("small") if "[" in text] == ["[units]", "[units]", "[%]"]
+
+
+def test_nothing_in_it_can_break_out() -> None:
+    bad = "</script><b onmouseover=alert(1)>\"&'"
+    timeline = Timeline(((Span(Action(0, Pass.F, 0), 0, 1, bad),),))
+    text = page({bad: timeline}, bad, [(bad, bad)], unit=bad, stages=[bad])
+    told = Page(text)
+    assert "b" not in {tag for tag, at in told.elements if at}  # the only <b> are ours, without attributes
+    assert all(not name.startswith("on") for _, at in told.elements for name in at)
+    assert told.of("title") == told.of("h1") == told.of("dt") == told.of("dd") == [bad]
+    assert len(told.of("script")) == text.count("</script>") == 2
+    assert told.data["stages"] == [told.data["timelines"][0]["name"]] == [bad]
+    assert told.inside == []
+
+
+def test_the_page_needs_nothing_from_elsewhere() -> None:
+    text = page({"a": timeline_of("1f1b", ranks=2, layers=2, microbatches=2)}, "t")
+    assert "default-src 'none'" in text
+    assert not re.search(r"https?:|url\(|@import|\bsrc=|fetch\(|XMLHttp", text)
+
+
+def test_the_same_timeline_makes_the_same_page() -> None:
+    first, second = (page({"a": timeline_of("helix", ranks=2, layers=2, microbatches=4)}, "t") for _ in range(2))
+    assert first == second
+
+
+def test_a_thousand_actions_are_a_small_page() -> None:
+    timeline = timeline_of("seq1f1b_interleaved", ranks=8, layers=16, microbatches=8, segments=4, stages_per_rank=2)
+    assert sum(map(len, timeline.spans)) == 1024
+    assert len(page({"predicted": timeline}, "t")) < 500_000
+
+
+def test_an_empty_timeline_is_a_page() -> None:
+    for timeline in (Timeline(()), Timeline(((), ()), ((), ()))):
+        assert "makespan 0 s" in page({"a": timeline}, "t")
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_a_page_is_of_one_timeline_or_two(count: int) -> None:
+    with pytest.raises(ConfigError, match=f"^page: {count} timelines; a page shows one, or two over one another$"):
+        page({str(i): Timeline(()) for i in range(count)}, "t")
+
+
+# ---- in a browser ----
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, the system's or else Playwright's own; or a skip that says what to install."""
+    missing = "the page was NOT opened in a browser: pip install playwright, and Debian's package chromium"
+    try:
+        from playwright.sync_api import Error, sync_playwright
+    except ImportError:
+        pytest.skip(missing)
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        try:
+            chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=flags, timeout=60_000)
+        except Error as error:
+            if "Executable doesn't exist" not in str(error):
+                raise
+            pytest.skip(missing)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def opened(browser: Any, tmp_path: Path) -> Iterator[Any]:
+    """Opens a page from a file; afterwards it has asked for nothing else and complained of nothing."""
+    contexts, requests, complaints = [], [], []
+
+    def open_page(text: str, **options: Any) -> Any:
+        (tmp_path / "page.html").write_text(text, encoding="utf-8")
+        context = browser.new_context(viewport={"width": 1200, "height": 800}, **options)
+        context.set_default_timeout(20_000)
+        contexts.append(context)
+        tab = context.new_page()
+        tab.on("request", lambda request: requests.append(request.url))
+        tab.on("console", lambda message: complaints.append(message.text))
+        tab.on("pageerror", lambda error: complaints.append(str(error)))
+        tab.goto((tmp_path / "page.html").as_uri())
+        return tab
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert complaints == []
+    assert [url for url in requests if not url.startswith("data:")] == [(tmp_path / "page.html").as_uri()] * len(
+        contexts
+    )
+
+
+def spot(tab: Any, lane: int, time_s: float, y: float = 8) -> tuple[float, float]:
+    """Where on the screen a lane shows a time."""
+    box = tab.locator(".lane canvas").nth(lane).bounding_box()
+    view = tab.evaluate("helixpipe.view")
+    return box["x"] + box["width"] * (time_s - view["from"]) / (view["to"] - view["from"]), box["y"] + y
+
+
+def pixel(tab: Any, lane: int, time_s: float, y: float = 8) -> str:
+    """`#rrggbb` of the lane's canvas there."""
+    return pixels(tab, lane, [time_s], y)[0]
+
+
+def pixels(tab: Any, lane: int, times_s: list[float], y: float = 8) -> list[str]:
+    """The same, of many times."""
+    code = """(canvas, [times, y]) => {
+        const g = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d", { willReadFrequently: true });
+        g.drawImage(canvas, 0, 0);
+        const { from, to } = helixpipe.view;
+        return times.map((t) => [...g.getImageData((canvas.width * (t - from)) / (to - from), y, 1, 1).data].slice(0, 3));
+    }"""
+    found = tab.locator(".lane canvas").nth(lane).evaluate(code, [times_s, y])
+    return ["#" + "".join(f"{channel:02x}" for channel in colours) for colours in found]
+
+
+def settled(tab: Any) -> None:
+    """Once what was asked for is drawn."""
+    tab.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def test_actions_are_drawn_at_their_times_in_their_colours(opened: Any) -> None:
+    timeline = timeline_of("helix", ranks=2, layers=2, microbatches=4)
+    tab = opened(page({"predicted": timeline}, "t"))
+    for rank, spans in enumerate(timeline.spans):
+        found = pixels(tab, rank, [span.start_s + 0.2 * (span.end_s - span.start_s) for span in spans])
+        assert found == [colour(span.action.kind, span.action.microbatch, 4) for span in spans]
+        assert len(set(found)) == 8  # two passes of four micro-batches
+    idle = next((a.end_s + b.start_s) / 2 for a, b in pairwise(timeline.spans[1]) if b.start_s > a.end_s)
+    assert pixel(tab, 1, idle) == "#eff1f3"
+    most = max(timeline.memory[0], key=lambda point: point.activation_bytes)
+    assert pixel(tab, 0, most.time_s + 1e-5, 58) == "#6f9fd0"
+
+
+def test_hovering_tells_the_action_and_what_it_waited_for(opened: Any) -> None:
+    given = {"ranks": 2, "layers": 2, "microbatches": 2}
+    stages = [str(stage) for stage in build_schedule("1f1b", **given).stages]
+    both = {"predicted": timeline_of("1f1b", **given), "measured": timeline_of("1f1b", 1.5, **given)}
+    tab = opened(page(both, "t", stages=stages))
+    span = both["predicted"].spans[1][0]
+    assert span.awaited
+    tab.mouse.move(*spot(tab, 1, (span.start_s + span.end_s) / 2))
+    terms = tab.locator("#tip dt").all_inner_texts()
+    told = dict(zip(terms, tab.locator("#tip dd").all_inner_texts(), strict=True))
+    assert tab.inner_text("#tip strong") == "1F0"
+    assert told == {
+        "rank": "1, predicted",
+        "stage": f"1: {stages[1]}",
+        "pass": "forward",
+        "micro-batch": "0",
+        "start": "6.5 ms",
+        "end": "12.5 ms",
+        "duration": "6 ms",
+        "idle before": "6.5 ms",
+        "waited for": "x.1 of 0F0 from rank 0 to rank 1",
+        "measured": "9 ms, from 9.5 ms",
+    }
+    settled(tab)
+    other = both["measured"].spans[1][0]  # the same action of the other timeline is outlined too
+    assert pixel(tab, 3, (other.start_s + other.end_s) / 2, 1) == "#c2185b"
+    faded = both["predicted"].spans[1][2]
+    assert faded.action.microbatch == 1
+    assert pixel(tab, 1, faded.start_s + 1e-3) != colour(Pass.F, 1, 2)
+    tab.mouse.move(2, 2)
+    assert tab.locator("#tip").is_hidden()
+
+
+def test_wheel_drag_keys_and_buttons_move_the_view(opened: Any) -> None:
+    timeline = timeline_of("1f1b", ranks=2, layers=2, microbatches=4)
+    tab = opened(page({"predicted": timeline}, "t"))
+    whole = timeline.makespan_s
+
+    def view() -> tuple[float, float]:
+        settled(tab)
+        return tuple(tab.evaluate("[helixpipe.view.from, helixpipe.view.to]"))
+
+    assert view() == (0, pytest.approx(whole))
+    before = tab.inner_text("#range")
+    tab.mouse.move(*spot(tab, 0, whole / 4))
+    tab.mouse.wheel(0, -500)
+    start, end = view()
+    assert end - start == pytest.approx(whole / 2.718281828, rel=1e-3)
+    assert (whole / 4 - start) / (end - start) == pytest.approx(0.25, abs=2e-3)  # what was under the cursor stays there
+    assert tab.inner_text("#range") != before
+    x, y = spot(tab, 0, (start + end) / 2)
+    tab.mouse.down()
+    tab.mouse.move(x - 100, y)
+    tab.mouse.up()
+    assert view() != (start, end)
+    tab.mouse.dblclick(x, y)
+    assert view() == (0, pytest.approx(whole))
+    tab.click("#in")
+    assert view() == (pytest.approx(whole / 4), pytest.approx(whole * 3 / 4))
+    tab.keyboard.press("ArrowRight")
+    assert view()[0] == pytest.approx(whole * (1 / 4 + 0.15 / 2))
+    tab.keyboard.press("-")
+    tab.click("#out")
+    assert view() == (0, pytest.approx(whole))
+    tab.keyboard.press("+")
+    assert view()[0] == pytest.approx(0.15 * whole)
+    tab.keyboard.press("0")
+    assert view() == (0, pytest.approx(whole))
+    tab.keyboard.press("n")
+    tab.keyboard.press("n")
+    assert tab.evaluate("helixpipe.hovered") == str(timeline.spans[0][1].action)
+
+
+def test_dark_pages_are_dark_and_ranks_can_be_paired(opened: Any) -> None:
+    timeline = timeline_of("1f1b", ranks=2, layers=2, microbatches=2)
+    timeline = Timeline(timeline.spans, timeline.memory, (Standing(1 << 20, 1 << 20, 0),) * 2)
+    tab = opened(page({"predicted": timeline, "measured": timeline}, "t"), color_scheme="dark")
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 22, 26)"
+    assert pixel(tab, 1, 1e-4) == "#262a31"
+    assert "full height: 2." in tab.inner_text("#height")
+    tab.click("#standing")
+    assert "KiB" in tab.inner_text("#height")
+    tab.click("#pair")
+    lanes = tab.locator(".lane .name").evaluate_all(
+        "all => all.map(e => e.querySelector('b').innerText + ' ' + e.querySelector('i').innerText)"
+    )
+    assert lanes == ["rank 0 predicted", "rank 0 measured", "rank 1 predicted", "rank 1 measured"]
+
+
+def test_many_more_actions_than_pixels_still_show_busy_and_idle(opened: Any) -> None:
+    actions = [Action(0, Pass.F, microbatch) for microbatch in range(10_000)]
+    spans = tuple(Span(a, i, i + 1) for i, a in enumerate(actions[:5_000])) + tuple(
+        Span(a, i + 10_000, i + 10_001) for i, a in enumerate(actions[5_000:])
+    )
+    tab = opened(page({"a": Timeline((spans,))}, "t"))
+    assert pixel(tab, 0, 7_500) == "#eff1f3"
+    assert pixel(tab, 0, 2_500) != "#eff1f3" != pixel(tab, 0, 12_500)
+
+
+def test_hostile_texts_stay_texts_in_the_browser(opened: Any) -> None:
+    bad = "</script><b onmouseover=alert(1)>x</b><img src=x onerror=alert(1)>"
+    tab = opened(page({bad: Timeline(((Span(Action(0, Pass.F, 0), 0, 1, bad),),))}, bad, [(bad, bad)], stages=[bad]))
+    tab.mouse.move(*spot(tab, 0, 0.5))
+    assert tab.locator("#tip dd").all_inner_texts()[-1] == bad
+    assert tab.title() == tab.inner_text("h1") == bad
+    assert tab.locator("img").count() == 0
+
+
+def test_empty_pages_open(opened: Any) -> None:
+    tab = opened(page({"a": Timeline(())}, "t"))
+    assert tab.inner_text("#range") == "0 to 1 s"
+    opened(page({"a": Timeline(((), ()), ((), ()))}, "t"))
