@@ -99,14 +99,18 @@ class Assumptions:
         )  # fmt: skip
 
 
+def attention(forward: float, backward: float) -> dict[str, float]:
+    return {"attention_efficiency": forward, "attention_backward_efficiency": backward}
+
+
 VARIED = (
     Assumptions(),
     Assumptions("messages take no time", link="free"),
     Assumptions("100 Gbit/s a rank between nodes", link="ethernet"),
     Assumptions("messages are waited for, not overlapped", blocking=True),
     Assumptions("messages inside a node take no time", tensor_link="free"),
-    Assumptions("attention reaches 0.50 of the peak, 0.40 backward", {"attention_efficiency": 0.5, "attention_backward_efficiency": 0.4}),
-    Assumptions("attention reaches 0.85, as matrix products do", {"attention_efficiency": 0.85, "attention_backward_efficiency": 0.85}),
+    Assumptions("attention reaches 0.50 of the peak, 0.40 backward", attention(0.5, 0.4)),
+    Assumptions("attention reaches 0.85, as matrix products do", attention(0.85, 0.85)),
     Assumptions("matrix products reach 0.70", {"matmul_efficiency": 0.7}),
     Assumptions("a tenth of the memory cannot be filled", memory_share=0.9),
     Assumptions("three tenths of the memory cannot be filled", memory_share=0.7),
@@ -151,7 +155,8 @@ def cell(model: str, length: int, ranks: int, given: Assumptions | None = None) 
     for name, ways in (OTHERS | HELIX | WHOLE).items():
         tried = [priced(way, model, length, ranks, given or VARIED[0]) for way in ways]
         fitting = [each for each in tried if each["fits"]]
-        contenders[name] = min(fitting, key=lambda each: each["step_s"]) if fitting else min(tried, key=lambda each: each["peak_bytes"])  # fmt: skip
+        leanest = min(tried, key=lambda each: each["peak_bytes"])
+        contenders[name] = min(fitting, key=lambda each: each["step_s"], default=leanest)
     found: dict[str, Any] = {"model": model, "tokens": length, "ranks": ranks, "contenders": contenders}
     for key, names in (("best_other", OTHERS), ("best_helix", HELIX), ("best_whole", WHOLE)):
         fits = [name for name in names if contenders[name]["fits"]]
@@ -180,7 +185,8 @@ def gigabytes(contender: dict[str, Any]) -> str:
 def tables(result: dict[str, Any]) -> str:
     lines = [
         "Ratios: how many times as fast HelixPipe is as the fastest of the others that fits 96 GB.", "",
-        "| model | p | tokens | fastest other | its step over no bubble | chunked MLP, qkv travels | chunked MLP, best | "
+        "| model | p | tokens | fastest other | its step over no bubble | chunked MLP, qkv travels | "
+        "chunked MLP, best | "
         "MLP whole, best | GB: 1F1B | ZB1P | helix none | qkv | attention |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
@@ -198,7 +204,8 @@ def tables(result: dict[str, Any]) -> str:
     model, length, ranks = HEADLINE
     lines += [
         "", f"{model}, {length // 1024}k tokens, p = {ranks}. Published ({PUBLISHED['source']}): 1.26.", "",
-        "| assumption | fastest other | chunked MLP, qkv travels | MLP whole, qkv travels | over 1F1B, chunked | whole |",
+        "| assumption | fastest other | chunked MLP, qkv travels | MLP whole, qkv travels | "
+        "over 1F1B, chunked | whole |",
         "| --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     for row in result["varied"]:
@@ -214,7 +221,8 @@ def vary(assumptions: Sequence[Assumptions] = VARIED, at: tuple[str, int, int] =
         by, other = found["contenders"], found["best_other"]
         whole = f"{PAPERS}, MLP whole"
         rows.append({
-            "assumption": given.name, "fastest_other": f"{other} ({by[other]['way'].split(', ', 1)[1]})" if other else "none fits",
+            "assumption": given.name,
+            "fastest_other": f"{other} ({by[other]['way'].split(', ', 1)[1]})" if other else "none fits",
             "papers": over(by, other, PAPERS), "papers_whole": over(by, other, whole),
             "over_1f1b": over(by, "1F1B", PAPERS), "over_1f1b_whole": over(by, "1F1B", whole),
         })  # fmt: skip

@@ -27,7 +27,10 @@ OUT = None  # out of memory
 LENGTHS = (32768, 65536, 131072)
 MICROBATCHES = (8, 16)
 
-PUBLISHED_SOURCE = "arXiv 2406.03488, the table for 7B on 32 GPUs; m = 16 as in github.com/thunlp/Seq1F1B, picture/32x7b zhihu_throughput.tex"
+PUBLISHED_SOURCE = (
+    "arXiv 2406.03488, the table for 7B on 32 GPUs; "
+    "m = 16 as in github.com/thunlp/Seq1F1B, picture/32x7b zhihu_throughput.tex"
+)
 PUBLISHED_TOKENS_PER_S: dict[tuple[int, int], tuple[float | None, ...]] = {
     (32768, 8): (48189, 52964, 53485, 47232),
     (32768, 16): (55333, 56304, 55765, 46195),
@@ -36,7 +39,10 @@ PUBLISHED_TOKENS_PER_S: dict[tuple[int, int], tuple[float | None, ...]] = {
     (131072, 8): (OUT, OUT, 30392, 30023),
     (131072, 16): (OUT, OUT, 31584, 30362),
 }
-PUBLISHED_MEMORY_SOURCE = "github.com/thunlp/Seq1F1B, picture/7bx32A100_memory.svg, right panel: heights of its bars over its axis; it has no title"
+PUBLISHED_MEMORY_SOURCE = (
+    "github.com/thunlp/Seq1F1B, picture/7bx32A100_memory.svg, right panel (it has no title): "
+    "heights of its bars over its axis"
+)
 PUBLISHED_GB: dict[int, tuple[float | None, ...]] = {
     32768: (19.6, 25.3, 15.9, 13.8),
     65536: (35.3, 45.9, 29.8, 23.2),
@@ -69,8 +75,8 @@ class Assumptions:
 
     def setting(self, length: int) -> Setting:
         return Setting(
-            replace(named_shape("7b"), positions="rope"), length, replace(named_accelerator("a100"), **self.accelerator),
-            named_link(self.link), Keeping("none", 2), 1, 32 // self.ranks, named_link(self.tensor_link),
+            replace(named_shape("7b"), positions="rope"), length,
+            replace(named_accelerator("a100"), **self.accelerator), named_link(self.link), Keeping("none", 2), 1, 32 // self.ranks, named_link(self.tensor_link),
             partition=self.partition,
         )  # fmt: skip
 
@@ -80,6 +86,10 @@ class Assumptions:
         families = ("1f1b", "interleaved", "seq1f1b", "seq1f1b_interleaved")
         options: tuple[dict[str, Any], ...] = ({}, loops, cut, cut | loops)
         return {method: (f, o | ends) for method, f, o in zip(METHODS, families, options, strict=True)}
+
+
+def attention(forward: float, backward: float) -> dict[str, float]:
+    return {"attention_efficiency": forward, "attention_backward_efficiency": backward}
 
 
 VARIED = (
@@ -94,7 +104,7 @@ VARIED = (
     Assumptions("each part of a layer takes 50 us more", {"launch_s": 50e-6}),
     Assumptions("each part of a layer takes 200 us more", {"launch_s": 200e-6}),
     Assumptions("each part of a layer takes 400 us more", {"launch_s": 400e-6}),
-    Assumptions("attention reaches 0.40 of the peak, 0.35 backward", {"attention_efficiency": 0.4, "attention_backward_efficiency": 0.35}),
+    Assumptions("attention reaches 0.40 of the peak, 0.35 backward", attention(0.4, 0.35)),
     Assumptions("p = 8, tensor parallel 4", ranks=8),
 )  # fmt: skip
 
@@ -121,7 +131,8 @@ def row(length: int, microbatches: int, given: Assumptions | None = None) -> dic
         methods[method] = {
             "tokens_per_s": length * microbatches / step_s, "bubble_ratio": found.timeline.bubble_ratio,
             "peak_bytes": found.timeline.peak_bytes, "fits": found.peak_bytes <= setting.accelerator.memory_bytes,
-            "published_tokens_per_s": PUBLISHED_TOKENS_PER_S[length, microbatches][at], "published_gb": PUBLISHED_GB[length][at],
+            "published_tokens_per_s": PUBLISHED_TOKENS_PER_S[length, microbatches][at],
+            "published_gb": PUBLISHED_GB[length][at],
         }  # fmt: skip
     first = methods["1F1B"]
     for each in methods.values():
@@ -130,13 +141,15 @@ def row(length: int, microbatches: int, given: Assumptions | None = None) -> dic
         for key, value in (("ratio", "tokens_per_s"), ("memory_ratio", "gb")):
             mine, base = each[f"published_{value}"], first[f"published_{value}"]
             each[f"published_{key}"] = mine / base if mine and base else None
-    return {"tokens": length, "microbatches": microbatches, "segment_lengths": setting.segment_lengths(given.segments), "methods": methods}  # fmt: skip
+    cut = setting.segment_lengths(given.segments)
+    return {"tokens": length, "microbatches": microbatches, "segment_lengths": cut, "methods": methods}
 
 
 def side_by_side(lengths: Sequence[int] = LENGTHS) -> dict[str, float]:
     """Share that keys and values put side by side, kept per segment, add to the activations of a layer: by length.
 
-    A public port of the authors' attention copies the keys and values of all segments so far for each segment; ours keeps each once.
+    A public port of the authors' attention copies, for each segment, the keys and values of all so far; ours keeps each
+    segment's once.
     """
     found = {}
     for length in lengths:
@@ -151,7 +164,8 @@ def number(value: float | None, digits: int = 0) -> str:
 
 def tables(result: dict[str, Any]) -> str:
     lines = [
-        "| tokens | m | schedule | tokens/s predicted | published | predicted / published | over 1F1B predicted | published |",
+        "| tokens | m | schedule | tokens/s predicted | published | predicted / published | over 1F1B predicted | "
+        "published |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for each in result["rows"]:
@@ -183,10 +197,12 @@ def tables(result: dict[str, Any]) -> str:
             ratio = found["published_memory_ratio"]
             theirs = number(found["published_gb"], 1)
             lines.append(
-                f"| {each['tokens'] // 1024}k | {method} | {ranks} | {fullest} | {theirs} | {found['memory_ratio']:.2f} | "
+                f"| {each['tokens'] // 1024}k | {method} | {ranks} | {fullest} | {theirs} | "
+                f"{found['memory_ratio']:.2f} | "
                 f"{f'{ratio:.2f}' if ratio else '-'} |"
             )
-    lines += ["", f"| assumption, m = 8 | {' | '.join(f'{m} {k}' for k in ('32k', '64k') for m in METHODS[1:])} | 1F1B, m 8 to 16, 32k |"]  # fmt: skip
+    columns = " | ".join(f"{method} {length}" for length in ("32k", "64k") for method in METHODS[1:])
+    lines += ["", f"| assumption, m = 8 | {columns} | 1F1B, m 8 to 16, 32k |"]
     lines += ["| --- " * (2 + 2 * len(METHODS[1:])) + "|"]
     for each in result["varied"]:
         ratios = [f"{each[key][m]:.3f}" for key in ("32k", "64k") for m in METHODS[1:]]
@@ -196,17 +212,15 @@ def tables(result: dict[str, Any]) -> str:
 
 def vary(assumptions: Sequence[Assumptions] = VARIED) -> list[dict[str, Any]]:
     """Ratios to 1F1B at 32k and 64k, m = 8, and what twice the micro-batches bring 1F1B: the published come first."""
-    base = PUBLISHED_TOKENS_PER_S
-    rows: list[dict[str, Any]] = [{
-        "assumption": "published", "gain_of_microbatches": (base[32768, 16][0] or 0) / (base[32768, 8][0] or 1),
-        **{f"{k}k": {m: (v or 0) / (base[k * 1024, 8][0] or 1) for m, v in zip(METHODS, base[k * 1024, 8], strict=True)} for k in (32, 64)},
-    }]  # fmt: skip
+    rows = []
     for given in assumptions:
         found = {f"{k}k": row(k * 1024, 8, given)["methods"] for k in (32, 64)}
-        more = row(32768, 16, given)["methods"]["1F1B"]["tokens_per_s"]
-        ratios = {key: {m: each["ratio"] for m, each in methods.items()} for key, methods in found.items()}
-        rows.append({"assumption": given.name, "gain_of_microbatches": more / found["32k"]["1F1B"]["tokens_per_s"], **ratios})  # fmt: skip
-    return rows
+        few, many = found["32k"]["1F1B"], row(32768, 16, given)["methods"]["1F1B"]
+        for name, prefix in (("published", "published_"), (given.name, "")):
+            ratios = {key: {m: each[f"{prefix}ratio"] for m, each in by.items()} for key, by in found.items()}
+            gain = many[f"{prefix}tokens_per_s"] / few[f"{prefix}tokens_per_s"]
+            rows.append({"assumption": name, "gain_of_microbatches": gain, **ratios})
+    return rows[:2] + [each for each in rows[2:] if each["assumption"] != "published"]
 
 
 def main() -> None:
@@ -215,7 +229,7 @@ def main() -> None:
     args = parser.parse_args()
     began = time.perf_counter()
     result = {
-        "published": {"throughput": PUBLISHED_SOURCE, "memory": PUBLISHED_MEMORY_SOURCE, "headline": PUBLISHED_HEADLINE},
+        "published": PUBLISHED_HEADLINE, "sources": [PUBLISHED_SOURCE, PUBLISHED_MEMORY_SOURCE],
         "rows": [row(length, m) for length in LENGTHS for m in MICROBATCHES],
         "varied": vary(), "keys_side_by_side": side_by_side(),
     }  # fmt: skip

@@ -23,7 +23,7 @@ def seq() -> dict[str, Any]:
 
 
 def test_helix_is_fastest_at_its_headline(helix: dict[str, Any]) -> None:
-    """7B, 128k tokens, 64 H20: faster than 1F1B, ZB1P and AdaPipe, whatever travels, in less memory than 1F1B and ZB1P."""
+    """7B, 128k tokens, 64 H20: faster than 1F1B, ZB1P and AdaPipe, whatever travels, in less memory."""
     found = helix["cell"](*helix["HEADLINE"])
     by = found["contenders"]
     for name in (*helix["HELIX"], *helix["WHOLE"]):
