@@ -1,0 +1,124 @@
+"""What parts, actions and messages cost, from an accelerator's rates."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from helixpipe.errors import ConfigError
+from helixpipe.predict.cost import Analytic, action_seconds, message_bytes, message_seconds
+from helixpipe.predict.hardware import ACCELERATORS, LINKS, Accelerator, Link, named_accelerator, named_link
+from helixpipe.predict.memory import Keeping
+from helixpipe.schedule.action import Action, Pass
+from helixpipe.schedule.families import build_schedule
+from helixpipe.schedule.lower import lower
+from helixpipe.schedule.parts import Part, chain
+from helixpipe.schedule.program import Kind
+from helixpipe.shape import Batch, ModelShape
+
+SHAPE = ModelShape(layers=2, hidden=8, heads=2, ffn=32, vocabulary=16, mlp="gelu", norm="layer")
+BATCH = Batch(3, (10,))
+IDEAL = Analytic(SHAPE, named_accelerator("ideal"))
+# 100 FLOPs and 10 bytes a second
+SLOW = Accelerator("slow", 100.0, 1e9, 10.0, "made up", 0.5, 0.25, 0.2, 1.0)
+
+
+def test_ideal_prices_every_flop_alike() -> None:
+    for part in chain(2):
+        forward, backward = SHAPE.forward_flops(part, BATCH, 0), SHAPE.backward_flops(part, BATCH, 0)
+        assert IDEAL.forward_s(part, BATCH, 0) == pytest.approx(forward / 1e12)
+        both = IDEAL.input_s(part, BATCH, 0) + IDEAL.weight_s(part, BATCH, 0)
+        assert both == pytest.approx(backward / 1e12)
+
+
+def test_attention_has_no_weights_and_its_own_efficiency() -> None:
+    costs = Analytic(SHAPE, SLOW)
+    attention = Part("attn", 0)
+    flops = 4 * 3 * 8 * 10 * 10 / 2  # causal: half of the pairs
+    assert costs.forward_s(attention, BATCH, 0) == pytest.approx(flops / 25)
+    assert costs.input_s(attention, BATCH, 0) == pytest.approx(2.5 * flops / 20)
+    assert costs.weight_s(attention, BATCH, 0) == 0
+
+
+def test_bytes_take_time_beside_flops() -> None:
+    """A norm has no FLOPs that count: it reads and writes 2h elements a token, twice that backward."""
+    costs = Analytic(SHAPE, SLOW, element_bytes=2)
+    assert costs.forward_s(Part("norm", 0), BATCH, 0) == pytest.approx(30 * 2 * 8 * 2 / 10)
+    assert costs.input_s(Part("norm", 0), BATCH, 0) == pytest.approx(2 * 30 * 2 * 8 * 2 / 10)
+
+
+def test_grouped_heads_and_swiglu_are_counted() -> None:
+    shape = replace(SHAPE, kv_heads=1, mlp="swiglu")
+    costs = Analytic(shape, named_accelerator("ideal"))
+    assert costs.forward_s(Part("qkv", 0), BATCH, 0) == pytest.approx(2 * 30 * 8 * (8 + 2 * 4) / 1e12)
+    assert costs.forward_s(Part("mlp", 0), BATCH, 0) == pytest.approx(2 * 30 * 3 * 8 * 32 / 1e12)
+
+
+def test_tensor_parallel_divides_the_work_and_pays_for_its_messages() -> None:
+    link = Link("wire", 1000.0, 0.5, "made up")
+    alone, two = Analytic(SHAPE, SLOW), Analytic(SHAPE, SLOW, tensor_parallel=2)
+    joined = Analytic(SHAPE, SLOW, tensor_parallel=2, tensor_link=link)
+    for kind, exchanges in (("qkv", 1), ("attn", 0), ("proj", 1), ("mlp", 2), ("norm", 0)):
+        part = Part(kind, 0)
+        assert two.forward_s(part, BATCH, 0) == pytest.approx(alone.forward_s(part, BATCH, 0) / 2)
+        paid = joined.forward_s(part, BATCH, 0) - two.forward_s(part, BATCH, 0)
+        assert paid == pytest.approx(exchanges * (0.5 + 30 * 8 * 2 / 2 / 1000))
+
+
+def seconds_of(schedule: object, recompute: str, **chunks: int) -> object:
+    return action_seconds(schedule, BATCH, IDEAL, Keeping(recompute, 4, **chunks))  # type: ignore[arg-type]
+
+
+def test_an_action_costs_what_its_parts_do() -> None:
+    schedule = build_schedule("1f1b", ranks=1, layers=2, microbatches=1)
+    of = seconds_of(schedule, "none")
+    forward = sum(IDEAL.forward_s(part, BATCH, 0) for part in chain(2))
+    inputs = sum(IDEAL.input_s(part, BATCH, 0) for part in chain(2))
+    weights = sum(IDEAL.weight_s(part, BATCH, 0) for part in chain(2))
+    attention = 2 * IDEAL.forward_s(Part("attn", 0), BATCH, 0)
+    assert of(Action(0, Pass.F, 0)) == pytest.approx(forward)
+    assert of(Action(0, Pass.I, 0)) == pytest.approx(inputs)
+    assert of(Action(0, Pass.W, 0)) == pytest.approx(weights)
+    assert of(Action(0, Pass.B, 0)) == pytest.approx(inputs + weights)
+    assert seconds_of(schedule, "full")(Action(0, Pass.B, 0)) == pytest.approx(inputs + weights + forward)
+    selective = seconds_of(schedule, "selective")
+    assert selective(Action(0, Pass.B, 0)) == pytest.approx(inputs + weights + forward - attention)
+    assert selective(Action(0, Pass.I, 0)) == pytest.approx(inputs + forward - attention)
+
+
+def test_a_chunked_part_runs_forward_once_more_and_its_weights_do_not_wait() -> None:
+    schedule = build_schedule("1f1b", ranks=1, layers=2, microbatches=1)
+    whole, sliced = seconds_of(schedule, "none"), seconds_of(schedule, "none", mlp_chunk=4)
+    mlp = Part("mlp", 0)
+    more = 2 * (IDEAL.forward_s(mlp, BATCH, 0) + IDEAL.weight_s(mlp, BATCH, 0))
+    assert sliced(Action(0, Pass.I, 0)) == pytest.approx(whole(Action(0, Pass.I, 0)) + more)
+    less = 2 * IDEAL.weight_s(mlp, BATCH, 0)
+    assert sliced(Action(0, Pass.W, 0)) == pytest.approx(whole(Action(0, Pass.W, 0)) - less)
+
+
+def test_a_message_is_its_bytes_over_the_link() -> None:
+    program = lower(build_schedule("helix", ranks=2, layers=2, microbatches=2, travel="qkv"), SHAPE, BATCH)
+    seconds = message_seconds(Link("wire", 100.0, 0.25, "made up"), Keeping("none", 2), tensor_parallel=2)
+    for message in program.messages:
+        size = 4 if message.kind is Kind.WEIGHT_GRADIENTS else 2  # gradients of weights are float32
+        assert message_bytes(message, Keeping("none", 2)) == size * message.elements
+        assert seconds(message) == pytest.approx(0.25 + size * message.elements / 200)
+
+
+def test_everything_known_has_a_source_and_sane_rates() -> None:
+    assert {"ideal", "laptop-core", "h20", "a100", "a800", "h100", "h200", "b200"} == set(ACCELERATORS)
+    for accelerator in ACCELERATORS.values():
+        assert len(accelerator.source) > 20
+        for name in ("matmul", "attention", "attention_backward", "memory"):
+            assert 0 < getattr(accelerator, f"{name}_efficiency") <= 1
+    assert {"free", "loopback", "ethernet", "infiniband", "nvlink"} <= set(LINKS)
+    assert all(link.source and link.seconds(1e9) >= 0 for link in LINKS.values())
+    assert named_link("free").seconds(1e12) == 0
+
+
+def test_the_nearest_name_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"^hardware: 'h10' is not known; did you mean 'h100'\?$"):
+        named_accelerator("h10")
+    with pytest.raises(ConfigError, match=r"^link: 'infinband' is not known; did you mean 'infiniband'\?$"):
+        named_link("infinband")

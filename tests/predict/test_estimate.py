@@ -1,0 +1,152 @@
+"""A schedule priced: the published ratios, and every rank's bytes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+import helixpipe as hp
+from helixpipe.errors import ConfigError
+from helixpipe.predict.estimate import Setting, estimate, estimate_family
+from helixpipe.predict.hardware import named_accelerator, named_link
+from helixpipe.predict.memory import Keeping
+from helixpipe.predict.standing import owned_and_visiting, standing_bytes
+from helixpipe.schedule.families import build_schedule
+from helixpipe.schedule.lower import lower
+from helixpipe.schedule.program import Run
+from helixpipe.shape import SHAPES, Batch, ModelShape
+
+# the 7B model of the papers; a head that weighs nothing, as their formulas have it
+SHAPE = replace(SHAPES["7b"], vocabulary=1)
+LONG = Setting(SHAPE, 131072, keeping=Keeping("none", 2))
+TINY = ModelShape(layers=4, hidden=16, heads=2, ffn=64, vocabulary=32)
+
+
+def ratio(family: str, recompute: str = "none", **options: object) -> float:
+    setting = replace(LONG, keeping=Keeping(recompute, 2))
+    found = estimate_family(setting, family, 8, 16, **options)
+    return found.timeline.makespan_s / found.ideal_s
+
+
+def test_the_published_ratios_at_128k() -> None:
+    """SCHEDULES: p=8, m=16, causal, free messages, over the step without bubble and recompute."""
+    assert ratio("1f1b") == pytest.approx(1.4375, rel=1e-3)
+    naive = {"folds": 1, "groups": "forward_first"}
+    assert ratio("helix", **naive) == pytest.approx(1.0266, rel=1e-3)
+    assert ratio("helix", "selective", **naive) == pytest.approx(1.1166, rel=1e-3)
+    assert ratio("interleaved", stages_per_rank=4) == pytest.approx(1.109, rel=1e-3)
+    assert ratio("seq1f1b_interleaved", segments=16, stages_per_rank=4) == pytest.approx(1.007, abs=2e-3)
+
+
+def test_the_peak_is_that_of_the_fullest_rank_and_each_rank_has_its_own() -> None:
+    found = estimate_family(LONG, "1f1b", 8, 16)
+    peaks = found.timeline.peak_bytes
+    assert found.peak_bytes == max(peaks) == peaks[0]
+    assert sorted(peaks[:-1], reverse=True) == list(peaks[:-1])  # the first ranks keep the most forwards
+    for rank, standing in enumerate(found.timeline.standing):
+        both = found.timeline.peak_activation_bytes[rank] + found.timeline.peak_buffer_bytes[rank]
+        assert sum(standing) < peaks[rank] <= sum(standing) + both
+
+
+def test_what_stands_on_a_rank() -> None:
+    """Float32: weight, gradient, two moments, 16 bytes a parameter; bfloat16 has a working copy beside it."""
+    schedule = build_schedule("1f1b", ranks=2, layers=4, microbatches=2)
+    owned, visiting = owned_and_visiting(schedule, TINY)
+    assert sum(owned) == TINY.parameter_count
+    assert visiting == [0, 0]
+    for size, per_parameter in ((4, (4, 4, 8)), (2, (6, 4, 8)), (8, (8, 8, 16))):
+        for own, standing in zip(owned, standing_bytes(schedule, TINY, Keeping("none", size)), strict=True):
+            assert tuple(standing) == tuple(own * each for each in per_parameter)
+    halved = standing_bytes(schedule, TINY, Keeping("none", 4), tensor_parallel=2)
+    assert halved[0].weights_bytes == owned[0] * 2
+
+
+def test_a_visiting_stage_costs_its_weights_and_gradients_where_it_visits() -> None:
+    schedule = build_schedule("helix", ranks=2, layers=4, microbatches=4, travel="qkv")
+    owned, visiting = owned_and_visiting(schedule, TINY)
+    qkv = 3 * TINY.hidden**2
+    assert visiting == [2 * qkv, 2 * qkv]  # the other rank's two layers
+    standing = standing_bytes(schedule, TINY, Keeping("none", 2))
+    assert standing[0].weights_bytes == 6 * owned[0] + 2 * visiting[0]
+    assert standing[0].gradients_bytes == 4 * (owned[0] + visiting[0])
+    assert standing[0].optimizer_bytes == 8 * owned[0]
+
+
+def test_a_tied_table_visits_the_head() -> None:
+    tied = replace(TINY, tied=True)
+    schedule = build_schedule("1f1b", ranks=2, layers=4, microbatches=2)
+    owned, visiting = owned_and_visiting(schedule, tied)
+    assert sum(owned) == tied.parameter_count
+    assert visiting == [0, tied.vocabulary * tied.hidden]
+
+
+def test_the_program_is_the_one_that_training_runs() -> None:
+    schedule = LONG.build("helix", 4, 8)
+    found = estimate(schedule, LONG)
+    trained = lower(schedule, SHAPE, LONG.batch(1))
+    told = [[str(i) for i in rank] for rank in found.program.ranks]
+    assert told == [[str(i) for i in rank] for rank in trained.ranks]
+    assert found.timeline.order == tuple(
+        tuple(i.action for i in rank if isinstance(i, Run)) for rank in trained.ranks
+    )
+
+
+def test_tensor_parallel_shares_activations_and_messages() -> None:
+    setting = replace(LONG, accelerator=named_accelerator("h20"), link=named_link("infiniband"))
+    alone = estimate_family(setting, "1f1b", 4, 8)
+    eight = estimate_family(replace(setting, tensor_parallel=8, tensor_link=named_link("nvlink")), "1f1b", 4, 8)
+    assert eight.timeline.peak_activation_bytes[0] == alone.timeline.peak_activation_bytes[0] // 8
+    assert alone.timeline.makespan_s / 8 < eight.timeline.makespan_s < alone.timeline.makespan_s / 6
+    message = alone.program.messages[0]
+    assert eight.message_seconds(message) < alone.message_seconds(message)
+
+
+def test_a_slow_link_makes_a_step_longer() -> None:
+    setting = replace(LONG, accelerator=named_accelerator("h100"))
+    times = [
+        estimate_family(replace(setting, link=named_link(name)), "helix", 8, 16).timeline.makespan_s
+        for name in ("free", "nvlink", "infiniband", "ethernet")
+    ]
+    assert times == sorted(times)
+    assert times[0] < times[-1]
+
+
+def test_the_face() -> None:
+    schedule = hp.build_schedule("helix", ranks=8, layers=32, microbatches=16, folds=2, travel="qkv")
+    timeline = hp.simulate(schedule, model="7b", hardware="h20", sequence_length=32768, link="infiniband")
+    assert timeline.makespan_s > 0
+    assert 0 < timeline.bubble_ratio < 1
+    assert len(timeline.peak_bytes) == 8
+    longer = hp.simulate(schedule, model=hp.named_shape("7b"), hardware="h20", sequence_length=65536)
+    assert longer.makespan_s > 2 * timeline.makespan_s * 0.9
+
+
+def test_segments_are_cut_by_cost_and_moved_towards_even() -> None:
+    cut = LONG.segment_lengths(8)
+    moved = replace(LONG, evenness=0.5).segment_lengths(8)
+    even = replace(LONG, partition="even").segment_lengths(8)
+    assert cut[0] > moved[0] > even[0] == 131072 // 8
+    assert cut[-1] < moved[-1] < even[-1]
+    assert replace(LONG, evenness=1.0).segment_lengths(8) == even
+    assert {sum(lengths) for lengths in (cut, moved, even)} == {131072}
+    assert LONG.batch(1) == Batch(1, (131072,))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sequence_length": 0}, "sequence_length: 0; give at least 1"),
+        ({"microbatch_size": -1}, "microbatch_size: -1; give at least 1"),
+        ({"tensor_parallel": 5}, "tensor_parallel: 5 do not divide 32 key/value heads; choose a divisor"),
+    ],
+)
+def test_a_setting_that_cannot_be(change: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        replace(LONG, **change)
+    assert str(caught.value) == message
+
+
+def test_evenness_beyond_its_range() -> None:
+    with pytest.raises(ConfigError, match=r"^schedule.evenness: 2; give 0 \(computation-wise\) to 1 \(even\)$"):
+        replace(LONG, evenness=2.0).segment_lengths(4)
