@@ -194,7 +194,8 @@ def measure_machine(asked: Asked, ranks: int) -> Profile:
     except (ProcessExitedException, ProcessRaisedException) as error:
         if store.check(["fault"]):
             raise HelixpipeError(store.get("fault").decode()) from None
-        raise RankError(f"rank {error.error_index} of the measurement ended: {str(error).splitlines()[-1]}") from None
+        why = str(error).strip().splitlines()[-1]
+        raise RankError(f"rank {error.error_index} of the measurement ended: {why}") from None
     finally:
         for process in workers.processes:
             process.kill()

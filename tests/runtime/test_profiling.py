@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from multiprocessing import active_children
 from pathlib import Path
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from ranks import Ranks
 
 from helixpipe.commands.profile import _parser, _shape, profile
-from helixpipe.errors import ConfigError
+from helixpipe.errors import ConfigError, HelixpipeError, RankError
 from helixpipe.predict.hardware import Link
 from helixpipe.predict.profile import KINDS, SIZES, WITH_WEIGHTS, Profile
 from helixpipe.runtime.profiling import Asked, Parts, default_cuts, measure, measure_link, measure_machine
@@ -100,6 +101,29 @@ def test_ranks_measure_at_once_and_leave_no_process() -> None:
     assert len([t for t in found.timings if t[:4] == ("mlp", Pass.F, 32, 0)]) == 2
     assert set(active_children()) <= before
     assert not dist.is_initialized()
+
+
+def test_a_rank_that_fails_is_told_and_leaves_no_process() -> None:
+    before = set(active_children())
+    with pytest.raises(RankError) as error:
+        measure_machine(Asked(TINY, "cpu", "nonsense", ((16,), (32,)), 1, 1), 2)
+    assert re.fullmatch(
+        r"rank [01] of the measurement ended: AttributeError: module 'torch' has no attribute 'nonsense'",
+        str(error.value),
+    )
+    assert set(active_children()) <= before
+
+
+def test_out_of_memory_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(parts: Parts, cut: Any) -> Any:
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(Parts, "run", run)
+    with pytest.raises(HelixpipeError) as error:
+        measure_machine(Asked(TINY, "cpu", "float32", ((16,), (1024, 1024)), 1, torch.get_num_threads()), 1)
+    assert str(error.value) == (
+        "out of memory at 2,048 tokens on cpu: lower --sequence-length; longer ones are extrapolated"
+    )
 
 
 def test_the_command_prints_one_object_and_writes_the_profile(
