@@ -31,6 +31,7 @@ SHAPE_KEYS = (
     "qkv_bias", "bias", "qk_norm", "causal",
 )  # fmt: skip
 MOST_RANKS = 64
+SCATTERED = 0.3
 
 
 def profile(given: list[str]) -> int:
@@ -156,8 +157,18 @@ def _table(found: Profile, length: int) -> list[str]:
 
 def _words(found: Profile) -> list[str]:
     """Where and how this was measured."""
-    facts: list[Any] = [found.device, found.dtype, f"torch {found.torch}", f"{found.threads} threads a rank"]
+    facts: list[Any] = [
+        found.device,
+        found.dtype,
+        f"torch {found.torch}",
+        f"{found.threads} thread{'s' * (found.threads > 1)} a rank",
+    ]
     lines = ["", f"{', '.join(facts)}; ranks that measured at once: {found.ranks}"]
+    if found.worst_error > SCATTERED:
+        lines.append(
+            f"timings are up to {found.worst_error:.0%} off their curves: other work on this machine, or parts too small to time; "
+            "measure when it is idle, with more --rounds or a longer --sequence-length"
+        )
     if found.link is None:
         return [*lines, "link: not measured, with one device; name one where a prediction asks for it"]
     return [*lines, f"link: {found.link.bytes_per_s / 1e9:.2f} GB/s, latency {found.link.latency_s * 1e6:.0f} us"]

@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import Ranks
 
-from helixpipe.commands.profile import _parser, _shape, profile
+from helixpipe.commands.profile import _parser, _shape, _words, profile
 from helixpipe.errors import ConfigError, HelixpipeError, RankError
 from helixpipe.predict.hardware import Link
-from helixpipe.predict.profile import KINDS, SIZES, WITH_WEIGHTS, Profile
+from helixpipe.predict.profile import KINDS, SIZES, WITH_WEIGHTS, Profile, Timing
 from helixpipe.runtime.profiling import Asked, Parts, default_cuts, measure, measure_link, measure_machine
 from helixpipe.schedule.action import Pass
 from helixpipe.schedule.check import check
@@ -145,6 +145,16 @@ def test_the_command_prints_one_object_and_writes_the_profile(
     assert lines[-2] == "link: not measured, with one device; name one where a prediction asks for it"
     assert lines[-1] == f"written: {out}"
     torch.set_num_threads(threads)
+
+
+def test_timings_that_scatter_are_told() -> None:
+    even = Timing("mlp", Pass.F, 64, 0, 1e-3)
+    told = "timings are up to 60% off their curves: other work on this machine, or parts too small to time; measure when it is idle, with more --rounds or a longer --sequence-length"
+    for slowest, expected in ((1.0, False), (3.0, True)):
+        timings = [Timing(kind, run, n, 0, 1e-6 * n) for kind in KINDS for run in "FIW" for n in (64, 128)]
+        timings += [even._replace(seconds=64e-6 * slowest)]
+        found = replace(measure_once(), timings=tuple(t._replace(run=Pass(t.run)) for t in timings))
+        assert any(told == line for line in _words(found)) is expected
 
 
 REFUSED = [
