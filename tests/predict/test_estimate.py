@@ -87,9 +87,7 @@ def test_the_program_is_the_one_that_training_runs() -> None:
     trained = lower(schedule, SHAPE, LONG.batch(1))
     told = [[str(i) for i in rank] for rank in found.program.ranks]
     assert told == [[str(i) for i in rank] for rank in trained.ranks]
-    assert found.timeline.order == tuple(
-        tuple(i.action for i in rank if isinstance(i, Run)) for rank in trained.ranks
-    )
+    assert found.timeline.order == tuple(tuple(i.action for i in rank if isinstance(i, Run)) for rank in trained.ranks)
 
 
 def test_tensor_parallel_shares_activations_and_messages() -> None:

@@ -51,7 +51,7 @@ def test_helix_fits_where_the_others_must_recompute(helix: dict[str, Any]) -> No
 
     assert not any(step(way)["fits"] for name in ("1F1B", "ZB1P") for way in helix["OTHERS"][name])
     again = [step(way) for way in helix["OTHERS"]["AdaPipe-like"][1:]]
-    ours = step(helix["HELIX"][helix["PAPERS"]][0])
+    ours = step(helix["WHOLE"][helix["PAPERS"]][0])
     assert all(each["fits"] for each in (*again, ours))
     assert ours["step_s"] < min(each["step_s"] for each in again)
 
@@ -59,7 +59,7 @@ def test_helix_fits_where_the_others_must_recompute(helix: dict[str, Any]) -> No
 def test_waiting_for_messages_costs_time(helix: dict[str, Any]) -> None:
     """A little, where the links are fast."""
     overlapped, waited = (
-        helix["priced"](helix["HELIX"][helix["PAPERS"]][0], "3b", 32 * K, 4, helix["Assumptions"](blocking=blocking))
+        helix["priced"](helix["WHOLE"][helix["PAPERS"]][0], "3b", 32 * K, 4, helix["Assumptions"](blocking=blocking))
         for blocking in (False, True)
     )
     assert overlapped["step_s"] < waited["step_s"] < 1.2 * overlapped["step_s"]

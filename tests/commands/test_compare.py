@@ -1,0 +1,85 @@
+"""`helixpipe compare`: a run's measured step beside the predicted one. A real run's is in test_plan.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from helixpipe.cli import main
+from helixpipe.config_text import build_config, write_toml
+from helixpipe.predict.hardware import named_accelerator
+from helixpipe.predict.simulate import simulate_program
+from helixpipe.predict.timeline import Timeline
+from helixpipe.predict.timeline_text import from_json, to_json
+from helixpipe.schedule.lower import lower
+
+TABLE = {
+    "model": {"name": "tiny"}, "schedule": {"family": "helix", "ranks": 2, "microbatches": 4},
+    "train": {"sequence_length": 256},
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run whose measured step took two seconds an action."""
+    config = build_config(TABLE)
+    schedule, setting = config.build_schedule(), config.setting()
+    program = lower(schedule, setting.shape, setting.batch(1))
+    measured = simulate_program(program, lambda action: 2.0, lambda message: 0.5, keeping=setting.keeping)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.toml").write_text(write_toml(config))
+    (folder / "timeline.json").write_text(to_json(measured))
+    return folder
+
+
+def test_what_was_written_is_read(run: Path) -> None:
+    text = (run / "timeline.json").read_text()
+    assert to_json(from_json(text)) == text
+    assert isinstance(from_json(text), Timeline)
+
+
+def test_a_replay_differs_by_its_messages_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{run}: helix, 2 ranks; predicted from this step's own action times"
+    rows = {line[:28].strip(): line[28:].split() for line in lines[3:]}
+    assert float(rows["makespan"][-1]) < 1
+    for rank in range(2):
+        assert rows[f"rank {rank} busy"][-1] == "1.000"
+        assert rows[f"rank {rank} peak activation bytes"][-1] == "1.000"
+
+
+def test_from_an_accelerator_with_a_page(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.html"
+    assert main(["compare", str(run), "--hardware", "h100", "--html", str(page)]) == 0
+    assert "predicted from h100" in capsys.readouterr().out
+    assert "measured" in page.read_text()
+    assert named_accelerator("h100")
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "message"),
+    [
+        (lambda run: (run / "config.toml").unlink(), "", "no config.toml there; name a run folder, such as runs/default-1"),
+        (lambda run: (run / "timeline.json").unlink(), "", "timeline.json: No such file or directory; a run writes it at step"),
+        (lambda run: (run / "timeline.json").write_text("{}"), "", "timeline.json: not a timeline; a run writes one at step"),
+        (lambda run: (run / "timeline.json").write_text('{"spans": [[["0X0", 0, 1, ""]]], "memory": [], "standing": []}'), "",
+         "timeline.json: not a timeline"),
+        (lambda run: (run / "timeline.json").write_text('{"spans": [], "memory": [], "standing": []}'), "",
+         "config.toml and timeline.json are not of one run: their actions differ"),
+        (lambda run: None, "--hardware h1000", "--hardware: 'h1000' is not known; did you mean 'h100'?"),
+        (lambda run: None, "--hardware h100 --profile p.json", "profile, hardware: both are given; choose one"),
+        (lambda run: None, "--profile p.json", "p.json"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(
+    run: Path, change: object, flags: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(run)  # type: ignore[operator]
+    assert main(["compare", str(run), *flags.split()]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert len(shown.err.splitlines()) == 1
+    assert message in shown.err

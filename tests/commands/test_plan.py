@@ -1,0 +1,78 @@
+"""`helixpipe plan`: the table, the list, the picture and the config that trains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from helixpipe.cli import main
+from helixpipe.config_text import build_config, read_toml
+
+SMALL = "--ranks 2 --microbatches 4 --model tiny --sequence-length 1024 --hardware laptop-core --processes 1"
+
+
+def test_json_is_a_ranked_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(f"plan {SMALL} --families 1f1b,helix --json".split()) == 0
+    found = json.loads(capsys.readouterr().out)
+    times = [each["makespan_s"] for each in found]
+    assert times == sorted(times)
+    assert {each["family"] for each in found} == {"1f1b", "helix", "fsdp", "context_parallel"}
+    for each in found:
+        assert {"options", "ideal_s", "bubble_ratio", "recompute", "ranks"} <= each.keys()
+        assert {"busy_s", "idle_s", "peak_activation_bytes", "peak_bytes"} <= each["ranks"][0].keys()
+
+
+def test_the_table_has_the_best_the_front_and_what_is_no_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(f"plan {SMALL} --families 1f1b,seq1f1b --top 3".split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == (
+        "tiny, 4 micro-batches of 1 x 1,024 tokens on 2 ranks; laptop-core, 8.0 GiB each, link loopback"
+    )
+    assert " fit; priced in " in lines[1]
+    rows = [line for line in lines[3:] if line[:3].strip().isdigit()]
+    assert [int(line[:3]) for line in rows[:3]] == [1, 2, 3]
+    assert rows[0][3] == "*"
+    assert all(line[3] == "*" for line in rows[3:])
+    assert sum(line.startswith("not a pipeline: ") for line in lines) == 2
+
+
+def test_the_config_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "planned.toml"
+    assert (
+        main(f"plan {SMALL} --families seq1f1b_interleaved --config {config} --svg {tmp_path / 'a.svg'}".split()) == 0
+    )
+    read = build_config(read_toml(config))
+    assert read.schedule.family == "seq1f1b_interleaved"
+    assert read.train.sequence_length == 1024
+    assert read.runtime.dtype == "float32"
+    assert "tiny at 1,024 tokens" in (tmp_path / "a.svg").read_text()
+    flags = "--train.steps 2 --train.evaluate_every 0 --data.held_out 0 --run.timeline_step 2 --run.checkpoint_every 0"
+    assert main(["train", str(config), "--run.folder", str(tmp_path / "run"), *flags.split()]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path / "run"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    numbers = {(row["name"], row["rank"]): row for row in told["numbers"]}
+    assert numbers["makespan_s", None]["measured"] > 0
+    for rank in range(2):  # the formula and the ledger
+        assert numbers["peak_activation_bytes", rank]["ratio"] == pytest.approx(1, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (f"{SMALL} --memory 0.001 --families 1f1b", "--memory: no schedule fits 0.0 GiB; the nearest is 1f1b, recompute full"),
+        (f"{SMALL} --memory -3", "--memory: -3 GiB; give more than 0"),
+        (f"{SMALL} --families 1f2b", "FAMILY: '1f2b' is not known; did you mean '1f1b'?"),
+        (f"{SMALL} --ranks 0", "ranks, microbatches: 0, 4; give at least 1 of each"),
+        (f"{SMALL} --ranks 64 --families 1f1b", "no schedule can be made for this: schedule.ranks: 4 layers cannot fill 64"),
+        (f"{SMALL} --hardware h101", "--hardware: 'h101' is not known; did you mean 'h100'?"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *line.split()]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert len(shown.err.splitlines()) == 1
+    assert message in shown.err

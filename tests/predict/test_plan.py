@@ -1,0 +1,149 @@
+"""The search: everything priced, what fits ranked, and what is no pipeline beside it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from helixpipe.errors import ConfigError
+from helixpipe.predict.alternatives import alternatives
+from helixpipe.predict.estimate import Setting
+from helixpipe.predict.hardware import Link, named_accelerator, named_link
+from helixpipe.predict.memory import Keeping
+from helixpipe.predict.plan import Candidate, Plan, candidates, estimate_candidate, plan
+from helixpipe.schedule.families import FAMILIES
+from helixpipe.shape import SHAPES, ModelShape
+from helixpipe.view.front import picture
+
+SHAPE = ModelShape(layers=8, hidden=512, heads=4, ffn=2048, vocabulary=512)
+SETTING = Setting(SHAPE, 8192, named_accelerator("h100"), named_link("infiniband"), Keeping("none", 2))
+
+
+@pytest.fixture(scope="module")
+def found() -> Plan:
+    return plan(SETTING, 4, 8, 2.0**30)
+
+
+def test_every_family_is_tried_with_every_policy() -> None:
+    asked = candidates(4, 8, 8192, 128)
+    assert {candidate.family for candidate in asked} == set(FAMILIES)
+    assert len(asked) == len(set(asked))
+    of_helix = [candidate for candidate in asked if candidate.family == "helix"]
+    assert len(of_helix) == 2 * 3 * 2 * 3 * 2  # folds, travel, groups; recompute, chunks
+    assert {candidate.recompute for candidate in asked} == {"none", "selective", "full"}
+    assert not [c for c in candidates(4, 8, 8192, 128, causal=False) if dict(c.options).get("segments", 1) > 1]
+    assert len(candidates(8, 32, 131072, 128)) > 490
+
+
+def test_what_fits_is_ranked_and_every_rank_is_told(found: Plan) -> None:
+    times = [choice.makespan_s for choice in found.fits]
+    assert times == sorted(times)
+    assert all(choice.peak_bytes <= 2.0**30 for choice in found.fits)
+    assert found.misses
+    assert all(choice.peak_bytes > 2.0**30 for choice in found.misses)
+    for choice in (*found.fits, *found.misses):
+        assert len(choice.ranks) == 4
+        assert choice.peak_bytes == max(rank.peak_bytes for rank in choice.ranks)
+        for rank in choice.ranks:
+            assert rank.busy_s + rank.idle_s == pytest.approx(choice.makespan_s)
+
+
+def test_a_choice_is_what_its_estimate_says(found: Plan) -> None:
+    for choice in (found.best, found.fits[len(found.fits) // 2], found.misses[0]):
+        if choice.is_pipeline:
+            again = estimate_candidate(SETTING, 4, 8, choice.candidate)
+            assert again.timeline.makespan_s == choice.makespan_s
+            assert tuple(rank.peak_bytes for rank in choice.ranks) == again.timeline.peak_bytes
+            assert again.ideal_s == choice.ideal_s
+
+
+def test_nothing_beats_the_front_in_both(found: Plan) -> None:
+    front = found.front
+    assert front[0] is found.best
+    for choice in found.fits:
+        if choice.is_pipeline and choice not in front:
+            assert any(c.makespan_s <= choice.makespan_s and c.peak_bytes <= choice.peak_bytes for c in front)
+    for a, b in zip(front, front[1:], strict=False):
+        assert a.makespan_s <= b.makespan_s
+        assert a.peak_bytes > b.peak_bytes
+
+
+def test_processes_find_the_same() -> None:
+    options = {"memory_bytes": math.inf, "only": ("1f1b", "helix")}
+    done: list[tuple[int, int]] = []
+    alone = plan(SETTING, 2, 4, **options, progress=lambda n, of: done.append((n, of)))
+    assert plan(SETTING, 2, 4, **options, processes=2) == alone
+    assert done == [(i, len(done)) for i in range(1, len(done) + 1)]
+
+
+def test_when_nothing_fits_the_nearest_miss_is_named() -> None:
+    found = plan(SETTING, 2, 4, 1e6, only=("1f1b", "gpipe"))
+    nearest = next(choice for choice in found.misses if choice.is_pipeline)
+    with pytest.raises(ConfigError) as caught:
+        _ = found.best
+    assert str(caught.value) == (
+        f"memory: no schedule fits 0.0 GiB; the nearest is {nearest} with {nearest.peak_bytes / 2**30:.1f} GiB on rank "
+        f"{nearest.fullest}: give that much memory, more ranks, or more tensor_parallel"
+    )
+    assert nearest.peak_bytes == min(choice.peak_bytes for choice in found.misses if choice.is_pipeline)
+
+
+def test_when_nothing_can_be_made_the_reason_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"^plan: no schedule can be made for this: schedule.ranks: 8 layers cannot"):
+        _ = plan(SETTING, 16, 4, math.inf, only=("1f1b",)).best
+
+
+def test_an_unknown_family_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"^schedule.family: 'helx' is not known; did you mean 'helix'\?$"):
+        plan(SETTING, 2, 4, math.inf, only=("helx",))
+
+
+def test_sharded_data_parallel_is_compute_or_messages_whichever_is_longer() -> None:
+    """8 sequences on 4 ranks: two turns. Weights: two gathers in bfloat16, one float32 scatter, of 3/4 of the model."""
+    free = replace(SETTING, link=named_link("free"))
+    sharded = alternatives(free, 4, 8)[0]
+    assert sharded.name == "fsdp"
+    assert sharded.makespan_s == pytest.approx(2 * free.microbatch_s) == pytest.approx(sharded.busy_s)
+    slow = replace(SETTING, link=Link("slow", 1e6, 0.0, "made up"))
+    taken = alternatives(slow, 4, 8)[0]
+    assert taken.makespan_s == pytest.approx(2 * SHAPE.parameter_count * 0.75 * (2 + 2 + 4) / 1e6)
+    uneven = alternatives(free, 4, 9)[0]
+    assert uneven.makespan_s == pytest.approx(3 * free.microbatch_s)  # one rank has a third
+
+
+def test_context_parallel_hides_its_ring_or_waits_for_it() -> None:
+    free = replace(SETTING, link=named_link("free"))
+    context = alternatives(free, 4, 8)[1]
+    assert context.name == "context_parallel"
+    assert context.makespan_s == pytest.approx(8 * free.microbatch_s / 4)
+    slow = replace(SETTING, link=Link("slow", 1e6, 0.0, "made up"))
+    elements = 2 * 8192 * SHAPE.kv_size * 0.75
+    taken = alternatives(slow, 4, 8)[1]
+    assert taken.makespan_s > 8 * SHAPE.layers * elements * (2 + 2 + 4) / 1e6
+    assert context.peak_activation_bytes < alternatives(free, 4, 8)[0].peak_activation_bytes / 3
+    assert [each.name for each in alternatives(replace(free, sequence_length=8191), 4, 8)] == ["fsdp"]
+    assert alternatives(free, 1, 8) == ()
+
+
+def test_long_sequences_on_a_fast_network_are_best_without_a_pipeline() -> None:
+    setting = Setting(SHAPES["7b"], 131072, named_accelerator("h20"), named_link("nvlink"), Keeping("none", 2))
+    found = plan(setting, 4, 4, math.inf, only=("1f1b",))
+    assert found.fits[0].candidate.family == "context_parallel"
+    assert not found.fits[0].is_pipeline
+    assert found.best.candidate.family == "1f1b"
+
+
+def test_the_picture_shows_every_choice_and_the_limit(found: Plan) -> None:
+    drawing = picture(found, "a <title> & more")
+    assert "a &lt;title&gt; &amp; more" in drawing
+    assert "does not fit" in drawing
+    assert str(found.best) in drawing
+    assert drawing.count("<title>") > 50
+    assert picture(found, "a <title> & more") == drawing
+
+
+def test_a_candidate_is_told_in_words() -> None:
+    candidate = Candidate("helix", (("folds", 2), ("travel", "qkv")), 0.5, "full", 4096)
+    assert str(candidate) == "helix, folds 2, travel qkv, evenness 0.5, recompute full, chunks of 4096"
