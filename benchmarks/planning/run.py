@@ -18,6 +18,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import itertools
+
 from peers import machine
 
 from helixpipe.predict.estimate import Setting, priced
@@ -66,9 +68,7 @@ def single(family: str, microbatches: int) -> dict[str, Any]:
     priced(program, setting)
     at.append(time.process_time())
     actions = sum(map(len, schedule.ranks))
-    steps = dict(
-        zip(("build_s", "lower_s", "simulate_s"), (b - a for a, b in zip(at, at[1:], strict=False)), strict=True)
-    )
+    steps = dict(zip(("build_s", "lower_s", "simulate_s"), (b - a for a, b in itertools.pairwise(at)), strict=True))
     return {"family": family, "microbatches": microbatches, "actions": actions, **steps, "total_s": at[-1] - at[0]}
 
 

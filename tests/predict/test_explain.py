@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -72,7 +73,7 @@ def test_the_parts_add_up(family: str, ranks: int, microbatches: int, travels: f
     path = critical_path(program, timeline)
     assert path[0].span.start_s == pytest.approx(0 if not path[0].waited_s else path[0].waited_s)
     assert path[-1].span.end_s == timeline.makespan_s
-    for before, step in zip(path, path[1:], strict=False):
+    for before, step in itertools.pairwise(path):
         assert before.span.end_s <= step.span.start_s + 1e-9
     ran = math.fsum(step.span.end_s - step.span.start_s for step in path)
     assert ran <= timeline.makespan_s + 1e-9

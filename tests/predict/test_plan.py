@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -65,7 +66,7 @@ def test_nothing_beats_the_front_in_both(found: Plan) -> None:
     for choice in found.fits:
         if choice.is_pipeline and choice not in front:
             assert any(c.makespan_s <= choice.makespan_s and c.peak_bytes <= choice.peak_bytes for c in front)
-    for a, b in zip(front, front[1:], strict=False):
+    for a, b in itertools.pairwise(front):
         assert a.makespan_s <= b.makespan_s
         assert a.peak_bytes > b.peak_bytes
 
