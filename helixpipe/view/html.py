@@ -8,8 +8,8 @@
     rank 0  |F0|F1|F2|       |B0 |F3|B1 |    measured, on the same scale
     table of ranks
 
-This file writes what is text: head, legend, names, table, and the timelines as JSON. page.js draws the lanes from that
-JSON onto canvases, only what is in sight; page.css has both colour schemes.
+This file writes what is text: head, legend, names, table, and the timelines as JSON. The scripts of page/ draw the lanes
+from that JSON onto canvases, only what is in sight; page.css has both colour schemes.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from helixpipe.view.rank_table import rank_table
 
 # nothing may be fetched, whatever a browser or its extensions think of
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
+SCRIPTS = ("lanes.js", "draw.js", "tooltip.js", "hands.js")  # one after the other, they are one script
 HELP = "Wheel or + and -: zoom. Drag or arrow keys: move. Double click or 0: all. n and p: next and previous action."
 
 
@@ -84,14 +85,17 @@ def page(
 <div id="tip" role="tooltip" aria-live="polite" hidden></div>
 <script type="application/json" id="data">{_embedded(data)}</script>
 <script>
-{_asset("page.js")}</script>
+"use strict";
+(() => {{
+{chr(10).join(map(_asset, SCRIPTS))}}})();
+</script>
 </body>
 </html>
 """
 
 
 def _asset(name: str) -> str:
-    return files("helixpipe.view").joinpath(name).read_text(encoding="utf-8")
+    return files("helixpipe.view").joinpath("page", name).read_text(encoding="utf-8")
 
 
 def _embedded(data: Any) -> str:
@@ -100,7 +104,7 @@ def _embedded(data: Any) -> str:
 
 
 def _data(timelines: Mapping[str, Timeline], unit: str, stages: Sequence[str]) -> dict[str, Any]:
-    """What page.js reads: colours and names once, then every span and memory point as short rows."""
+    """What the scripts read: colours and names once, then every span and memory point as short rows."""
     everything = [span.action for t in timelines.values() for spans in t.spans for span in spans]
     microbatches = 1 + max((action.microbatch for action in everything), default=0)
     kinds = [kind for kind in TONES if any(action.kind is kind for action in everything)]

@@ -395,6 +395,13 @@ def test_dark_pages_are_dark_and_ranks_can_be_paired(opened: Any) -> None:
     assert lanes == ["rank 0 predicted", "rank 0 measured", "rank 1 predicted", "rank 1 measured"]
 
 
+COUNT = """() => {
+    const draw = CanvasRenderingContext2D.prototype.fillRect;
+    window.drawn = 0;
+    CanvasRenderingContext2D.prototype.fillRect = function (...at) { window.drawn++; draw.apply(this, at); };
+}"""
+
+
 def test_many_more_actions_than_pixels_still_show_busy_and_idle(opened: Any) -> None:
     actions = [Action(0, Pass.F, microbatch) for microbatch in range(10_000)]
     spans = tuple(Span(a, i, i + 1) for i, a in enumerate(actions[:5_000])) + tuple(
@@ -403,6 +410,10 @@ def test_many_more_actions_than_pixels_still_show_busy_and_idle(opened: Any) -> 
     tab = opened(page({"a": Timeline((spans,))}, "t"))
     assert pixel(tab, 0, 7_500) == "#eff1f3"
     assert pixel(tab, 0, 2_500) != "#eff1f3" != pixel(tab, 0, 12_500)
+    tab.evaluate(COUNT)
+    tab.keyboard.press("+")
+    settled(tab)
+    assert 300 < tab.evaluate("window.drawn") < 1200  # a rectangle a column of pixels at most, not one an action
 
 
 def test_hostile_texts_stay_texts_in_the_browser(opened: Any) -> None:
