@@ -51,7 +51,7 @@ def ring_attention(
     many in the backward, of which the gradients are in float32 or wider. Raises ConfigError, RankError.
     """
     mesh = mesh_of(group)
-    _check(q, k, v)
+    check_shapes(q, k, v)
     lay = mesh.layout(q.shape[1] * mesh.size, layout)
     packed = None if documents is None else Documents.of(documents, lay.length, q.shape[0])
     if mesh.heads > 1:
@@ -122,7 +122,8 @@ def _to_sequence(out: Tensor, mesh: SequenceMesh) -> Tensor:
     return received.movedim(0, 2).flatten(2, 3)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises ConfigError for q, k and v that do not fit together."""
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in (("q", q), ("k", k), ("v", v)))
         raise ConfigError(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from helixpipe.errors import ConfigError
 from helixpipe.model.attention import KeptAttention
-from helixpipe.sequence.attention import _check
+from helixpipe.sequence.attention import check_shapes
 from helixpipe.sequence.documents import Documents
 from helixpipe.sequence.mesh import SequenceMesh, mesh_of
 from helixpipe.sequence.spread import ALL, Plan, Spread
@@ -40,7 +40,7 @@ def linformer_attention(
     Each document is projected by itself, to p keys of its own. The sum over ranks is in float32 or wider, forward
     and backward. The rest as in `ring_attention`. Raises ConfigError, RankError.
     """
-    _check(q, k, v)
+    check_shapes(q, k, v)
     mesh = mesh_of(group)
     lay = mesh.layout(q.shape[1] * mesh.size, layout)
     for name, projection in (("project_k", project_k), ("project_v", project_v)):

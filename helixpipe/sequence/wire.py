@@ -8,6 +8,7 @@ One group serves all rings, so nothing has to be made: hops of two rings share N
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -83,9 +84,11 @@ class Passing:
         self._sent = sends  # held until they have gone
         found = []
         for function, messages in ((dist.isend, sends), (dist.irecv, receives)):
-            for i, (tensor, peer) in enumerate(messages):
-                at = tag + i if len({p for _, p in messages}) == 1 else tag
+            earlier = Counter[int]()
+            for tensor, peer in messages:
+                at = tag + earlier[peer]
                 found.append(dist.P2POp(function, tensor, group=self._group, tag=at, group_peer=peer))
+                earlier[peer] += 1
         if found:
             with _named(self._group, self._what):
                 self._works = dist.batch_isend_irecv(found)
