@@ -33,8 +33,10 @@ ABOUT = "The best schedules for a model, a sequence length, a cluster and its me
 EPILOG = """\
 Each schedule is lowered to the program that training would run, and simulated: step time, and every rank's bytes of weights,
 gradients, optimizer, activations and messages. fsdp and context_parallel are priced on the same accelerators beside them.
-Memory leaves out what a CUDA context, a library's buffers and fragmentation take: give --memory less than there is.
+What a CUDA context, libraries' buffers, passing gradients and fragmentation take is not in these bytes: without --memory,
+8% of the hardware's is kept free for them.
 """
+RESERVE = 0.08
 
 
 def plan(given: list[str]) -> int:
@@ -42,7 +44,7 @@ def plan(given: list[str]) -> int:
     args = _parser().read(given)
     with as_flags():
         setting = setting_from(args)
-        memory_bytes = setting.accelerator.memory_bytes if args.memory is None else args.memory * 2**30
+        memory_bytes = setting.accelerator.memory_bytes * (1 - RESERVE) if args.memory is None else args.memory * 2**30
         if not memory_bytes > 0:
             raise ConfigError(f"memory: {args.memory:g} GiB; give more than 0")
         only = tuple(args.families.split(",")) if args.families else ()
@@ -68,7 +70,7 @@ def _parser() -> Parser:
     parser = Parser("plan", usage, ABOUT, EPILOG)
     parser.add_argument("--ranks", type=number, required=True, metavar="P", help="pipeline ranks")
     parser.add_argument("--microbatches", type=number, required=True, metavar="M", help="micro-batches of a step")
-    parser.add_argument("--memory", type=decimal, metavar="GIB", help="of each accelerator [the hardware's]")
+    parser.add_argument("--memory", type=decimal, metavar="GIB", help="of each accelerator [92%% of the hardware's]")
     parser.add_argument("--families", metavar="F,F,...", help="only these [all]")
     parser.add_argument("--top", type=number, default=12, metavar="N", help="rows to show [12]")
     parser.add_argument("--config", metavar="FILE", help="write the best one as a config that helixpipe train runs")

@@ -21,7 +21,7 @@ SHAPE = ModelShape(layers=2, hidden=8, heads=2, ffn=32, vocabulary=16, mlp="gelu
 BATCH = Batch(3, (10,))
 IDEAL = Analytic(SHAPE, named_accelerator("ideal"))
 # 100 FLOPs and 10 bytes a second
-SLOW = Accelerator("slow", 100.0, 1e9, 10.0, "made up", 0.5, 0.25, 0.2, 1.0)
+SLOW = Accelerator("slow", 100.0, 1e9, 10.0, "made up", 0.5, 0.25, 0.2, 1.0, 0.0)
 
 
 def test_ideal_prices_every_flop_alike() -> None:
@@ -39,6 +39,13 @@ def test_attention_has_no_weights_and_its_own_efficiency() -> None:
     assert costs.forward_s(attention, BATCH, 0) == pytest.approx(flops / 25)
     assert costs.input_s(attention, BATCH, 0) == pytest.approx(2.5 * flops / 20)
     assert costs.weight_s(attention, BATCH, 0) == 0
+
+
+def test_starting_a_part_takes_time_whatever_its_size() -> None:
+    started = Analytic(SHAPE, replace(SLOW, launch_s=3.0))
+    for part in chain(2):
+        assert started.forward_s(part, BATCH, 0) == pytest.approx(Analytic(SHAPE, SLOW).forward_s(part, BATCH, 0) + 3)
+    assert started.weight_s(Part("attn", 0), BATCH, 0) == 0  # there is none
 
 
 def test_bytes_take_time_beside_flops() -> None:

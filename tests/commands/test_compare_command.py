@@ -1,4 +1,4 @@
-"""`helixpipe compare`: a run's measured step beside the predicted one. A real run's is in test_plan.py."""
+"""`helixpipe compare`: a run's measured step beside the predicted one. A real run's is in test_plan_command.py."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def test_the_table_has_the_best_the_front_and_what_is_no_pipeline(capsys: pytest
     assert main(f"plan {SMALL} --families 1f1b,seq1f1b --top 3".split()) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
-        "tiny, 4 micro-batches of 1 x 1,024 tokens on 2 ranks; laptop-core, 8.0 GiB each, link loopback"
+        "tiny, 4 micro-batches of 1 x 1,024 tokens on 2 ranks; laptop-core, 7.4 GiB each, link loopback"
     )
     assert " fit; priced in " in lines[1]
     rows = [line for line in lines[3:] if line[:3].strip().isdigit()]
