@@ -233,9 +233,18 @@ class _Step:
 
 
 def _key_values(chunk: Chunk, shape: ModelShape, batch: Batch, segment: int, keeping: Keeping) -> Kept:
-    """Keys and values that later segments read: there until the segment's own backward."""
+    """Keys and values that later segments read: there until the segment's own backward.
+
+    Where a recompute makes them anew, those of the forward stay beside the recomputed ones.
+    """
     values = [value for part in chunk.parts if part.kind == "attn" for value in part.reads[1:]]
-    return {str(value): _bytes(value, shape, batch, segment, keeping) for value in values}
+    twice = keeping.recompute != "none"
+    return {
+        f"{value} of the forward" if twice and value not in chunk.reads else str(value): _bytes(
+            value, shape, batch, segment, keeping
+        )
+        for value in values
+    }
 
 
 def _put_off(part: Part, shape: ModelShape, batch: Batch, segment: int, keeping: Keeping) -> Kept:
