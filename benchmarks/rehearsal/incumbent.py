@@ -106,7 +106,7 @@ class TorchStep:
         """Nothing is shared."""
 
     def run(self, rank: int, store: Store) -> dict[str, Any]:
-        """`start_s` and `end_s` of the step on this rank, seconds slept by kind, and torch's order of every rank."""
+        """`start_s` and `end_s` of the step on this rank, how often it slept F, I and W, and torch's order of every rank."""
         torch.set_num_threads(1)
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=self.ranks, timeout=timedelta(seconds=self.timeout_s)
@@ -134,10 +134,10 @@ class TorchStep:
             schedule.step(*given, **named)
             end_s = time.perf_counter()
         dist.barrier()
-        slept = [sum(e - b for module in modules for k, b, e in module.slept if k == kind) for kind in range(3)]
+        sleeps = [sum(which == kind for module in modules for which, _, _ in module.slept) for kind in range(3)]
         order = getattr(schedule, "pipeline_order", None) if rank == 0 and self.per_rank > 1 else None
         told = [[str(a) for a in order[r] if a is not None] for r in range(self.ranks)] if order else None
-        return {"start_s": start_s, "end_s": end_s, "slept_s": slept, "order": told}
+        return {"start_s": start_s, "end_s": end_s, "sleeps": sleeps, "order": told}
 
 
 def _loss(output: Tensor, target: Tensor) -> Tensor:

@@ -48,8 +48,9 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "helix, two-fold, qkv travels": ("helix", {"travel": "qkv"}),
     "helix, two-fold, attention travels": ("helix", {"travel": "attention"}),
 }
-# the best of each side by simulation, within a fifth of torch's activations; rehearsed in longer steps
+# the best of ours by simulation, and some with fewer actions, all within a fifth of torch's activations; longer steps
 BEST: dict[str, tuple[str, dict[str, Any]]] = {
+    "seq1f1b_interleaved, k=12, v=2": ("seq1f1b_interleaved", {"segments": 12, "stages_per_rank": 2}),
     "seq1f1b_interleaved, k=12, v=4": ("seq1f1b_interleaved", {"segments": 12, "stages_per_rank": 4}),
     "seq1f1b_interleaved, k=16, v=4": ("seq1f1b_interleaved", {"segments": 16, "stages_per_rank": 4}),
 }
@@ -103,8 +104,8 @@ def torchs(setting: Setting, name: str, scale: float) -> Measured:
     each = [tuple(scale * seconds(Action(s, p, 0)) for p in (Pass.F, Pass.I, Pass.W)) for s in range(len(stages))]
     load = os.getloadavg()[0]
     ranks = run_forked(TorchStep(kind, RANKS, MICROBATCHES, each))  # type: ignore[arg-type]
-    slept, modelled = sum(sum(rank["slept_s"]) for rank in ranks), MICROBATCHES * sum(map(sum, each))
-    assert modelled <= slept < 1.02 * modelled, f"{name}: slept {slept} s, the model has {modelled} s"
+    # every stage slept every part of every micro-batch once; how late sleeps end is part of what is measured
+    assert [sum(rank["sleeps"][kind] for rank in ranks) for kind in range(3)] == [MICROBATCHES * len(stages)] * 3
     rows = ranks[0]["order"] or [[str(action) for action in order] for order in plain.ranks]
     schedule = Schedule(stages, tuple(tuple(a for cell in row for a in read_cell(cell, name)) for row in rows))
     same = estimate(schedule, setting)
@@ -208,7 +209,7 @@ def text(result: dict[str, Any]) -> str:
     for each in result.get("duels", ()):
         lines += [
             "",
-            f"{each['torch']} takes {_spread(each['torch_over_ours'])} of the time of {each['ours']}, "
+            f"{each['torch']} takes {_spread(each['torch_over_ours'])} times as long as {each['ours']}, "
             f"which keeps {each['activations_of_torch']:.3f} of its activations.",
         ]
     return "\n".join(lines)
