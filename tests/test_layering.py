@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "view": {"errors", "schedule", "predict", "view"},
     "model": {"errors", "shape", "schedule", "model"},
     "sequence": {"errors", "shape", "schedule", "model", "sequence"},
-    "runtime": {"errors", "shape", "schedule", "predict", "model", "runtime"},
+    "runtime": {"errors", "mesh", "shape", "schedule", "predict", "model", "sequence", "runtime"},
 }
 
 

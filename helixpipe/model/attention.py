@@ -56,6 +56,10 @@ class KeyValues:
         if segment not in self.keys:
             self.keys[segment], self.values[segment] = self.keep(k), self.keep(v)
 
+    def length(self, segment: int) -> int:
+        """Tokens of all earlier segments that are here."""
+        return sum(self.keys[s].tensor.shape[1] for s in range(segment))
+
     def prefix(self, segment: int) -> tuple[Tensor, Tensor]:
         """[b, start, kv_heads, d] of all earlier segments."""
         k, v = ([held[s].tensor for s in range(segment)] for held in (self.keys, self.values))
@@ -146,8 +150,16 @@ def _heads(t: Tensor) -> Tensor:
     return t.transpose(1, 2)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, state: AttentionState) -> Tensor:
+    """o, [b, s, heads * d], from all keys and values here."""
+    return _Attention.apply(q, k, v, causal, state)  # type: ignore[no-any-return,no-untyped-call]
+
+
 class Attention(nn.Module):
     """The part `attn`. Parameterless, so it can run on any rank."""
+
+    attend: Callable[[Tensor, Tensor, Tensor, bool, AttentionState], Tensor] = staticmethod(attend)
+    """Another where a sequence is spread over ranks."""
 
     def __init__(self, causal: bool) -> None:
         super().__init__()
@@ -155,4 +167,4 @@ class Attention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None = None) -> Tensor:
         """o, [b, s, heads * d]."""
-        return _Attention.apply(q, k, v, self.causal, state or AttentionState())  # type: ignore[no-any-return,no-untyped-call]
+        return self.attend(q, k, v, self.causal, state or AttentionState())

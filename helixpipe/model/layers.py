@@ -1,4 +1,4 @@
-"""The parts of a decoder as torch modules. b sequences, s tokens, h hidden size; `start` is the first position.
+"""The parts of a decoder as torch modules. b sequences, s tokens, h hidden size; `start` says where the tokens are.
 
 embed(tokens, start) -> x      norm(x) -> n             qkv(n, start) -> q, k, v    attn(q, k, v) -> o
 proj(o, x) -> y                mlp(y) -> x'             head(x, targets) -> summed loss
@@ -6,6 +6,8 @@ block(x, start) -> x'          a whole layer, where it cannot be split
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,8 @@ from helixpipe.shape import ModelShape
 
 IGNORED = -100
 """A target that counts for nothing, as in torch's cross entropy."""
+Start = int | Tensor
+"""The first position of contiguous tokens; where ranks share a sequence, every token's position, int64 [s]."""
 
 
 def norm(shape: ModelShape, size: int | None = None) -> nn.Module:
@@ -26,24 +30,28 @@ def norm(shape: ModelShape, size: int | None = None) -> nn.Module:
     return kind(size or shape.hidden, eps=shape.norm_eps)
 
 
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
 class Rope:
     """Rotary positions (arXiv 2104.09864), halves rotated as in Llama. One table, made on demand and shared."""
 
     def __init__(self, head_dim: int, base: float) -> None:
         self.head_dim, self.base = head_dim, base
-        self.tables: dict[tuple[int, int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self.tables: dict[tuple[Start, int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
-    def table(self, start: int, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def table(self, start: Start, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin, [s, 1, d/2], from angles in float64 so that far positions stay exact."""
-        key = start, length, device, dtype
+        key = start, length, device, dtype  # a tensor is a key by its identity: runs make theirs once
         if key not in self.tables:
             steps = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=device) / self.head_dim
-            positions = torch.arange(start, start + length, dtype=torch.float64, device=device)
-            angles = torch.outer(positions, self.base**-steps).unsqueeze(1)
+            positions = start if isinstance(start, Tensor) else torch.arange(start, start + length, device=device)
+            angles = torch.outer(positions.double(), self.base**-steps).unsqueeze(1)
             self.tables[key] = angles.cos().to(dtype), angles.sin().to(dtype)
         return self.tables[key]
 
-    def __call__(self, x: Tensor, start: int) -> Tensor:
+    def __call__(self, x: Tensor, start: Start) -> Tensor:
         """Rotate x [b, s, heads, d]."""
         cos, sin = self.table(start, x.shape[1], x.device, x.dtype)
         first, second = x.chunk(2, -1)
@@ -56,14 +64,19 @@ class Embed(nn.Module):
         self.tokens = nn.Embedding(shape.vocabulary, shape.hidden)
         self.positions = nn.Embedding(shape.context, shape.hidden) if shape.positions == "learned" else None
 
-    def forward(self, tokens: Tensor, start: int) -> Tensor:
+    def forward(self, tokens: Tensor, start: Start) -> Tensor:
         x: Tensor = self.tokens(tokens)
-        if self.positions is not None:
-            x = x + self.positions.weight[start : start + tokens.shape[1]]
-        return x
+        if self.positions is None:
+            return x
+        if isinstance(start, Tensor):
+            return x + self.positions(start)  # type: ignore[no-any-return]
+        return x + self.positions.weight[start : start + tokens.shape[1]]
 
 
 class QKV(nn.Module):
+    gather: Callable[[Tensor], Tensor] = staticmethod(_same)
+    """From this rank's tokens to those of all ranks that divide the heads."""
+
     def __init__(self, shape: ModelShape, rope: Rope | None) -> None:
         super().__init__()
         self.q = Linear(shape.hidden, shape.q_size, bias=shape.qkv_bias)
@@ -73,7 +86,8 @@ class QKV(nn.Module):
         self.k_norm = norm(shape, shape.head_dim) if shape.qk_norm else None
         self.rope, self.head_dim = rope, shape.head_dim
 
-    def forward(self, n: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, n: Tensor, start: Start) -> tuple[Tensor, Tensor, Tensor]:
+        n = self.gather(n)
         q, k, v = (linear(n).unflatten(-1, (-1, self.head_dim)) for linear in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -94,6 +108,9 @@ class Proj(nn.Module):
 class MLP(nn.Module):
     """Norm, GELU or SwiGLU MLP and residual add; over slices of `chunk` tokens when that is not 0."""
 
+    gather: Callable[[Tensor], Tensor] = staticmethod(_same)
+    """From this rank's tokens to those of all ranks that divide `ffn`."""
+
     def __init__(self, shape: ModelShape, chunk: int = 0) -> None:
         super().__init__()
         self.norm = norm(shape)
@@ -106,7 +123,7 @@ class MLP(nn.Module):
         return chunked(self, self.chunk, y)
 
     def whole(self, x: Tensor, *others: Tensor) -> Tensor:
-        n = self.norm(x)
+        n = self.gather(self.norm(x))
         inner = F.gelu(self.up(n)) if self.gate is None else F.silu(self.gate(n)) * self.up(n)
         return x + self.down(inner)  # type: ignore[no-any-return]
 
@@ -137,5 +154,5 @@ class Block(nn.Module):
         super().__init__()
         self.norm, self.qkv, self.attn, self.proj, self.mlp = norm, qkv, attn, proj, mlp
 
-    def forward(self, x: Tensor, start: int) -> Tensor:
+    def forward(self, x: Tensor, start: Start) -> Tensor:
         return self.mlp(self.proj(self.attn(*self.qkv(self.norm(x), start)), x))  # type: ignore[no-any-return]

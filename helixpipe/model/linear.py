@@ -58,7 +58,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         linear: Linear = ctx.linear
         dx = grad @ weight if ctx.needs_input_grad[0] else None
-        db = grad.flatten(0, -2).sum(0) if linear.bias is not None else None
+        db = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         if linear.queue is not None and linear.queue.open:
             assert isinstance(linear.weight, nn.Parameter)
             linear.queue.put(linear.weight, x, grad)
@@ -84,6 +84,11 @@ class Linear(nn.Linear):
     """x [..., into] -> [..., out]. With no queue it is torch's linear layer."""
 
     queue: WeightQueue | None = None
+    scatter: Callable[[Tensor], Tensor] | None = None
+    """Where ranks divide `into`: from this rank's product to its share of the sum of theirs; the bias comes after."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Linear.apply(x, self.weight, self.bias, self)  # type: ignore[no-any-return,no-untyped-call]
+        if self.scatter is None:
+            return _Linear.apply(x, self.weight, self.bias, self)  # type: ignore[no-any-return,no-untyped-call]
+        y = self.scatter(_Linear.apply(x, self.weight, None, self))  # type: ignore[no-untyped-call]
+        return y if self.bias is None else y + self.bias

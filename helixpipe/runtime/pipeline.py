@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,20 +12,25 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import Store, _get_default_store
 
 from helixpipe.errors import ConfigError, RankError
+from helixpipe.mesh import MeshShape
 from helixpipe.model.decoder import Model
 from helixpipe.model.layers import IGNORED
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
+from helixpipe.runtime.context import Context
 from helixpipe.runtime.executor import execute
 from helixpipe.runtime.ledger import Ledger
+from helixpipe.runtime.mesh import Mesh
 from helixpipe.runtime.recorder import Recorder
+from helixpipe.runtime.reduction import Reduction
+from helixpipe.runtime.shares import Shares
 from helixpipe.runtime.stages import Stages
-from helixpipe.runtime.tape import POLICIES, Feed, Tape
+from helixpipe.runtime.tape import POLICIES, Tape
+from helixpipe.runtime.tensor import TensorParallel
 from helixpipe.runtime.transport import Transport
-from helixpipe.runtime.watch import Watch
 from helixpipe.runtime.weights import Weights
 from helixpipe.schedule.action import Action
 from helixpipe.schedule.check import check
-from helixpipe.schedule.lower import lower
+from helixpipe.schedule.lower import flops, lower
 from helixpipe.schedule.program import Program
 from helixpipe.schedule.schedule import Schedule
 from helixpipe.shape import Batch
@@ -50,28 +56,41 @@ class Pipeline:
         recompute: str = "selective",
         timeout_s: float = 300.0,
         segment_lengths: tuple[int, ...] | None = None,
+        context_method: str = "ring",
+        layout: str = "zigzag",
     ) -> None:
-        """`mesh` is one-dimensional, over the pipeline's ranks; None is all ranks of the default group.
+        """`mesh`: dimensions named pp, dp, cp, tp, as few as there are; without names it is all pp, and None is all
+        ranks of the default group. `context_method` (ring or ulysses) and `layout` (zigzag, striped or plain, of a
+        ring): how cp ranks share a sequence.
 
         `dtype` is what parts compute in; the masters, their gradients and the optimizer stay float32 (float64
         for float64). `recompute`: none, full or selective (see `runtime.tape`). `segment_lengths`, in tokens: of a
-        schedule with segments. Raises ConfigError, ScheduleError.
+        schedule with segments, over all cp ranks. Raises ConfigError, ScheduleError.
         """
         check(schedule)
         if recompute not in POLICIES:
             raise ConfigError(f"runtime.recompute: '{recompute}' is not known; known: {', '.join(POLICIES)}")
         _check_segments(model, schedule, segment_lengths)
-        self.segment_lengths = segment_lengths
         self.model, self.schedule, self.device = model, schedule, torch.device(device)
-        self.group = mesh.get_group() if mesh is not None else (dist.group.WORLD if dist.is_initialized() else None)
-        self.rank = dist.get_rank(self.group) if self.group is not None else 0
-        self.ranks = dist.get_world_size(self.group) if self.group is not None else 1
+        self.mesh = Mesh(mesh, timeout_s)
+        self.group, self.rank, self.ranks = self.mesh.group("pp"), self.mesh.here.pp, self.mesh.shape.pp
         if self.ranks != len(schedule.ranks):
             raise ConfigError(
                 f"schedule.ranks: the schedule has {len(schedule.ranks)} ranks and {self.ranks} are running; start as many"
             )
-        self._weights = Weights(model, schedule, self.rank, self.device, dtype)
-        self._watch = Watch(_store() if self.group is not None else None, self.rank, self.ranks)
+        self._divided = MeshShape(*self.mesh.shape, context_method, layout)
+        self._divided.check(model.shape, segment_lengths or ())
+        cp, tp = self.mesh.group("cp"), self.mesh.group("tp")
+        self._tensor = None if tp is None else TensorParallel(tp, model.shape)
+        self._shape = model.shape if self._tensor is None else self._tensor.local
+        context = None if cp is None else Context(cp, context_method, layout)
+        self._shares = Shares(self.mesh, context, schedule.microbatches, segment_lengths, self.device)
+        self._weights = Weights(model, schedule, self.rank, self.device, dtype, self._tensor)
+        for part, module in self._weights.modules.items():
+            if context is not None:
+                context.join(part, module)
+        self._watch = self.mesh.watch(_store() if self.mesh.everyone is not None else None)
+        self._reduction = Reduction(self.parameters, self._tensor.cuts if self._tensor else (), self.mesh, self._watch)
         self._transport = Transport(self.group, self.device, dtype, self._weights.master_dtype, timeout_s, self._watch)
         self._ledger = Ledger(self._weights.is_parameter)
         self._tapes = {
@@ -91,8 +110,8 @@ class Pipeline:
     def step(self, tokens: Tensor, targets: Tensor) -> float:
         """Forward and backward of one batch; the mean loss per target token, the same on every rank.
 
-        `tokens`, `targets`: int64 [microbatches * microbatch_size, s], the same on every rank; a target of
-        -100 does not count. Gradients are added to those in `parameters`.
+        `tokens`, `targets`: int64 [dp * microbatches * microbatch_size, s], whole and the same on every rank of the
+        mesh; a target of -100 does not count. Gradients, of the whole batch, are added to those in `parameters`.
         """
         return self._run(tokens, targets, training=True)
 
@@ -107,20 +126,31 @@ class Pipeline:
     def clip_gradients(self, max_norm: float) -> float:
         """The norm of all gradients of all ranks, which are scaled down to `max_norm` when it is above.
 
-        Collective. Norms are added in rank order, so the result is the same everywhere and every time.
+        Collective. Every parameter counts once, on however many ranks it is. Norms are added in rank order, so the
+        result is the same everywhere and every time.
         """
-        gradients = [p.grad for _, p in sorted(self.parameters.items()) if p.grad is not None]
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
-        squared = float(torch.stack(norms).square().sum()) if norms else 0.0
+        cuts = self._tensor.cuts if self._tensor else {}
+        named = [(name, p.grad) for name, p in sorted(self.parameters.items()) if p.grad is not None]
+        divided = _squared(gradient for name, gradient in named if name in cuts)
+        whole = _squared(gradient for name, gradient in named if name not in cuts)
         self._watch.doing = "the norm of all gradients"
-        norm = math.sqrt(sum(row[0] for row in self._gathered([squared])))
+        rows = zip(self.mesh.places, self._gathered([divided, whole]), strict=True)
+        counted = [d + w * (place.tp == 0) for place, (d, w) in rows if place.dp == place.cp == 0]
+        norm = math.sqrt(sum(counted))
         if norm > max_norm:
-            for gradient in gradients:
+            for _, gradient in named:
                 gradient.mul_(max_norm / (norm + 1e-6))
         return norm
 
+    def as_whole(self, name: str, mine: Tensor) -> Tensor:
+        """A tensor of a parameter's shape (itself, a moment) as this rank's part of the whole, on the same memory.
+
+        For torch.distributed.checkpoint: a DTensor where tp divides the parameter, else the tensor.
+        """
+        return mine if self._tensor is None else self._tensor.as_whole(name, mine, self.mesh.line("tp"))
+
     def timeline(self) -> Timeline:
-        """Measured timeline of the last step, all ranks. Collective."""
+        """Measured timeline of the last step, all ranks of this rank's pipeline. Collective."""
         mine = self._recorder.spans(), self._recorder.memory()
         everyone: list[tuple[tuple[Span, ...], tuple[MemoryPoint, ...]] | None] = [None] * self.ranks
         if self.group is None:
@@ -147,11 +177,13 @@ class Pipeline:
         return self._last
 
     def program(self, batch: Batch, training: bool = True) -> Program:
-        """The program of a batch's shape: lowered once."""
+        """The program of a batch's shape, whole over cp and tp: lowered once."""
         key = batch, training
         if key not in self._programs:
             schedule = self.schedule if training else self.schedule.forward_only()
-            self._programs[key] = lower(schedule, self.model.shape, batch)
+            # every rank divides the work alike, so the whole's orders messages
+            local = self._shares.local(batch)
+            self._programs[key] = lower(schedule, self._shape, local, flops(schedule, self.model.shape, batch))
         return self._programs[key]
 
     def close(self) -> None:
@@ -160,64 +192,35 @@ class Pipeline:
         self._transport.close()
 
     def _run(self, tokens: Tensor, targets: Tensor, training: bool) -> float:
-        batch = self._batch(tokens, targets)
+        batch = self._shares.batch(tokens, targets)
+        self._divided.check(self.model.shape, batch.segment_lengths)
         self._last = program = self.program(batch, training)
         counted = int((targets != IGNORED).sum())
         scale = 1.0 / max(counted, 1)
-        stages = Stages(
-            program, self._tapes, self._weights, self._ledger, self._feeds(tokens, targets, batch), scale, training
-        )
+        feeds = self._shares.feeds(tokens, targets, batch)
+        stages = Stages(program, self._tapes, self._weights, self._ledger, feeds, scale, training)
         self._watch.doing = "the start of a step"
         self._gathered([0.0])  # clocks start together
-        execute(program.ranks[self.rank], stages, self._weights, self._transport, self._recorder, self._watch)
+        self._reduction.begin()
+        try:
+            execute(program.ranks[self.rank], stages, self._weights, self._transport, self._recorder, self._watch)
+        except RankError as error:
+            raise self._watch.placed(error) from error
+        self._reduction.finish()
         loss = sum((float(stages.losses[key].double()) for key in sorted(stages.losses)), 0.0) * scale
         loss = math.fsum(row[0] for row in self._gathered([loss]))
         self._watch.doing = "work between steps"
         return loss
 
-    def _batch(self, tokens: Tensor, targets: Tensor) -> Batch:
-        m = self.schedule.microbatches
-        if tokens.dim() != 2 or tokens.shape != targets.shape:
-            raise ConfigError(
-                f"tokens {list(tokens.shape)}, targets {list(targets.shape)}: give both as [sequences, tokens]"
-            )
-        if tokens.shape[0] % m:
-            raise ConfigError(f"tokens: {tokens.shape[0]} sequences do not divide into {m} micro-batches")
-        lengths = self.segment_lengths or (tokens.shape[1],)
-        if sum(lengths) != tokens.shape[1]:
-            raise ConfigError(
-                f"tokens: {tokens.shape[1]} a sequence, and the segments {list(lengths)} add up to {sum(lengths)}"
-            )
-        return Batch(tokens.shape[0] // m, lengths)
-
-    def _feeds(self, tokens: Tensor, targets: Tensor, batch: Batch) -> dict[tuple[int, int], Feed]:
-        tokens, targets = tokens.to(self.device), targets.to(self.device)
-        feeds = {}
-        for mb in range(self.schedule.microbatches):
-            rows = slice(mb * batch.microbatch_size, (mb + 1) * batch.microbatch_size)
-            for seg, length in enumerate(batch.segment_lengths):
-                start = batch.start(seg)
-                here = slice(start, start + length)
-                feeds[mb, seg] = Feed(tokens[rows, here], targets[rows, here], start, seg)
-        return feeds
-
     def _gathered(self, mine: list[float]) -> list[list[float]]:
-        """Every rank's numbers, by rank."""
-        if self.group is None:
-            return [mine]
-        row = torch.tensor(mine, dtype=torch.float64, device=self._wire)
-        rows = [torch.empty_like(row) for _ in range(self.ranks)]
-        try:
-            dist.all_gather(rows, row, self.group)
-        except RuntimeError as error:
-            raise RankError(
-                f"rank {self.rank}, at {self._watch.doing}, lost a rank while waiting for all of them; {self._watch.others()}"
-            ) from error
-        return [r.tolist() for r in rows]
+        """Every rank's numbers, in the order of `mesh.places`."""
+        return self.mesh.gathered(mine, self.device, self._watch)
 
-    @property
-    def _wire(self) -> torch.device:
-        return self.device if dist.get_backend(self.group) == "nccl" else torch.device("cpu")
+
+def _squared(gradients: Iterable[Tensor]) -> float:
+    """The sum of all elements' squares."""
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+    return float(torch.stack(norms).square().sum()) if norms else 0.0
 
 
 def _check_segments(model: Model, schedule: Schedule, lengths: tuple[int, ...] | None) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from helixpipe.model.attention import Attention, AttentionState, Holder, KeptAttention, KeyValues
+from helixpipe.model.layers import Start
 from helixpipe.model.linear import Linear, WeightQueue
 from helixpipe.runtime.ledger import Kept, Ledger
 from helixpipe.schedule.chunks import Chunk, chunks
@@ -34,16 +35,22 @@ Waiting = list[tuple[nn.Parameter, Holder, Holder]]
 
 @dataclass(frozen=True)
 class Feed:
-    """What a stage reads beside values, for one segment: tokens and targets [b, s] and its first position.
+    """What a stage reads beside values, for one segment: tokens and targets [b, s] and where they are.
 
-    `key_values` are those of earlier segments, by layer; None when the sequence is whole.
+    `key_values` are those of earlier segments, by layer; None when the sequence is whole. `gathered_start`: where
+    the tokens of q, k and v are, when tensor parallelism gathers more than are here; None: where these are.
     """
 
     tokens: Tensor
     targets: Tensor
-    start: int = 0
+    start: Start = 0
     segment: int = 0
     key_values: Mapping[int, KeyValues] | None = None
+    gathered_start: Start | None = None
+
+    @property
+    def attended(self) -> Start:
+        return self.start if self.gathered_start is None else self.gathered_start
 
 
 @dataclass
@@ -166,9 +173,9 @@ def run_part(
         case "head":
             return (module(*inputs, feed.targets),)
         case "qkv":
-            return tuple(module(*inputs, feed.start))
+            return tuple(module(*inputs, feed.attended))
         case "block":
-            return (module(*inputs, feed.start),)
+            return (module(*inputs, feed.attended),)
         case "attn" if isinstance(module, Attention):
             past = None if feed.key_values is None else feed.key_values[part.layer]
             return (module(*inputs, AttentionState(kept, past, feed.segment)),)

@@ -94,10 +94,12 @@ class Transport:
                 message, peer = error.message, error.message.dst
             waited_s = time.monotonic() - begun
             late = waited_s >= self.timeout_s - 1
-            what = f"waited {waited_s:.0f} s" if late else f"lost rank {peer} while waiting"
-            raise RankError(
-                f"rank {self.watch.rank}, at {self.watch.doing}, {what} for {message}; {self.watch.told(peer)}"
-            ) from error
+            lost, told = "a rank", self.watch.others()
+            if peer >= 0:
+                other = self.watch.line[peer]
+                lost, told = self.watch.names[other], self.watch.told(other)
+            what = f"waited {waited_s:.0f} s" if late else f"lost {lost} while waiting"
+            raise RankError(f"{self.watch.me}, at {self.watch.doing}, {what} for {message}; {told}") from error
 
     def _global(self, rank: int) -> int:
         return dist.get_global_rank(self.group, rank) if self.group is not None else rank

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 
 from torch.distributed.distributed_c10d import Store
+
+from helixpipe.errors import RankError
 
 PERIOD_S = 1.0
 
@@ -16,8 +19,18 @@ PERIOD_S = 1.0
 class Watch:
     """`doing` is set by the executor at every instruction: an attribute, so that it costs nothing."""
 
-    def __init__(self, store: Store | None, rank: int, ranks: int) -> None:
+    def __init__(
+        self,
+        store: Store | None,
+        rank: int,
+        ranks: int,
+        names: Sequence[str] | None = None,
+        line: Sequence[int] | None = None,
+    ) -> None:
+        """`names` of all ranks; `line`: those of this rank's pipeline, by pipeline rank. None: ranks are all of them."""
         self.rank, self.ranks = rank, ranks
+        self.names = names or [f"rank {other}" for other in range(ranks)]
+        self.line = line or range(ranks)
         self.doing: object = "its first step"
         self._store = store
         self._stop = threading.Event()
@@ -25,17 +38,27 @@ class Watch:
             self._tell()
             threading.Thread(target=self._publish, daemon=True, name="helixpipe-watch").start()
 
+    @property
+    def me(self) -> str:
+        return self.names[self.rank]
+
     def told(self, rank: int) -> str:
         """What a rank last said it was doing, and when."""
         if self._store is None or not self._store.check([f"watch/{rank}"]):
-            return f"rank {rank} was never heard of"
+            return f"{self.names[rank]} was never heard of"
         when, line = self._store.get(f"watch/{rank}").decode().split(" ", 1)
-        return f"rank {rank} was last heard of {time.time() - float(when):.0f} s ago, at {line}"
+        return f"{self.names[rank]} was last heard of {time.time() - float(when):.0f} s ago, at {line}"
 
     def others(self) -> str:
         """What the other ranks said, at most four of them."""
         lines = [self.told(rank) for rank in range(self.ranks) if rank != self.rank]
         return "; ".join(lines[:4])
+
+    def placed(self, error: RankError) -> RankError:
+        """The error with who this is and what the others said, where it does not say so yet."""
+        if str(error).startswith(f"{self.me}, at "):
+            return error
+        return RankError(f"{self.me}, at {self.doing}, {error}; {self.others()}")
 
     def close(self) -> None:
         self._stop.set()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from helixpipe.model.decoder import Model
 from helixpipe.model.linear import add_product
+from helixpipe.runtime.tensor import TensorParallel
 from helixpipe.schedule.parts import Part
 from helixpipe.schedule.program import parameter_owners
 from helixpipe.schedule.schedule import Schedule
@@ -24,7 +25,16 @@ from helixpipe.schedule.schedule import Schedule
 class Weights:
     """Asks the model for the parts this rank owns or runs, and for no others."""
 
-    def __init__(self, model: Model, schedule: Schedule, rank: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model: Model,
+        schedule: Schedule,
+        rank: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        tensor: TensorParallel | None = None,
+    ) -> None:
+        """`tensor`: of each part, this rank holds and computes its share."""
         self.device, self.dtype = device, dtype
         self.master_dtype = torch.promote_types(dtype, torch.float32)
         self.modules: dict[Part, nn.Module] = {}
@@ -36,7 +46,10 @@ class Weights:
         for s, stage in enumerate(schedule.stages):
             runs, owns = rank in schedule.ranks_of[s], rank == schedule.owner(s)
             for part in stage.parts if runs or owns else ():
-                module = model.part(part).to(device)
+                module = model.part(part)
+                if tensor is not None:
+                    tensor.divide(part, module)
+                module = module.to(device)
                 for local, parameter in list(module.named_parameters()):
                     name = model.shape.parameter_name(part, local)
                     owner = owners.get(name, schedule.owner(s))

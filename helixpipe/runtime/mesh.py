@@ -1,0 +1,148 @@
+"""Mesh: the ranks of a run as one of them sees them, from a torch DeviceMesh with the field's names.
+
+    mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("pp", "dp", "cp"))
+    Pipeline(model, schedule, mesh)
+
+            cp 0   cp 1                  one pipeline is a row of equal dp, cp and tp: messages travel in it.
+    pp 0      0 ---- 1     4 -- 5        Ranks that differ in dp or cp hold the same parameters: their
+              |      |     |    |        gradients are summed. Those of one cp line share sequences, those
+    pp 1      2 ---- 3     6 -- 7        of one tp line share matrices.
+               dp 0         dp 1
+
+Directions that the mesh does not name have one rank; a mesh without names is all pp.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import Store, _set_pg_timeout
+
+from helixpipe.errors import ConfigError, RankError
+from helixpipe.mesh import AXES, MeshShape
+from helixpipe.runtime.watch import Watch
+
+Group = dist.ProcessGroup | None
+"""None is this process alone."""
+
+
+class Place(NamedTuple):
+    """Where a rank stands."""
+
+    pp: int = 0
+    dp: int = 0
+    cp: int = 0
+    tp: int = 0
+
+
+class Mesh:
+    """Sizes, places and process groups. Every rank makes it at the same time: it may make groups."""
+
+    def __init__(self, mesh: DeviceMesh | None, timeout_s: float) -> None:
+        """None is all ranks of the default group, or this process alone. Raises ConfigError for an unknown name.
+
+        Waits in all groups but those of a plain pipeline end after `timeout_s`.
+        """
+        self.device_mesh = mesh
+        self._names = _names(mesh)
+        if mesh is None:
+            self.everyone: Group = dist.group.WORLD if dist.is_initialized() else None
+            count = dist.get_world_size(self.everyone) if self.everyone is not None else 1
+            sizes = {"pp": count}
+            places = {rank: Place(rank) for rank in range(count)}
+        else:
+            sizes = dict(zip(self._names, mesh.mesh.shape, strict=True))
+            self.everyone = self._joined(self._names)
+            places = {
+                int(rank): Place(**dict(zip(self._names, at.tolist(), strict=True)))
+                for rank, at in zip(mesh.mesh.flatten(), (mesh.mesh >= 0).nonzero(), strict=True)
+            }
+        self.shape = Place(*(int(sizes.get(name, 1)) for name in AXES))
+        mine = dist.get_rank() if dist.is_initialized() else 0
+        members = dist.get_process_group_ranks(self.everyone) if self.everyone is not None else [mine]
+        self.places = [places.get(rank, Place()) for rank in members]
+        """Of all ranks, as `gathered` has them."""
+        self.rank = members.index(mine)
+        self.here = self.places[self.rank]
+        self.replicas, self.copies = self._joined(("dp", "cp")), self._joined(("dp", "cp", "tp"))
+        """Ranks with the same parameters; and those with the same ones of all that tp does not divide."""
+        if len(self._names) > 1:
+            for group in {self.everyone, self.replicas, self.copies, *map(self.group, AXES)} - {None}:
+                _set_pg_timeout(timedelta(seconds=timeout_s), group)
+
+    def group(self, axis: str) -> Group:
+        """The ranks that differ from this one in one direction only; None when it is alone in it."""
+        if self.device_mesh is None:
+            return self.everyone if axis == "pp" else None
+        return self._joined((axis,))
+
+    def name(self, rank: int) -> str:
+        """`rank 3`, and where that is when there are several directions."""
+        place = self.places[rank]
+        where = ", ".join(f"{name} {at}" for name, at, size in zip(AXES, place, self.shape, strict=True) if size > 1)
+        return f"rank {rank} ({where})" if sum(size > 1 for size in self.shape) > 1 else f"rank {rank}"
+
+    def watch(self, store: Store | None) -> Watch:
+        """A watch over all ranks, whose line is this rank's pipeline."""
+        ranks = range(len(self.places))
+        line = [self.places.index(self.here._replace(pp=pp)) for pp in range(self.shape.pp)]
+        return Watch(store, self.rank, len(ranks), [self.name(rank) for rank in ranks], line)
+
+    def line(self, axis: str) -> DeviceMesh:
+        """The one-dimensional mesh of `group(axis)`."""
+        assert self.device_mesh is not None
+        return self.device_mesh if self.device_mesh.ndim == 1 else self.device_mesh[axis]
+
+    def gathered(self, mine: list[float], device: torch.device, watch: Watch) -> list[list[float]]:
+        """Every rank's numbers, in the order of `places`. Collective."""
+        if self.everyone is None:
+            return [mine]
+        wire = device if dist.get_backend(self.everyone) == "nccl" else torch.device("cpu")
+        row = torch.tensor(mine, dtype=torch.float64, device=wire)
+        rows = [torch.empty_like(row) for _ in self.places]
+        try:
+            dist.all_gather(rows, row, self.everyone)
+        except RuntimeError as error:
+            raise RankError(
+                f"{watch.me}, at {watch.doing}, lost a rank while waiting for all of them; {watch.others()}"
+            ) from error
+        return [r.tolist() for r in rows]
+
+    def _joined(self, axes: tuple[str, ...]) -> Group:
+        """The ranks that differ from this one in these directions only."""
+        if self.device_mesh is None:
+            return None
+        names = tuple(
+            name for name, size in zip(self._names, self.device_mesh.mesh.shape, strict=True)
+            if name in axes and size > 1
+        )  # fmt: skip
+        if not names:
+            return None
+        if self.device_mesh.ndim == 1:
+            return self.device_mesh.get_group()
+        mesh = self.device_mesh[names]
+        return (mesh._flatten() if len(names) > 1 else mesh).get_group()
+
+
+def make_device_mesh(shape: MeshShape, device: torch.device | str) -> DeviceMesh | None:
+    """The DeviceMesh of a shape over all ranks, tp innermost; None for a plain pipeline. Collective."""
+    names = tuple(name for name in AXES if name == "pp" or getattr(shape, name) > 1)
+    if len(names) == 1:
+        return None
+    sizes = tuple(getattr(shape, name) for name in names)
+    return init_device_mesh(torch.device(device).type, sizes, mesh_dim_names=names)
+
+
+def _names(mesh: DeviceMesh | None) -> tuple[str, ...]:
+    if mesh is None or (mesh.ndim == 1 and not mesh.mesh_dim_names):
+        return ("pp",)
+    names = mesh.mesh_dim_names or ()
+    unknown = [name for name in names if name not in AXES]
+    if unknown or not names:
+        what = f"dimension '{unknown[0]}' is not known" if unknown else f"{mesh.ndim} dimensions without names"
+        raise ConfigError(f"mesh: {what}; name them {', '.join(AXES)}, as few as you need (mesh_dim_names)")
+    return names

@@ -1,0 +1,79 @@
+"""Reduction: gradients of parameters that several ranks hold, summed over them once a step.
+
+Each rank has run its own sequences (dp), or its own tokens of them (cp, tp). Gradients go in buckets, in the
+masters' precision, after the last action, and every rank gets the same sums bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from helixpipe.errors import RankError
+from helixpipe.runtime.mesh import Group, Mesh
+from helixpipe.runtime.watch import Watch
+
+BUCKET_BYTES = 2**25
+
+
+class Reduction:
+    """Of one rank's masters. `divided`: the names of those that tp divides, which its ranks do not share."""
+
+    def __init__(self, masters: Mapping[str, nn.Parameter], divided: Collection[str], mesh: Mesh, watch: Watch) -> None:
+        names = sorted(masters)
+        shares = [
+            (mesh.replicas, [n for n in names if n in divided]),
+            (mesh.copies, [n for n in names if n not in divided]),
+        ]
+        if mesh.replicas is mesh.copies:
+            shares = [(mesh.copies, names)]
+        self._shares = [
+            (group, [masters[n] for n in chosen]) for group, chosen in shares if group is not None and chosen
+        ]
+        self._before: dict[nn.Parameter, Tensor] = {}
+        self._watch = watch
+
+    def begin(self) -> None:
+        """Put aside what earlier steps gave: it is summed already."""
+        for _, parameters in self._shares:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    self._before[parameter], parameter.grad = parameter.grad, None
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Sum this step's gradients over the ranks, and add them to the earlier ones. Collective."""
+        self._watch.doing = "the sum of gradients"
+        for group, parameters in self._shares:
+            for bucket in _buckets(p.grad for p in parameters if p.grad is not None):
+                self._sum(bucket, group)
+        for parameter, before in self._before.items():
+            parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
+        self._before.clear()
+
+    def _sum(self, gradients: list[Tensor], group: Group) -> None:
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        wire = flat.cpu() if dist.get_backend(group) == "gloo" else flat
+        try:
+            dist.all_reduce(wire, group=group)
+        except RuntimeError as error:
+            raise RankError(
+                f"{self._watch.me}, at {self._watch.doing}, lost a rank that has the same parameters; {self._watch.others()}"
+            ) from error
+        for gradient, total in zip(gradients, wire.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(total.view_as(gradient))
+
+
+def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of gradients of about BUCKET_BYTES."""
+    bucket: list[Tensor] = []
+    for gradient in gradients:
+        bucket.append(gradient)
+        if sum(g.nbytes for g in bucket) >= BUCKET_BYTES:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket

@@ -1,0 +1,84 @@
+"""Shares: which tokens of a batch a rank works on. Callers hand over whole sequences, the same to every rank.
+
+    rows        dp 0: 0 1 | 2 3     dp 1: 4 5 | 6 7          sequences, in micro-batches
+    tokens      cp 0: 0 1 6 7       cp 1: 2 3 4 5            of every segment, in the layout
+    of those    tp 0: 0 1           tp 1: 6 7                embedding, norms and head; attention and matrices see all
+
+Targets are cut with their tokens, and losses divided by the whole batch's count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from helixpipe.errors import ConfigError
+from helixpipe.model.layers import Start
+from helixpipe.runtime.context import Context
+from helixpipe.runtime.mesh import Mesh
+from helixpipe.runtime.tape import Feed
+from helixpipe.shape import Batch
+
+
+class Shares:
+    """Of one rank. `lengths` are those of whole segments; None: a sequence is one."""
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        context: Context | None,
+        microbatches: int,
+        lengths: tuple[int, ...] | None,
+        device: torch.device,
+    ) -> None:
+        self.mesh, self.context, self.microbatches, self.lengths = mesh, context, microbatches, lengths
+        self.device = device
+        self._starts: dict[Batch, list[tuple[Start, Start]]] = {}
+
+    def batch(self, tokens: Tensor, targets: Tensor) -> Batch:
+        """What a micro-batch is, whole: on all cp and tp ranks together. Raises ConfigError."""
+        m, dp = self.microbatches, self.mesh.shape.dp
+        if tokens.dim() != 2 or tokens.shape != targets.shape:
+            raise ConfigError(
+                f"tokens {list(tokens.shape)}, targets {list(targets.shape)}: give both as [sequences, tokens]"
+            )
+        if tokens.shape[0] % (m * dp):
+            over = f" on each of {dp} dp ranks" if dp > 1 else ""
+            raise ConfigError(f"tokens: {tokens.shape[0]} sequences do not divide into {m} micro-batches{over}")
+        lengths = self.lengths or (tokens.shape[1],)
+        if sum(lengths) != tokens.shape[1]:
+            raise ConfigError(
+                f"tokens: {tokens.shape[1]} a sequence, and the segments {list(lengths)} add up to {sum(lengths)}"
+            )
+        return Batch(tokens.shape[0] // (m * dp), lengths)
+
+    def local(self, whole: Batch) -> Batch:
+        """The tokens that this rank's attention asks for."""
+        return replace(whole, segment_lengths=tuple(n // self.mesh.shape.cp for n in whole.segment_lengths))
+
+    def feeds(self, tokens: Tensor, targets: Tensor, whole: Batch) -> dict[tuple[int, int], Feed]:
+        """By micro-batch and segment."""
+        if whole not in self._starts:
+            self._starts[whole] = [self._places(whole, seg) for seg in range(len(whole.segment_lengths))]
+        size = whole.microbatch_size
+        first = self.mesh.here.dp * self.microbatches * size
+        mine = [t[first : first + self.microbatches * size].to(self.device) for t in (tokens, targets)]
+        found = {}
+        for mb in range(self.microbatches):
+            rows = slice(mb * size, (mb + 1) * size)
+            for seg, (start, gathered) in enumerate(self._starts[whole]):
+                length = whole.segment_lengths[seg] // (self.mesh.shape.cp * self.mesh.shape.tp)
+                here = start if isinstance(start, Tensor) else slice(start, start + length)
+                ours, theirs = (t[rows, here] for t in mine)
+                found[mb, seg] = Feed(ours, theirs, start, seg, gathered_start=gathered)
+        return found
+
+    def _places(self, whole: Batch, segment: int) -> tuple[Start, Start]:
+        """Where this rank's tokens are, and where those that its q, k and v are of."""
+        first, length, tp = whole.start(segment), whole.segment_lengths[segment], self.mesh.shape.tp
+        if self.context is None:
+            return first + self.mesh.here.tp * (length // tp), first
+        gathered = (first + self.context.positions(length)).to(self.device)
+        return (gathered.chunk(tp)[self.mesh.here.tp] if tp > 1 else gathered), gathered

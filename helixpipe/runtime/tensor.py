@@ -1,0 +1,136 @@
+"""Tensor parallelism of a rank's parts, with norms, embedding and head on shards of the sequence (arXiv 2205.05198).
+
+    x, n, y  [b, s/tp, h]        norm ── n ──gather──► q k v ── attention of heads/tp ── o ──scatter──► + x ── y
+                                 norm ─────gather──► gate up: ffn/tp columns ── down ──scatter──► + y ── x'
+
+A gather's backward is a scatter and the other way round, so each layer sends 4 of them forward and 4 backward, as
+torch's ColwiseParallel, RowwiseParallel and SequenceParallel would. Those styles make DTensors; here parameters
+stay plain tensors, because the runtime swaps their storage, sends them and puts off their gradients.
+
+q, k, v, gate and up are divided by rows, o and down by columns. Embedding, head and norms are whole on every
+rank, and their gradients are summed with those of cp and dp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from helixpipe.errors import ConfigError, RankError
+from helixpipe.model.layers import MLP, QKV, Proj
+from helixpipe.schedule.parts import Part, Value
+from helixpipe.shape import Batch, ModelShape
+
+
+@dataclass(frozen=True)
+class TensorShape(ModelShape):
+    """What one of `tensor` ranks holds: heads and ffn divided, and the sequence where no matrix is."""
+
+    tensor: int = 1
+
+    @staticmethod
+    def of(whole: ModelShape, tensor: int) -> TensorShape:
+        """Raises ConfigError for a shape of someone's own, whose parts are not known here."""
+        if type(whole) is not ModelShape:
+            raise ConfigError(
+                f"mesh.tp: {tensor}; the parts of {type(whole).__name__} cannot be divided, a ModelShape's can: use tp 1, "
+                "and cp or dp in its place"
+            )
+        same = {field.name: getattr(whole, field.name) for field in fields(ModelShape)}
+        divided = {name: same[name] // tensor for name in ("heads", "kv_heads", "ffn")}
+        return TensorShape(**(same | divided), tensor=tensor)
+
+    def value_shape(self, value: Value, batch: Batch, segment: int) -> tuple[int, ...]:
+        b, s, *rest = super().value_shape(value, batch, segment)
+        return (b, s // self.tensor, *rest) if value.name in ("x", "n", "y") else (b, s, *rest)
+
+
+class TensorParallel:
+    """This rank's share of every part. `shape` is the whole model's."""
+
+    def __init__(self, group: dist.ProcessGroup, shape: ModelShape) -> None:
+        self.group, self.rank, self.ranks = group, dist.get_rank(group), dist.get_world_size(group)
+        self.whole, self.local = shape, TensorShape.of(shape, self.ranks)
+        self.cuts: dict[str, int] = {}
+        """Full name of a parameter that is divided -> along which dimension; of the parts on this rank."""
+
+    def divide(self, part: Part, module: nn.Module) -> None:
+        """Leave this rank's share of a part's parameters, and let its modules gather and scatter."""
+        mine = self.local.parameters(part)
+        for name, shape in self.whole.parameters(part).items():
+            dim = next((d for d, (a, b) in enumerate(zip(shape, mine[name], strict=True)) if a != b), None)
+            if dim is None:
+                continue
+            parameter = module.get_parameter(name)
+            parameter.data = parameter.data.chunk(self.ranks, dim)[self.rank].clone()
+            self.cuts[self.whole.parameter_name(part, name)] = dim
+        for inner in module.modules():
+            if isinstance(inner, QKV | MLP):
+                inner.gather = self.gather
+            if isinstance(inner, Proj):
+                inner.o.scatter = self.scatter
+            if isinstance(inner, MLP):
+                inner.down.scatter = self.scatter
+
+    def as_whole(self, name: str, mine: Tensor, line: DeviceMesh) -> Tensor:
+        """This rank's tensor of a parameter as part of a DTensor over `line`, on the same memory; or itself."""
+        from torch.distributed.tensor import DTensor, Shard  # slow to import, and only checkpoints need it
+
+        if name not in self.cuts:
+            return mine
+        return DTensor.from_local(mine, line, [Shard(self.cuts[name])], run_check=False)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[b, s/tp, h] of every rank -> [b, s, h], the same on all."""
+        gathered: Tensor = _Exchange.apply(x, self._gathered, self._scattered)  # type: ignore[no-untyped-call]
+        return gathered
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """[b, s, h], another on every rank -> this rank's [b, s/tp, h] of their sum."""
+        scattered: Tensor = _Exchange.apply(x, self._scattered, self._gathered)  # type: ignore[no-untyped-call]
+        return scattered
+
+    def _gathered(self, x: Tensor) -> Tensor:
+        wire = self._wire(x)
+        pieces = [torch.empty_like(wire) for _ in range(self.ranks)]
+        with self._named():
+            dist.all_gather(pieces, wire, group=self.group)
+        return torch.cat(pieces, 1).to(x.device)
+
+    def _scattered(self, x: Tensor) -> Tensor:
+        pieces = [self._wire(piece) for piece in x.chunk(self.ranks, 1)]
+        total = torch.empty_like(pieces[0])
+        with self._named():
+            dist.reduce_scatter(total, pieces, group=self.group)
+        return total.to(x.device)
+
+    def _wire(self, x: Tensor) -> Tensor:
+        """As the backend can send it: gloo moves host memory only."""
+        return (x.cpu() if dist.get_backend(self.group) == "gloo" else x).contiguous()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise RankError(f"lost a rank that divides the same matrices (tp, {self.ranks} ranks)") from error
+
+
+class _Exchange(torch.autograd.Function):
+    """A collective, and the one that takes gradients back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.back = back
+        return there(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.back(grad), None, None
