@@ -91,7 +91,8 @@ def _table(found: Plan, setting: Setting, args: argparse.Namespace, taken_s: flo
     """The fastest that fit, the front, and what is no pipeline."""
     machine = "measured costs" if setting.profile else setting.accelerator.name
     memory = "any memory" if math.isinf(found.memory_bytes) else f"{gibibytes(found.memory_bytes)} each"
-    group = f" of {args.tensor_parallel} accelerators" if args.tensor_parallel > 1 else ""
+    group = f" of {setting.group} accelerators" if setting.group > 1 else ""
+    group += f", {setting.data_parallel} times" if setting.data_parallel > 1 else ""
     lines = [
         f"{args.model}, {args.microbatches} micro-batches of {args.microbatch_size} x {args.sequence_length:,} tokens on "
         f"{args.ranks} ranks{group}; {machine}, {memory}, link {setting.link.name}",

@@ -50,10 +50,17 @@ def add_setting_flags(parser: Parser) -> None:
     own.add_argument("--hardware", default="ideal", metavar="NAME", help=f"{', '.join(ACCELERATORS)} [ideal]")
     links = f"between ranks: {', '.join(LINKS)} [free with ideal, loopback with laptop-core, else infiniband]"
     own.add_argument("--link", metavar="NAME", help=links)
+    tensor = "accelerators that share a rank's matrices [1]"
     own.add_argument(
-        "--tensor-parallel", type=number, default=1, metavar="T", help="accelerators that are one rank [1]"
+        "--tp", "--tensor-parallel", dest="tensor_parallel", type=number, default=1, metavar="T", help=tensor
     )
     own.add_argument("--tensor-link", metavar="NAME", help="between these [nvlink; free with ideal]")
+    context = "such groups that share its sequences, by ring attention over --link [1]"
+    own.add_argument(
+        "--cp", "--context-parallel", dest="context_parallel", type=number, default=1, metavar="C", help=context
+    )
+    data = "pipelines side by side, each with these micro-batches [1]"
+    own.add_argument("--dp", "--data-parallel", dest="data_parallel", type=number, default=1, metavar="D", help=data)
     own.add_argument("--dtype", metavar="D", help=f"{', '.join(ELEMENT_BYTES)} [bfloat16; float32 with laptop-core]")
     own.add_argument(
         "--mlp-chunk", type=number, default=0, metavar="N", help="tokens at a time through the MLP [0: all]"
@@ -98,9 +105,20 @@ def setting_from(args: argparse.Namespace) -> Setting:
         getattr(args, "recompute", "none"), ELEMENT_BYTES[dtype], args.mlp_chunk, args.head_chunk, fused_rms=not laptop
     )
     return Setting(
-        shape, args.sequence_length, accelerator, joined, keeping, args.microbatch_size, args.tensor_parallel,
-        named_link(inside), profile, evenness=getattr(args, "evenness", 0.0), segment_multiple=args.segment_multiple,
-    )  # fmt: skip
+        shape,
+        args.sequence_length,
+        accelerator,
+        joined,
+        keeping,
+        args.microbatch_size,
+        args.tensor_parallel,
+        named_link(inside),
+        args.context_parallel,
+        args.data_parallel,
+        profile,
+        evenness=getattr(args, "evenness", 0.0),
+        segment_multiple=args.segment_multiple,
+    )
 
 
 def dtype_of(setting: Setting) -> str:

@@ -71,6 +71,8 @@ def as_json(estimate: Estimate) -> dict[str, Any]:
         "makespan_s": timeline.makespan_s,
         "ideal_s": estimate.ideal_s,
         "bubble_ratio": timeline.bubble_ratio,
+        "reduction_s": estimate.reduction_s,
+        "step_s": estimate.step_s,
         "tokens_per_s": estimate.tokens_per_s,
         "hardware": setting.accelerator.name,
         "link": setting.link.name,
@@ -106,7 +108,8 @@ def table(estimate: Estimate) -> list[str]:
 def _head(family: str, options: dict[str, Any], estimate: Estimate) -> str:
     setting, timeline = estimate.setting, estimate.timeline
     told = f", {options_told(options)}" if options else ""
-    step = f"step {duration(timeline.makespan_s)}, {timeline.makespan_s / estimate.ideal_s:.4f} of ideal {duration(estimate.ideal_s)}"
+    step = f"step {duration(estimate.step_s)}, {estimate.step_s / estimate.ideal_s:.4f} of ideal {duration(estimate.ideal_s)}"
+    step += f"; {duration(estimate.reduction_s)} of it to sum gradients" if estimate.reduction_s else ""
     machine = "measured costs" if setting.profile else setting.accelerator.name
     return (
         f"{family}{told}: {timeline.ranks} ranks, {estimate.schedule.microbatches} micro-batches of "

@@ -6,9 +6,12 @@
     message   bytes over a link
 
 Attention has no weights: its backward is all I, 2.5 times its forward, since a fused kernel computes the scores again.
-Causal attention counts the half that kernels compute. With tensor parallelism a rank is a group of accelerators: each
-has its share of every FLOP and byte, and a layer pays for the messages inside the group (two gathers and two scatters
-of [b, s, h] forward, and as many backward), which nothing hides.
+Causal attention counts the half that kernels compute.
+
+A rank may be a group of accelerators, tensor x context. Each has its share of every FLOP and byte. Tensor parallelism
+pays, in every layer, for two gathers and two scatters of [b, s, h] forward and as many backward, which nothing hides;
+context parallelism for a ring of keys and values in every attention, which the attention hides where it is the longer
+(2 b s h_kv (N-1)/N elements forward; backward the same, with their gradients in float32 beside them).
 """
 
 from __future__ import annotations
@@ -50,7 +53,10 @@ class Analytic:
     element_bytes: int = 2
     tensor_parallel: int = 1
     tensor_link: Link | None = None
-    """What connects the accelerators of one rank; None is free."""
+    """What connects the accelerators of one tensor-parallel group; None is free."""
+    context_parallel: int = 1
+    context_link: Link | None = None
+    """The same of a context-parallel group."""
 
     def forward_s(self, part: Part, batch: Batch, segment: int) -> float:
         flops = self.shape.forward_flops(part, batch, segment)
@@ -62,7 +68,8 @@ class Analytic:
 
     def weight_s(self, part: Part, batch: Batch, segment: int) -> float:
         flops = self.shape.weight_flops(part, batch, segment)
-        rate = self.accelerator.flops_per_s * self.accelerator.matmul_efficiency * self.tensor_parallel
+        group = self.tensor_parallel * self.context_parallel
+        rate = self.accelerator.flops_per_s * self.accelerator.matmul_efficiency * group
         return flops / rate + (self.accelerator.launch_s if flops else 0.0)
 
     def _seconds(self, part: Part, flops: float, batch: Batch, segment: int, backward: bool) -> float:
@@ -73,7 +80,10 @@ class Analytic:
         moved_bytes = self._moved_elements(part) * batch.tokens(segment) * self.element_bytes * (2 if backward else 1)
         compute_s = flops / (device.flops_per_s * reached)
         moved_s = moved_bytes / (device.memory_bytes_per_s * device.memory_efficiency)
-        return device.launch_s + (compute_s + moved_s) / self.tensor_parallel + self._exchange_s(part, batch, segment)
+        taken_s = (compute_s + moved_s) / (self.tensor_parallel * self.context_parallel)
+        if part.kind == "attn":
+            taken_s = max(taken_s, self._ring_s(batch, segment, backward))
+        return device.launch_s + taken_s + self._exchange_s(part, batch, segment)
 
     def _moved_elements(self, part: Part) -> float:
         """Elements a token that norms, activations, rotations and residual adds read and write."""
@@ -104,8 +114,18 @@ class Analytic:
             return 0.0
         count = {"qkv": 1, "proj": 1, "mlp": 2, "block": 4, "head": 1, "embed": 1}.get(part.kind, 0)
         share = (self.tensor_parallel - 1) / self.tensor_parallel
-        nbytes = batch.tokens(segment) * self.shape.hidden * self.element_bytes * share
+        nbytes = batch.tokens(segment) / self.context_parallel * self.shape.hidden * self.element_bytes * share
         return count * self.tensor_link.seconds(nbytes)
+
+    def _ring_s(self, batch: Batch, segment: int, backward: bool) -> float:
+        """Keys and values of a segment and of all before it, once around the context-parallel group."""
+        ranks = self.context_parallel
+        if ranks == 1 or self.context_link is None:
+            return 0.0
+        tokens = batch.microbatch_size * (batch.start(segment) + batch.segment_lengths[segment])
+        elements = 2 * tokens * self.shape.kv_size / self.tensor_parallel * (ranks - 1) / ranks
+        size = self.element_bytes + (max(4, self.element_bytes) if backward else 0)
+        return (ranks - 1) * self.context_link.latency_s + elements * size / self.context_link.bytes_per_s
 
 
 def action_seconds(schedule: Schedule, batch: Batch, costs: PartCosts, keeping: Keeping) -> Callable[[Action], float]:
@@ -157,9 +177,21 @@ def action_seconds(schedule: Schedule, batch: Batch, costs: PartCosts, keeping: 
     return of
 
 
-def message_seconds(link: Link, keeping: Keeping, tensor_parallel: int = 1) -> Callable[[Message], float]:
-    """Seconds of a message; each accelerator of a tensor-parallel rank sends its own share over a link of its own."""
-    return lambda message: link.seconds(message_bytes(message, keeping) / tensor_parallel)
+def message_seconds(
+    link: Link, keeping: Keeping, tensor_parallel: int = 1, context_parallel: int = 1
+) -> Callable[[Message], float]:
+    """Seconds of a message; each accelerator of a rank sends its own share over a link of its own."""
+
+    def of(message: Message) -> float:
+        return link.seconds(accelerator_bytes(message, keeping, tensor_parallel, context_parallel))
+
+    return of
+
+
+def accelerator_bytes(message: Message, keeping: Keeping, tensor_parallel: int, context_parallel: int) -> float:
+    """What one accelerator of a rank sends of a message: values are cut both ways, weights along tensors alone."""
+    is_value = message.kind in (Kind.VALUES, Kind.GRADIENTS)
+    return message_bytes(message, keeping) / tensor_parallel / (context_parallel if is_value else 1)
 
 
 def message_bytes(message: Message, keeping: Keeping) -> int:

@@ -14,11 +14,11 @@ from functools import cached_property
 from typing import Any
 
 from helixpipe.errors import ConfigError
-from helixpipe.predict.cost import Analytic, PartCosts, action_seconds, message_bytes, message_seconds
+from helixpipe.predict.cost import Analytic, PartCosts, accelerator_bytes, action_seconds
 from helixpipe.predict.hardware import Accelerator, Link, named_accelerator, named_link
 from helixpipe.predict.memory import Keeping
 from helixpipe.predict.simulate import simulate_program
-from helixpipe.predict.standing import standing_bytes
+from helixpipe.predict.standing import owned_and_visiting, standing_bytes
 from helixpipe.predict.timeline import MemoryPoint, Timeline
 from helixpipe.schedule import families
 from helixpipe.schedule.action import Action
@@ -43,9 +43,13 @@ class Setting:
     keeping: Keeping = field(default_factory=lambda: Keeping("selective", 2))
     microbatch_size: int = 1
     tensor_parallel: int = 1
-    """Accelerators that are one rank together."""
+    """Accelerators that share the matrices of a rank."""
     tensor_link: Link | None = None
     """Between these; None is free."""
+    context_parallel: int = 1
+    """Such groups that share its sequences; joined by `link`."""
+    data_parallel: int = 1
+    """Pipelines side by side, each with micro-batches of its own; gradients are summed once a step, over `link`."""
     profile: PartCosts | None = None
     """Measured costs, in place of the accelerator's rates."""
     partition: str = "computation_wise"
@@ -53,21 +57,34 @@ class Setting:
     segment_multiple: int = MULTIPLE
 
     def __post_init__(self) -> None:
-        for name in ("sequence_length", "microbatch_size", "tensor_parallel"):
+        for name in ("sequence_length", "microbatch_size", "tensor_parallel", "context_parallel", "data_parallel"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)}; give at least 1")
         if self.tensor_parallel > 1 and self.shape.kv_heads % self.tensor_parallel:
             raise ConfigError(
                 f"tensor_parallel: {self.tensor_parallel} do not divide {self.shape.kv_heads} key/value heads; choose a divisor"
             )
+        if self.sequence_length % (2 * self.context_parallel) and self.context_parallel > 1:
+            raise ConfigError(
+                f"context_parallel: {self.sequence_length} tokens do not divide into 2 x {self.context_parallel} chunks; "
+                f"give a sequence_length that is a multiple of {2 * self.context_parallel}"
+            )
+        if self.profile is not None and self.group > 1:
+            raise ConfigError("profile: measured on one device alone; leave tensor_parallel and context_parallel at 1")
 
     @cached_property
     def costs(self) -> PartCosts:
         if self.profile is not None:
             return self.profile
         return Analytic(
-            self.shape, self.accelerator, self.keeping.element_bytes, self.tensor_parallel, self.tensor_link
-        )
+            self.shape, self.accelerator, self.keeping.element_bytes, self.tensor_parallel, self.tensor_link,
+            self.context_parallel, self.link,
+        )  # fmt: skip
+
+    @property
+    def group(self) -> int:
+        """Accelerators that are one rank together."""
+        return self.tensor_parallel * self.context_parallel
 
     @cached_property
     def whole(self) -> Batch:
@@ -153,10 +170,24 @@ class Estimate:
         return self.setting.microbatch_s * self.schedule.microbatches / len(self.schedule.ranks)
 
     @property
+    def reduction_s(self) -> float:
+        """Summing gradients over data- and context-parallel replicas, after the last action: a ring's all-reduce."""
+        replicas = self.setting.data_parallel * self.setting.context_parallel
+        owned, _ = owned_and_visiting(self.schedule, self.setting.shape)
+        nbytes = max(owned) / self.setting.tensor_parallel * self.setting.keeping.wide_bytes
+        return 2 * (replicas - 1) * self.setting.link.seconds(nbytes / replicas) if replicas > 1 else 0.0
+
+    @property
+    def step_s(self) -> float:
+        """The pipeline's makespan and the reduction behind it."""
+        return self.timeline.makespan_s + self.reduction_s
+
+    @property
     def tokens_per_s(self) -> float:
+        """Of all data-parallel pipelines together."""
         setting = self.setting
         tokens = setting.sequence_length * setting.microbatch_size * self.schedule.microbatches
-        return tokens / self.timeline.makespan_s
+        return setting.data_parallel * tokens / self.step_s
 
     @property
     def peak_bytes(self) -> int:
@@ -180,26 +211,24 @@ def priced(program: Program, setting: Setting) -> Estimate:
     """A program under a setting: that of its schedule and batch."""
     keeping, schedule = setting.keeping, program.schedule
     seconds = action_seconds(schedule, program.batch, setting.costs, keeping)
-    sizes = [message_bytes(message, keeping) for message in program.messages]
-    travels = list(map(message_seconds(setting.link, keeping, setting.tensor_parallel), program.messages))
+    cut = setting.tensor_parallel, setting.context_parallel
+    sizes = [math.ceil(accelerator_bytes(message, keeping, *cut)) for message in program.messages]
+    travels = [setting.link.seconds(size) for size in sizes]
 
     def travel(message: Message) -> float:
         return travels[message.number]
 
     timeline = simulate_program(program, seconds, travel, lambda message: sizes[message.number], keeping)
-    timeline = _per_accelerator(timeline, setting.tensor_parallel)
+    timeline = _per_accelerator(timeline, setting.group)
     standing = standing_bytes(schedule, setting.shape, keeping, setting.tensor_parallel)
     return Estimate(setting, schedule, program, seconds, travel, Timeline(timeline.spans, timeline.memory, standing))
 
 
-def _per_accelerator(timeline: Timeline, tensor_parallel: int) -> Timeline:
+def _per_accelerator(timeline: Timeline, group: int) -> Timeline:
     """Activations are cut along heads or along the sequence: each accelerator of a rank holds its share."""
-    if tensor_parallel == 1:
+    if group == 1:
         return timeline
-    memory = tuple(
-        tuple(MemoryPoint(t, a // tensor_parallel, b // tensor_parallel) for t, a, b in points)
-        for points in timeline.memory
-    )
+    memory = tuple(tuple(MemoryPoint(t, a // group, b) for t, a, b in points) for points in timeline.memory)
     return Timeline(timeline.spans, memory)
 
 

@@ -233,7 +233,7 @@ def _choice(setting: Setting, ranks: int, microbatches: int, candidate: Candidat
     timeline = found.timeline
     columns = timeline.busy_s, timeline.idle_s, timeline.peak_activation_bytes, timeline.peak_bytes
     figures = tuple(RankFigures(*row) for row in zip(*columns, strict=True))
-    return Choice(candidate, timeline.makespan_s, found.ideal_s, timeline.bubble_ratio, figures)
+    return Choice(candidate, found.step_s, found.ideal_s, timeline.bubble_ratio, figures)
 
 
 def estimate_candidate(
@@ -262,12 +262,14 @@ def estimate_candidate(
 
 
 def _alternatives(setting: Setting, ranks: int, microbatches: int) -> list[Choice]:
-    """What is no pipeline, under every policy."""
+    """What is no pipeline, under every policy, on as many accelerators for as many sequences."""
     found = []
     ideal_s = setting.microbatch_s * microbatches / ranks
+    alone = replace(setting, context_parallel=1, data_parallel=1)
+    replicas = ranks * setting.context_parallel * setting.data_parallel
     for recompute, chunk in itertools.product(RECOMPUTE, (0, CHUNK)):
         keeping = replace(setting.keeping, recompute=recompute, mlp_chunk=chunk, head_chunk=chunk)
-        for each in alternatives(replace(setting, keeping=keeping), ranks, microbatches):
+        for each in alternatives(replace(alone, keeping=keeping), replicas, microbatches * setting.data_parallel):
             idle = each.makespan_s - each.busy_s
             figures = (RankFigures(each.busy_s, idle, each.peak_activation_bytes, each.peak_bytes),) * ranks
             candidate = Candidate(each.name, (), 0.0, recompute, chunk)

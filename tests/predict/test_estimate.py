@@ -9,11 +9,12 @@ import pytest
 import helixpipe as hp
 from helixpipe.errors import ConfigError
 from helixpipe.predict.estimate import Setting, estimate, estimate_family
-from helixpipe.predict.hardware import named_accelerator, named_link
+from helixpipe.predict.hardware import Link, named_accelerator, named_link
 from helixpipe.predict.memory import Keeping
 from helixpipe.predict.standing import owned_and_visiting, standing_bytes
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
+from helixpipe.schedule.parts import Part
 from helixpipe.schedule.program import Run
 from helixpipe.shape import SHAPES, Batch, ModelShape
 
@@ -100,6 +101,29 @@ def test_tensor_parallel_shares_activations_and_messages() -> None:
     assert eight.message_seconds(message) < alone.message_seconds(message)
 
 
+def test_context_parallel_shares_tokens_and_pays_for_its_ring() -> None:
+    setting = replace(LONG, accelerator=named_accelerator("h20"), link=named_link("infiniband"))
+    alone, four = (estimate_family(replace(setting, context_parallel=c), "1f1b", 4, 8) for c in (1, 4))
+    assert four.timeline.makespan_s == pytest.approx(alone.timeline.makespan_s / 4, rel=0.01)  # the ring is hidden
+    assert four.timeline.peak_activation_bytes[0] == alone.timeline.peak_activation_bytes[0] // 4
+    assert four.timeline.standing == alone.timeline.standing  # weights are whole on each
+    slow = replace(setting, context_parallel=4, link=Link("slow", 1e9, 0.0, "made up"))
+    ring_s = 2 * 131072 * SHAPE.kv_size * 0.75 * 2 / 1e9
+    assert slow.costs.forward_s(Part("attn", 0), slow.whole, 0) == pytest.approx(ring_s, rel=1e-3)
+    assert slow.costs.input_s(Part("attn", 0), slow.whole, 0) == pytest.approx(3 * ring_s, rel=1e-3)  # bf16 and float32
+
+
+def test_data_parallel_sums_gradients_once_a_step() -> None:
+    """A ring's all-reduce: 2 (N-1)/N of the fullest rank's float32 gradients."""
+    setting = replace(LONG, link=Link("wire", 1e9, 0.0, "made up"))
+    alone, four = (estimate_family(replace(setting, data_parallel=d), "1f1b", 4, 8) for d in (1, 4))
+    assert alone.reduction_s == 0
+    owned, _ = owned_and_visiting(alone.schedule, SHAPE)
+    assert four.reduction_s == pytest.approx(2 * 0.75 * max(owned) * 4 / 1e9)
+    assert four.step_s == four.timeline.makespan_s + four.reduction_s
+    assert four.tokens_per_s == pytest.approx(4 * alone.tokens_per_s * alone.step_s / four.step_s)
+
+
 def test_a_slow_link_makes_a_step_longer() -> None:
     setting = replace(LONG, accelerator=named_accelerator("h100"))
     times = [
@@ -136,10 +160,18 @@ def test_segments_are_cut_by_cost_and_moved_towards_even() -> None:
     [
         ({"sequence_length": 0}, "sequence_length: 0; give at least 1"),
         ({"microbatch_size": -1}, "microbatch_size: -1; give at least 1"),
+        (
+            {"context_parallel": 3},
+            "context_parallel: 131072 tokens do not divide into 2 x 3 chunks; give a sequence_length that is a multiple of 6",
+        ),
+        (
+            {"profile": object(), "tensor_parallel": 2},
+            "profile: measured on one device alone; leave tensor_parallel and context_parallel at 1",
+        ),
         ({"tensor_parallel": 5}, "tensor_parallel: 5 do not divide 32 key/value heads; choose a divisor"),
     ],
 )
-def test_a_setting_that_cannot_be(change: dict[str, int], message: str) -> None:
+def test_a_setting_that_cannot_be(change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         replace(LONG, **change)
     assert str(caught.value) == message
