@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from helixpipe.errors import ConfigError
+from helixpipe.mesh import MeshShape
 from helixpipe.predict.estimate import Setting
 from helixpipe.predict.memory import Keeping
 from helixpipe.predict.profile import Profile
@@ -75,7 +76,7 @@ class ScheduleConfig:
     ranks: int = 2
     """Pipeline ranks: processes, one device each where there are devices."""
     microbatches: int = 4
-    """Micro-batches a step; more fill the pipeline better."""
+    """Micro-batches a step, on each replica; more fill the pipeline better."""
     folds: int | None = None
     """helix: micro-batch groups of folds x ranks; 1 is the naive order, 2 the two-fold."""
     travel: Literal["none", "qkv", "attention"] | None = None
@@ -96,6 +97,22 @@ class ScheduleConfig:
     """A file of helixpipe profile, by whose measured costs segments are cut and stages balanced; "" is by FLOPs."""
     segment_multiple: int = 128
     """Segment lengths are multiples of it, the last excepted: kernels like round numbers."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Ranks beside the pipeline's: in all schedule.ranks x dp x cp x tp processes."""
+
+    dp: int = 1
+    """Replicas: each trains on its own share of a batch, and gradients are summed once a step."""
+    cp: int = 1
+    """Ranks that share every sequence: each has a part of its tokens."""
+    tp: int = 1
+    """Ranks that share every layer's matrices: each has a part of the heads and of the MLP's columns."""
+    context_method: Literal["ring", "ulysses"] = "ring"
+    """How attention meets the tokens of other cp ranks: keys and values travel, or tokens are exchanged for heads."""
+    layout: Literal["zigzag", "striped", "plain"] = "zigzag"
+    """Which tokens a cp rank of a ring has: the first two give all ranks the same work; ulysses is always plain."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +203,7 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
@@ -236,10 +254,14 @@ class Config:
         """Tokens of each segment; None when sequences stay whole."""
         return None if schedule.segments == 1 else self.setting().segment_lengths(schedule.segments)
 
+    def mesh_shape(self) -> MeshShape:
+        """All ranks, by direction."""
+        return MeshShape(self.schedule.ranks, **dataclasses.asdict(self.mesh))
+
     @property
     def batch_size(self) -> int:
         """Sequences in a step."""
-        return self.schedule.microbatches * self.train.microbatch_size
+        return self.schedule.microbatches * self.train.microbatch_size * self.mesh.dp
 
 
 FAMILY_OPTIONS = tuple(option.name for option in dataclasses.fields(ScheduleConfig) if option.default is None)
@@ -284,7 +306,8 @@ def _check_values(config: Config) -> None:
 def _check_together(config: Config) -> None:
     """What no single key can be blamed for without the others."""
     train, shape = config.train, config.shape()
-    config.segment_lengths(config.build_schedule())
+    lengths = config.segment_lengths(config.build_schedule()) or (train.sequence_length,)
+    config.mesh_shape().check(shape, lengths)
     if not shape.causal:  # it would see the token it is asked for
         raise ConfigError("model.causal: next-token training needs a causal model; set it to true")
     if shape.positions == "learned" and train.sequence_length > shape.context:

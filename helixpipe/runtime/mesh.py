@@ -3,11 +3,11 @@
     mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("pp", "dp", "cp"))
     Pipeline(model, schedule, mesh)
 
-            cp 0   cp 1                  one pipeline is a row of equal dp, cp and tp: messages travel in it.
-    pp 0      0 ---- 1     4 -- 5        Ranks that differ in dp or cp hold the same parameters: their
-              |      |     |    |        gradients are summed. Those of one cp line share sequences, those
-    pp 1      2 ---- 3     6 -- 7        of one tp line share matrices.
-               dp 0         dp 1
+              dp 0        dp 1
+           cp 0  cp 1  cp 0  cp 1      A pipeline is a column: messages travel in it. Ranks that differ in dp or
+    pp 0     0 --- 1     2 --- 3       cp hold the same parameters, whose gradients are summed. A cp line (---)
+             |     |     |     |       shares sequences; a tp line, where there is one, shares matrices.
+    pp 1     4 --- 5     6 --- 7
 
 Directions that the mesh does not name have one rank; a mesh without names is all pp.
 """

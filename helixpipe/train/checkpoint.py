@@ -1,7 +1,8 @@
 """Checkpoints through torch.distributed.checkpoint, keyed by parameter name.
 
 Every rank saves the tensors it owns under names that know no placement (`model.layers.3.qkv.q.weight`), so a
-run of any family, rank count or travel option loads what any other saved. How a folder becomes a
+run of any family, mesh or travel option loads what any other saved: what replicas share is written once, and a
+parameter that tp divides is part of a DTensor, which is put together or divided anew by whoever loads it. How a folder becomes a
 checkpoint, and how it is verified, is in `manifest`.
 """
 

@@ -6,7 +6,16 @@ import contextlib
 
 import tyro
 
-from helixpipe.config import Config, DataConfig, ModelConfig, RunConfig, RuntimeConfig, ScheduleConfig, TrainConfig
+from helixpipe.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    RunConfig,
+    RuntimeConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 
 _DEFAULTS = Config()
 _DESCRIPTION = """\
@@ -28,6 +37,7 @@ def _keys(
     *,
     model: ModelConfig = _DEFAULTS.model,
     schedule: ScheduleConfig = _DEFAULTS.schedule,
+    mesh: MeshConfig = _DEFAULTS.mesh,
     data: DataConfig = _DEFAULTS.data,
     train: TrainConfig = _DEFAULTS.train,
     runtime: RuntimeConfig = _DEFAULTS.runtime,
@@ -39,6 +49,7 @@ def _keys(
         config: A TOML file; the defaults hold for what it leaves out.
         model: The model.
         schedule: The schedule.
+        mesh: The ranks beside the pipeline's.
         data: The data.
         train: The training.
         runtime: The runtime.

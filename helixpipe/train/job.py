@@ -58,10 +58,8 @@ def prepare(arguments: Sequence[str], warn: Callable[[str], None], ranks: int | 
     base = manifest.config if manifest and given.path is None else {}
     base = {section: keys for section, keys in base.items() if section != "run"} | _kept_run_keys(base)
     config = build_config(merged(base, over))
-    if ranks is not None and ranks != config.schedule.ranks:
-        raise ConfigError(
-            f"schedule.ranks: {config.schedule.ranks}, and torchrun started {ranks} processes; make them the same"
-        )
+    if ranks is not None:
+        config.mesh_shape().check_ranks(ranks)
     open_corpus(config)
     config = _resolved(config, given, checkpoint)
     if manifest and checkpoint:

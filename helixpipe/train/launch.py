@@ -71,7 +71,7 @@ def launch(arguments: Sequence[str]) -> int:
     job = prepare(arguments, warn)
     try:
         with _terminated_as_interrupted():
-            if job.config.schedule.ranks == 1:
+            if job.config.mesh_shape().size == 1:
                 from helixpipe.train.worker import Place, work
 
                 work(job, Place(0, 1, 0, 1), None)
@@ -92,7 +92,7 @@ def _launch(job: Job) -> int:
     port = listener.getsockname()[1]
     ranks: list[_Rank] = []
     try:
-        for number in range(job.config.schedule.ranks):
+        for number in range(job.config.mesh_shape().size):
             ranks += [_start(job, number, port)]  # one by one, so that those started are stopped
         with _host(listener, len(ranks)):  # imports torch while the ranks do
             while not all(rank.ended() for rank in ranks):
@@ -155,7 +155,7 @@ def _start(job: Job, number: int, port: int) -> _Rank:
 
 def _environment(job: Job, number: int, port: int) -> dict[str, str]:
     """What torchrun would tell a rank."""
-    ranks, threads = job.config.schedule.ranks, job.config.runtime.threads
+    ranks, threads = job.config.mesh_shape().size, job.config.runtime.threads
     quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # or every rank remarks on how its peers ended
     loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
     local = {"GLOO_SOCKET_IFNAME": loopback[0]} if loopback else {}

@@ -144,10 +144,11 @@ class Log:
 
     def _head(self) -> None:
         job, schedule, train = self.job, self.job.config.schedule, self.job.config.train
-        shape = job.config.shape()
+        shape, mesh = job.config.shape(), job.config.mesh_shape()
+        ranks = f"{mesh.size} ranks" + (f" ({mesh})" if mesh.size > mesh.pp else "")
         self._say(
             f"{job.config.model.name}: {shape.parameter_count:,} parameters, {shape.layers} layers; "
-            f"{schedule.family} on {schedule.ranks} ranks ({self.device.split(':')[0]}), {schedule.microbatches} micro-batches "
+            f"{schedule.family} on {ranks} ({self.device.split(':')[0]}), {schedule.microbatches} micro-batches "
             f"of {train.microbatch_size} x {train.sequence_length} tokens"
         )
         source = f"from {job.checkpoint}, step {job.step}" if job.checkpoint else "from the start"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from helixpipe.errors import ConfigError, DataError
 from helixpipe.model.decoder import Decoder
+from helixpipe.runtime.mesh import make_device_mesh
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.train.checkpoint import Checkpoints
 from helixpipe.train.data import Batch, Corpus, open_corpus
@@ -37,13 +38,16 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
     pipeline = Pipeline(
         model,
         schedule,
+        make_device_mesh(config.mesh_shape(), device),
         device=device,
         dtype=_DTYPES[config.runtime.dtype],
         recompute=config.runtime.recompute,
         timeout_s=config.runtime.timeout_s,
         segment_lengths=config.segment_lengths(schedule),
+        context_method=config.mesh.context_method,
+        layout=config.mesh.layout,
     )
-    optimizer = Optimizer(pipeline.parameters, settings)
+    optimizer = Optimizer(pipeline.parameters, settings, pipeline.as_whole)
 
     _check_same_data(corpus, group)
 
@@ -52,7 +56,7 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
     if job.checkpoint is not None:
         checkpoints.load(job.checkpoint, optimizer.state(job.step))
 
-    with Log(job, pipeline.rank, device) as log:
+    with Log(job, pipeline.mesh.rank, device) as log:
         if job.step == 0:
             evaluate(pipeline, corpus, settings.evaluate_batches, log, step=0)
         for step in range(job.step + 1, settings.steps + 1):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,14 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 class Optimizer:
     """The optimizer of one rank's masters, and its state by parameter name."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> None:
-        self.parameters, self.config = dict(parameters), config
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        config: TrainConfig,
+        as_whole: Callable[[str, Tensor], Tensor] = lambda name, mine: mine,
+    ) -> None:
+        """`as_whole`: how checkpoints see a tensor of a parameter of which this rank has a part."""
+        self.parameters, self.config, self.as_whole = dict(parameters), config, as_whole
         matrices = [p for p in self.parameters.values() if p.dim() > 1]
         vectors = [p for p in self.parameters.values() if p.dim() <= 1]
         groups = [
@@ -54,9 +60,9 @@ class Optimizer:
         """
         found = {}
         for name, parameter in self.parameters.items():
-            found[f"model.{name}"] = parameter.data
+            found[f"model.{name}"] = self.as_whole(name, parameter.data)
             moments = self._moments(parameter, step)
-            found |= {f"optimizer.{name}.{key}": moments[key] for key in _MOMENTS}
+            found |= {f"optimizer.{name}.{key}": self.as_whole(name, moments[key]) for key in _MOMENTS}
         return found
 
     def _moments(self, parameter: nn.Parameter, step: int) -> dict[str, Tensor]:

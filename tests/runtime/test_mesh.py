@@ -192,14 +192,12 @@ def test_gradients_of_several_steps_add_up(four_ranks: Ranks, mesh: tuple[tuple[
     holds(four_ranks, Case(mesh), steps=2)
 
 
-@pytest.fixture(scope="module")
-def eight_ranks() -> Iterator[Ranks]:
+def test_three_directions_on_eight_ranks() -> None:
+    """One test: the ranks are started once, however tests are spread over processes."""
     ranks = Ranks(8)
-    yield ranks
-    ranks.close()
-
-
-@pytest.mark.parametrize("family", ["1f1b", "helix", "seq1f1b"])
-@pytest.mark.parametrize("mesh", [sized(pp=2, cp=2, tp=2), sized(dp=2, cp=2, tp=2), sized(pp=2, dp=2, cp=2)], ids=str)
-def test_three_directions(eight_ranks: Ranks, family: str, mesh: tuple[tuple[str, int], ...]) -> None:
-    holds(eight_ranks, Case(mesh, family, shape=2 if family == "1f1b" else 0))
+    try:
+        for mesh in (sized(pp=2, cp=2, tp=2), sized(dp=2, cp=2, tp=2), sized(pp=2, dp=2, cp=2)):
+            for family in ("1f1b", "helix", "seq1f1b"):
+                holds(ranks, Case(mesh, family, shape=2 if family == "1f1b" else 0))
+    finally:
+        ranks.close()
