@@ -1,18 +1,23 @@
 """Chunked: a module applied to slices of the sequence, so that its inside never exists whole.
 
-Forward keeps the input alone; backward runs one slice forward again, differentiates it and lets it go
-before the next; weight gradients are never put off, which would keep the inside alive. For the MLP this bounds the 4h- or 8h-wide intermediate, for the head its logits
-(HelixPipe, section 4.5). The price is one more forward of the module.
+Forward keeps the input alone; backward runs one slice forward again, differentiates it and lets it go before the next;
+weight gradients are never put off, which would keep the inside alive. For the MLP this bounds the 4h- or 8h-wide
+intermediate, for the head its logits (HelixPipe, section 4.5). The price is one more forward of the module; a recompute
+whose output nobody reads leaves its own out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from helixpipe.model.linear import at_once
+
+_UNREAD = "output_is_unread"
 
 
 class Whole(Protocol):
@@ -26,6 +31,8 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx: Any, module: Whole, chunk: int, joined: bool, x: Tensor, *others: Tensor) -> Tensor:
         ctx.module, ctx.chunk, ctx.joined = module, chunk, joined
         ctx.save_for_backward(x, *others)
+        if getattr(module, _UNREAD, False):  # the backward needs x alone
+            return x.new_empty(1).expand(x.shape) if joined else torch.zeros((), dtype=_loss_dtype(x), device=x.device)
         pieces = zip(*(t.split(chunk, 1) for t in (x, *others)), strict=True)
         if not joined:
             return torch.stack([module.whole(*piece) for piece in pieces]).sum(0)
@@ -48,6 +55,21 @@ class _Chunked(torch.autograd.Function):
             assert piece.grad is not None
             result[:, here] = piece.grad
         return None, None, None, result, *(None for _ in others)
+
+
+@contextmanager
+def unread(module: nn.Module) -> Iterator[None]:
+    """Within it, a chunked module does not compute what it returns: a recompute wants only its backward."""
+    setattr(module, _UNREAD, True)
+    try:
+        yield
+    finally:
+        delattr(module, _UNREAD)
+
+
+def _loss_dtype(x: Tensor) -> torch.dtype:
+    """That of a loss: float32 or wider."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def chunked(module: Whole, chunk: int, x: Tensor) -> Tensor:

@@ -141,9 +141,13 @@ def action_seconds(schedule: Schedule, batch: Batch, costs: PartCosts, keeping: 
         return math.fsum(priced(part.kind, pass_name, segment) for part in parts)
 
     def again(parts: Collection[Part], segment: int) -> float:
-        """Forward seconds that a recompute of these parts runs."""
+        """Forward seconds that a recompute of a chunk runs: what it ends in is not computed where that is in slices."""
         kept_attention = keeping.recompute == "selective"
-        return total((p for p in parts if not (kept_attention and p.kind == "attn")), "forward_s", segment)
+        *_, last = parts
+        runs = (
+            p for p in parts if not (kept_attention and p.kind == "attn") and not (p is last and _sliced(p, keeping))
+        )
+        return total(runs, "forward_s", segment)
 
     def chunked(parts: Iterable[Part], segment: int) -> float:
         """A chunked part's own backward runs its forward once more."""

@@ -74,49 +74,69 @@ class HostSends:
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
-        self.nbytes = 0
-        self._peers: dict[int, deque[InFlight | None]] = {}
-        self._failed: SendError | None = None
-        self._changed = threading.Condition()
+        self._peers: dict[int, _Peer] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(peer.nbytes for peer in self._peers.values())
 
     def hold(self, flight: InFlight) -> None:
         peer = flight.message.dst
+        if peer not in self._peers:
+            self._peers[peer] = _Peer(self.timeout_s)
+        self._peers[peer].hold(flight)
+
+    def finish(self) -> None:
+        """Wait for all of them; SendError when one fails."""
+        for peer in self._peers.values():
+            peer.finish()
+
+    def close(self) -> None:
+        for peer in self._peers.values():
+            peer.close()
+
+
+class _Peer:
+    """Sends to one rank, and the thread that waits for them. Its lock is its own: others' sends do not wake it."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.nbytes = 0
+        self._timeout = timedelta(seconds=timeout_s)
+        self._flights: deque[InFlight | None] = deque()
+        self._failed: SendError | None = None
+        self._changed = threading.Condition()
+        threading.Thread(target=self._serve, daemon=True, name="helixpipe-send").start()
+
+    def hold(self, flight: InFlight) -> None:
         with self._changed:
             self._raise()
-            if peer not in self._peers:
-                self._peers[peer] = deque()
-                threading.Thread(
-                    target=self._serve, args=(self._peers[peer],), daemon=True, name="helixpipe-send"
-                ).start()
-            self._peers[peer].append(flight)
+            self._flights.append(flight)
             self.nbytes += flight.nbytes
             self._changed.notify_all()
 
     def finish(self) -> None:
-        """Wait for all of them; SendError when one fails."""
         with self._changed:
-            while any(self._peers.values()):
+            while self._flights:
                 self._raise()
                 self._changed.wait()
             self._raise()
 
     def close(self) -> None:
         with self._changed:
-            for flights in self._peers.values():
-                flights.append(None)
+            self._flights.append(None)
             self._changed.notify_all()
 
-    def _serve(self, flights: deque[InFlight | None]) -> None:
+    def _serve(self) -> None:
         while True:
             with self._changed:
-                while not flights:
+                while not self._flights:
                     self._changed.wait()
-                flight = flights[0]  # stays in the queue until it is complete
+                flight = self._flights[0]  # stays in the queue until it is complete
             if flight is None:
                 return
             try:
                 for work in flight.works:
-                    work.wait(timedelta(seconds=self.timeout_s))
+                    work.wait(self._timeout)
             except RuntimeError as error:
                 with self._changed:
                     self._failed = SendError(flight.message)
@@ -124,7 +144,7 @@ class HostSends:
                     self._changed.notify_all()
                 return
             with self._changed:
-                flights.popleft()
+                self._flights.popleft()
                 self.nbytes -= flight.nbytes
                 self._changed.notify_all()
             del flight

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from helixpipe.model.attention import Attention, AttentionState, Holder, KeptAttention, KeyValues
+from helixpipe.model.chunked import unread
 from helixpipe.model.layers import Start
 from helixpipe.model.linear import Linear, WeightQueue
 from helixpipe.runtime.ledger import Kept, Ledger
@@ -141,7 +142,9 @@ class Tape:
         attention = None
         if record.attention is not None:
             attention = KeptAttention(record.attention[0].tensor, record.attention[1].tensor)
-        return self._graph(chunk, given, feed, attention)[1]
+        # what the chunk ends in was read by the next one, in the forward
+        with unread(self.modules[chunk.parts[-1]]):
+            return self._graph(chunk, given, feed, attention)[1]
 
     def _graph(self, chunk: Chunk, given: Tensors, feed: Feed, kept: KeptAttention | None) -> tuple[Tensors, Record]:
         """Run with a graph. Only edges of it are kept: what no operation saved may go."""

@@ -1,0 +1,48 @@
+"""How often a chunked part runs forward."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from helixpipe.model.decoder import Decoder
+from helixpipe.model.layers import MLP, Head
+from helixpipe.runtime.pipeline import Pipeline
+from helixpipe.schedule.families import build_schedule
+from helixpipe.shape import ModelShape
+
+LAYERS, LENGTH, CHUNK = 2, 8, 4
+SLICES = LENGTH // CHUNK
+SHAPE = ModelShape(layers=LAYERS, hidden=8, heads=2, ffn=16, vocabulary=11)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "recompute", "mlps"),
+    [
+        ("1f1b", {}, "none", 2),
+        ("1f1b", {}, "full", 2),  # the recompute leaves it out: nobody reads what it ends in
+        ("1f1b", {}, "selective", 2),
+        ("helix", {"travel": "attention"}, "selective", 2),
+        ("helix", {"travel": "none"}, "selective", 3),  # a norm behind it does
+    ],
+)
+def test_forwards_of_a_slice(
+    monkeypatch: pytest.MonkeyPatch, family: str, options: dict[str, str], recompute: str, mlps: int
+) -> None:
+    ran: Counter[type] = Counter()
+    for kind in (MLP, Head):
+
+        def counted(self: torch.nn.Module, *inputs: torch.Tensor, whole: object = kind.whole) -> torch.Tensor:
+            ran[type(self)] += 1
+            return whole(self, *inputs)  # type: ignore[operator]
+
+        monkeypatch.setattr(kind, "whole", counted)
+    schedule = build_schedule(family, ranks=1, layers=LAYERS, microbatches=1, **options)
+    pipeline = Pipeline(Decoder(SHAPE, 0, CHUNK, CHUNK), schedule, recompute=recompute)
+    tokens = torch.randint(11, (1, LENGTH))
+    pipeline.step(tokens, tokens)
+    last = SLICES * 2  # the last layer's is followed by nothing, or by the head in a chunk of its own
+    assert ran[MLP] == SLICES * mlps * (LAYERS - 1) + last
+    assert ran[Head] == SLICES * 2
