@@ -14,7 +14,7 @@ from typing import Literal
 from helixpipe.errors import ConfigError
 from helixpipe.mesh import MeshShape
 from helixpipe.predict.estimate import Setting
-from helixpipe.predict.memory import Keeping
+from helixpipe.predict.keeping import Keeping
 from helixpipe.predict.profile import Profile
 from helixpipe.schedule import families
 from helixpipe.schedule.schedule import Schedule

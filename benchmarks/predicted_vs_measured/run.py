@@ -30,7 +30,8 @@ from peers import interleaved, launch, machine
 
 from helixpipe.model.decoder import Decoder
 from helixpipe.predict.cost import action_seconds, message_bytes
-from helixpipe.predict.memory import Keeping, peak_activation_bytes
+from helixpipe.predict.keeping import Keeping
+from helixpipe.predict.memory import peak_activation_bytes
 from helixpipe.predict.profile import Profile, Timing, merged
 from helixpipe.predict.simulate import simulate_program
 from helixpipe.predict.timeline import Timeline

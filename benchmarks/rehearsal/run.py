@@ -24,7 +24,7 @@ from incumbent import TorchStep
 from peers import machine
 
 from helixpipe.predict.estimate import Estimate, Setting, estimate, estimate_family
-from helixpipe.predict.memory import Keeping
+from helixpipe.predict.keeping import Keeping
 from helixpipe.runtime.emulated import rehearse
 from helixpipe.runtime.forked import run_forked
 from helixpipe.schedule.action import Action, Pass

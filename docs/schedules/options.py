@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from helixpipe.predict.memory import Keeping, peak_activation_bytes
+from helixpipe.predict.keeping import Keeping
+from helixpipe.predict.memory import peak_activation_bytes
 from helixpipe.predict.simulate import simulate_program
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.families import build_schedule

@@ -14,7 +14,7 @@ from helixpipe.errors import ConfigError
 from helixpipe.flags import Parser, add_family_options, flag, given_options, number
 from helixpipe.predict.estimate import Estimate, Setting, estimate_family
 from helixpipe.predict.hardware import ACCELERATORS, LINKS, named_accelerator, named_link
-from helixpipe.predict.memory import Keeping
+from helixpipe.predict.keeping import Keeping
 from helixpipe.predict.profile import Profile
 from helixpipe.schedule.families import FAMILIES
 from helixpipe.shape import SHAPES, named_shape

@@ -23,7 +23,7 @@ from functools import cache, lru_cache
 from typing import Protocol
 
 from helixpipe.predict.hardware import Accelerator, Link
-from helixpipe.predict.memory import Keeping
+from helixpipe.predict.keeping import Keeping
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.chunks import chunks
 from helixpipe.schedule.parts import Part

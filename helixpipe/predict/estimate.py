@@ -16,7 +16,7 @@ from typing import Any
 from helixpipe.errors import ConfigError
 from helixpipe.predict.cost import Analytic, PartCosts, accelerator_bytes, action_seconds
 from helixpipe.predict.hardware import Accelerator, Link, named_accelerator, named_link
-from helixpipe.predict.memory import Keeping
+from helixpipe.predict.keeping import Keeping
 from helixpipe.predict.simulate import simulate_program
 from helixpipe.predict.standing import owned_and_visiting, standing_bytes
 from helixpipe.predict.timeline import MemoryPoint, Timeline

@@ -13,7 +13,8 @@ import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from helixpipe.predict.memory import Keeping, activation_bytes
+from helixpipe.predict.keeping import Keeping
+from helixpipe.predict.memory import activation_bytes
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
 from helixpipe.schedule.action import Action
 from helixpipe.schedule.order import times

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 
-from helixpipe.predict.memory import Keeping
+from helixpipe.predict.keeping import Keeping
 from helixpipe.predict.timeline import Standing
 from helixpipe.schedule.program import parameter_owners
 from helixpipe.schedule.schedule import Schedule

@@ -9,7 +9,7 @@ import pytest
 from helixpipe.errors import ConfigError
 from helixpipe.predict.cost import Analytic, action_seconds, message_bytes, message_seconds
 from helixpipe.predict.hardware import ACCELERATORS, LINKS, Accelerator, Link, named_accelerator, named_link
-from helixpipe.predict.memory import Keeping
+from helixpipe.predict.keeping import Keeping
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower

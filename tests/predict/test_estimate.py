@@ -10,7 +10,7 @@ import helixpipe as hp
 from helixpipe.errors import ConfigError
 from helixpipe.predict.estimate import Setting, estimate, estimate_family
 from helixpipe.predict.hardware import Link, named_accelerator, named_link
-from helixpipe.predict.memory import Keeping
+from helixpipe.predict.keeping import Keeping
 from helixpipe.predict.standing import owned_and_visiting, standing_bytes
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower

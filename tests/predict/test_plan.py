@@ -12,7 +12,7 @@ from helixpipe.errors import ConfigError
 from helixpipe.predict.alternatives import alternatives
 from helixpipe.predict.estimate import Setting
 from helixpipe.predict.hardware import Link, named_accelerator, named_link
-from helixpipe.predict.memory import Keeping
+from helixpipe.predict.keeping import Keeping
 from helixpipe.predict.plan import Candidate, Plan, candidates, estimate_candidate, plan
 from helixpipe.schedule.families import FAMILIES
 from helixpipe.shape import SHAPES, ModelShape

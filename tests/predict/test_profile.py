@@ -16,7 +16,7 @@ from helixpipe.errors import ConfigError
 from helixpipe.predict.cost import action_seconds
 from helixpipe.predict.curves import ATTENTION, LINEAR, TERMS, Size, fit
 from helixpipe.predict.hardware import Link
-from helixpipe.predict.memory import Keeping
+from helixpipe.predict.keeping import Keeping
 from helixpipe.predict.profile import CURVES, KINDS, WITH_WEIGHTS, Profile, Timing, merged
 from helixpipe.schedule.action import Pass
 from helixpipe.schedule.families import build_schedule

@@ -13,7 +13,8 @@ from test_split_and_segments import Case as SplitCase
 from test_split_and_segments import schedule_of as by_hand
 
 from helixpipe.model.decoder import Decoder
-from helixpipe.predict.memory import Keeping, activation_bytes
+from helixpipe.predict.keeping import Keeping
+from helixpipe.predict.memory import activation_bytes
 from helixpipe.predict.timeline import Timeline
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.schedule.families import build_schedule
@@ -130,7 +131,7 @@ def test_chunked_mlp_and_head_against_unchunked(four_ranks: Ranks, recompute: st
 
 def test_selective_by_hand() -> None:
     """The paper's table, per layer and micro-batch in b*s*h elements, for MLP 4h and as many kv heads as heads."""
-    from helixpipe.predict.memory import kept
+    from helixpipe.predict.keeping import kept
     from helixpipe.schedule.chunks import chunks
 
     shape = ModelShape(**(BASE | {"norm": "layer"}))

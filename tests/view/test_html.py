@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from helixpipe.errors import ConfigError
-from helixpipe.predict.memory import Keeping
+from helixpipe.predict.keeping import Keeping
 from helixpipe.predict.simulate import simulate_program, simulate_schedule
 from helixpipe.predict.timeline import MemoryPoint, Span, Standing, Timeline
 from helixpipe.schedule.action import Action, Pass
