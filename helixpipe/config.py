@@ -271,7 +271,7 @@ _AT_LEAST = {
     "train.learning_rate": 0, "train.min_learning_rate": 0, "train.warmup_steps": 0, "train.weight_decay": 0,
     "train.clip_norm": 0, "train.evaluate_every": 0, "train.evaluate_batches": 1, "runtime.mlp_chunk": 0,
     "runtime.head_chunk": 0, "runtime.port": 0, "runtime.threads": 1, "run.checkpoint_every": 0, "run.keep": 1,
-    "run.timeline_step": 0, "schedule.segment_multiple": 1,
+    "run.timeline_step": 0, "schedule.segment_multiple": 1, "mesh.dp": 1, "mesh.cp": 1, "mesh.tp": 1,
 }  # fmt: skip
 _AT_MOST = {"train.seed": 2**63 - 1, "runtime.port": 65535}
 

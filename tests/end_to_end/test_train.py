@@ -124,6 +124,9 @@ def test_a_run_leaves_config_metrics_checkpoints_and_a_timeline(reference: Path)
         "checkpoints",
         "config.toml",
         "metrics.jsonl",
+        "timeline.html",
+        "timeline.json",
+        "timeline.perfetto.json",
         "timeline.svg",
     ]
     assert sorted(path.name for path in (reference / "checkpoints").iterdir()) == ["step-00000015", "step-00000020"]
@@ -203,6 +206,28 @@ def test_resumed_with_another_family_and_rank_count_the_losses_are_the_same_to_f
     wanted = [(step, loss) for step, loss in losses(reference) if step > 15]
     assert [step for step, _ in found] == [step for step, _ in wanted]
     assert [loss for _, loss in found] == pytest.approx([loss for _, loss in wanted], rel=2e-5)
+
+
+def test_a_mesh_trains_as_one_pipeline_does_and_its_checkpoint_moves_to_another(
+    reference: Path, tmp_path: Path, start: Callable[..., Run]
+) -> None:
+    run = start("small.toml", "--mesh.dp", "2", "--schedule.microbatches", "2", "--run.keep", "9")
+    folder = tmp_path / "runs" / "small-1"
+    run.until((folder / "metrics.jsonl").exists)
+    assert len(run.ranks()) == 4
+    assert run.wait() == 0, run.err
+    assert "helix on 4 ranks (pp 2 x dp 2) (cpu)" in run.err
+    # the second half again, of other parts of the model on other ranks
+    run = start(
+        "small.toml", "--resume", str(folder / "checkpoints" / "step-00000010"), "--run.folder", "other",
+        "--schedule.ranks", "1", "--schedule.folds", "1", "--mesh.cp", "2", "--mesh.tp", "2",
+    )  # fmt: skip
+    assert run.wait() == 0, run.err
+    assert "helix on 4 ranks (pp 1 x cp 2 x tp 2) (cpu)" in run.err
+    later = [pair for pair in losses(reference) if pair[0] > 10]
+    for found, wanted in ((losses(folder), losses(reference)), (losses(tmp_path / "other"), later)):
+        assert [step for step, _ in found] == [step for step, _ in wanted]
+        assert [loss for _, loss in found] == pytest.approx([loss for _, loss in wanted], rel=2e-5)  # sums in float32
 
 
 def test_under_torchrun_ranks_join_and_losses_are_the_same(

@@ -186,6 +186,22 @@ def test_a_missing_file_is_named() -> None:
             {"train": {"min_learning_rate": 1.0}},
             "train.min_learning_rate: 1.0 is above train.learning_rate 0.002; lower it",
         ),
+        ({"mesh": {"tp": 3}}, "mesh.tp: 3 ranks do not divide model.heads 4; tp may be 1, 2 or 4"),
+        ({"mesh": {"dp": 0}}, "mesh.dp: 0; give at least 1"),
+        (
+            {"mesh": {"cp": 3}},
+            "train.sequence_length: 1024 tokens do not divide for ring over cp 3, tp 1, whose zigzag layout needs a "
+            "multiple of 6; use 1020 or 1026",
+        ),
+        (
+            {"mesh": {"cp": 3}, "schedule": {"family": "seq1f1b", "segments": 2}, "train": {"sequence_length": 1020}},
+            "schedule.segment_multiple: segments of 640, 380 tokens do not divide for ring over cp 3, tp 1, whose zigzag "
+            "layout needs multiples of 6; set it to 6 or a multiple of that",
+        ),
+        (
+            {"mesh": {"cp": 8, "context_method": "ulysses"}},
+            "mesh.context_method: ulysses divides the heads of a rank, 4, over cp 8; cp may be 1, 2 or 4, or use ring",
+        ),
         ({"data": {"held_out": 1.0}}, "data.held_out: 1.0; give a share below 1, such as 0.1"),
         ({"runtime": {"port": 70000}}, "runtime.port: 70000; give at most 65535"),
         ({"runtime": {"timeout_s": 0}}, "runtime.timeout_s: 0.0; give more than 0"),

@@ -166,6 +166,16 @@ def test_torchrun_must_start_as_many_ranks_as_the_schedule_has() -> None:
     assert str(caught.value) == "schedule.ranks: 2, and torchrun started 3 processes; make them the same"
 
 
+def test_torchrun_must_start_as_many_ranks_as_the_mesh_has() -> None:
+    assert prepare(["--mesh.dp", "3"], lambda line: None, ranks=6).config.mesh_shape().size == 6
+    with pytest.raises(ConfigError) as caught:
+        prepare(["--mesh.dp", "2"], lambda line: None, ranks=2)
+    assert str(caught.value) == (
+        "mesh: pp 2 x dp 2 are 4 ranks, and torchrun started 2 processes; start 4, or choose schedule.ranks, mesh.dp, "
+        "mesh.cp and mesh.tp that multiply to 2"
+    )
+
+
 def test_no_good_checkpoint_is_an_error() -> None:
     (made("a", 50) / "__0_0.distcp").unlink()
     said: list[str] = []
