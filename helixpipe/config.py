@@ -244,10 +244,15 @@ class Config:
             self.train.sequence_length,
             keeping=Keeping(runtime.recompute, ELEMENT_BYTES[runtime.dtype], runtime.mlp_chunk, runtime.head_chunk),
             microbatch_size=self.train.microbatch_size,
+            tensor_parallel=self.mesh.tp,
+            context_parallel=self.mesh.cp,
+            data_parallel=self.mesh.dp,
             profile=profile,
             partition=schedule.partition,
             evenness=schedule.evenness,
             segment_multiple=schedule.segment_multiple,
+            context_method=self.mesh.context_method,
+            layout=self.mesh.layout,
         )
 
     def segment_lengths(self, schedule: Schedule) -> tuple[int, ...] | None:

@@ -16,7 +16,7 @@ ROOT = Path(helixpipe.__file__).parent
 # package -> the packages of helixpipe that its files may import from
 MAY_IMPORT = {
     "schedule": {"errors", "files", "shape", "schedule"},
-    "predict": {"errors", "files", "shape", "schedule", "predict"},
+    "predict": {"errors", "files", "mesh", "shape", "schedule", "predict"},
     "view": {"errors", "schedule", "predict", "view"},
     "model": {"errors", "shape", "schedule", "model"},
     "sequence": {"errors", "shape", "schedule", "model", "sequence"},

@@ -150,7 +150,7 @@ def as_flags() -> Iterator[None]:
 
 def flags_named(message: str) -> str:
     """`schedule.segments: ...` -> `--segments: ...`"""
-    match = re.match(r"(?:schedule|model|train|runtime)\.(\w+)|([a-z_]+)(?=:)", message)
+    match = re.match(r"(?:schedule|model|train|runtime|mesh)\.(\w+)|([a-z_]+)(?=:)", message)
     if not match:
         return message
     key = {"family": "FAMILY", "name": flag("model")}.get(match[1] or "", flag(match[1] or match[2]))

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from helixpipe.errors import ConfigError
+from helixpipe.mesh import MeshShape
 from helixpipe.predict.cost import Analytic, PartCosts, accelerator_bytes, action_seconds
 from helixpipe.predict.hardware import Accelerator, Link, named_accelerator, named_link
 from helixpipe.predict.keeping import Keeping
@@ -55,26 +56,21 @@ class Setting:
     partition: str = "computation_wise"
     evenness: float = 0.0
     segment_multiple: int = MULTIPLE
+    context_method: str = "ring"
+    layout: str = "zigzag"
+    """How context-parallel ranks share a sequence; a ring's messages are priced for both."""
 
     def __post_init__(self) -> None:
-        for name in ("sequence_length", "microbatch_size", "tensor_parallel", "context_parallel", "data_parallel"):
+        for name in ("sequence_length", "microbatch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)}; give at least 1")
-        if self.tensor_parallel > 1 and self.shape.kv_heads % self.tensor_parallel:
-            raise ConfigError(
-                f"tensor_parallel: {self.tensor_parallel} do not divide {self.shape.kv_heads} key/value heads; choose a divisor"
-            )
-        if self.sequence_length % (2 * self.context_parallel) and self.context_parallel > 1:
-            raise ConfigError(
-                f"context_parallel: {self.sequence_length} tokens do not divide into 2 x {self.context_parallel} chunks; "
-                f"give a sequence_length that is a multiple of {2 * self.context_parallel}"
-            )
-        if self.profile is not None and self.group > 1:
-            raise ConfigError("profile: measured on one device alone; leave tensor_parallel and context_parallel at 1")
+        self._check((self.sequence_length,))
 
     @cached_property
     def costs(self) -> PartCosts:
         if self.profile is not None:
+            if self.group > 1:
+                raise ConfigError("profile: measured on one device alone; leave tp and cp at 1")
             return self.profile
         return Analytic(
             self.shape, self.accelerator, self.keeping.element_bytes, self.tensor_parallel, self.tensor_link,
@@ -112,7 +108,16 @@ class Setting:
 
     def batch(self, segments: int) -> Batch:
         """A micro-batch whose sequences are cut into so many segments, of equal cost unless asked otherwise."""
-        return Batch(self.microbatch_size, self.segment_lengths(segments))
+        lengths = self.segment_lengths(segments)
+        self._check(lengths)
+        return Batch(self.microbatch_size, lengths)
+
+    def _check(self, lengths: tuple[int, ...]) -> None:
+        """Whether the mesh divides this model and such segments."""
+        shape = MeshShape(
+            1, self.data_parallel, self.context_parallel, self.tensor_parallel, self.context_method, self.layout
+        )
+        shape.check(self.shape, lengths)
 
     def segment_lengths(self, segments: int) -> tuple[int, ...]:
         if segments == 1:
@@ -128,7 +133,7 @@ class Setting:
         """Measured seconds of a layer, forward and backward, on `length` tokens behind `context` others."""
         batch = Batch(self.microbatch_size, (context, length) if context else (length,))
         segment = len(batch.segment_lengths) - 1
-        costs, total = self.costs, 0.0
+        costs, total = self.profile or self.costs, 0.0
         for part in layer_parts(0):
             again = self.keeping.recompute == "full" or (self.keeping.recompute == "selective" and part.kind != "attn")
             total += costs.forward_s(part, batch, segment) * (2 if again else 1)

@@ -106,7 +106,7 @@ def test_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (f"seq1f1b {SMALL} --segments 9000", "--segments: 9000 segments of a sequence of 1024 tokens; give at most 1024"),
         (f"seq1f1b {SMALL} --segments 2 --evenness 3", "--evenness: 3; give 0 (computation-wise) to 1 (even)"),
         (f"1f1b {SMALL} --evenness lots", "--evenness: 'lots' is not a number"),
-        (f"1f1b {SMALL} --tensor-parallel 3", "--tensor-parallel: 3 do not divide 4 key/value heads; choose a divisor"),
+        (f"1f1b {SMALL} --tensor-parallel 3", "--tp: 3 ranks do not divide model.heads 4; tp may be 1, 2 or 4"),
         (f"1f1b {SMALL} --mlp-chunk -1", "mlp_chunk, head_chunk: below 0; give tokens, or 0 for all at once"),
         (f"1f1b {SMALL} --sequence-length 0", "--sequence-length: 0; give at least 1"),
         (f"1f1b {SMALL} --ranks 0", "--ranks: 0; give at least 1"),

@@ -162,19 +162,26 @@ def test_segments_are_cut_by_cost_and_moved_towards_even() -> None:
         ({"microbatch_size": -1}, "microbatch_size: -1; give at least 1"),
         (
             {"context_parallel": 3},
-            "context_parallel: 131072 tokens do not divide into 2 x 3 chunks; give a sequence_length that is a multiple of 6",
+            "train.sequence_length: 131072 tokens do not divide for ring over cp 3, tp 1, whose zigzag layout needs a "
+            "multiple of 6; use 131070 or 131076",
         ),
         (
-            {"profile": object(), "tensor_parallel": 2},
-            "profile: measured on one device alone; leave tensor_parallel and context_parallel at 1",
+            {"tensor_parallel": 5},
+            "mesh.tp: 5 ranks do not divide model.heads 32; tp may be 1, 2, 4, 8, 16 or 32",
         ),
-        ({"tensor_parallel": 5}, "tensor_parallel: 5 do not divide 32 key/value heads; choose a divisor"),
     ],
 )
 def test_a_setting_that_cannot_be(change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         replace(LONG, **change)
     assert str(caught.value) == message
+
+
+def test_a_profile_prices_one_device() -> None:
+    setting = replace(LONG, profile=LONG.costs, tensor_parallel=2)
+    assert setting.segment_lengths(2)  # it can still cut sequences
+    with pytest.raises(ConfigError, match=r"^profile: measured on one device alone; leave tp and cp at 1$"):
+        estimate_family(setting, "1f1b", 2, 2)
 
 
 def test_evenness_beyond_its_range() -> None:
