@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import Store, _set_pg_timeout
 
 from helixpipe.errors import ConfigError, RankError
@@ -45,7 +45,8 @@ class Mesh:
     def __init__(self, mesh: DeviceMesh | None, timeout_s: float) -> None:
         """None is all ranks of the default group, or this process alone. Raises ConfigError for an unknown name.
 
-        Waits in all groups but those of a plain pipeline end after `timeout_s`.
+        Collectives in all groups but those of a plain pipeline end after `timeout_s`; messages between cp ranks,
+        after the time that their group was made with.
         """
         self.device_mesh = mesh
         self._names = _names(mesh)
@@ -70,9 +71,13 @@ class Mesh:
         self.here = self.places[self.rank]
         self.replicas, self.copies = self._joined(("dp", "cp")), self._joined(("dp", "cp", "tp"))
         """Ranks with the same parameters; and those with the same ones of all that tp does not divide."""
-        if len(self._names) > 1:
+        if self._names != ("pp",):
             for group in {self.everyone, self.replicas, self.copies, *map(self.group, AXES)} - {None}:
                 _set_pg_timeout(timedelta(seconds=timeout_s), group)
+        for axis, at in self.here._asdict().items():
+            group = self.group(axis)
+            if group is not None and dist.get_rank(group) != at:
+                raise ConfigError(f"mesh: ranks fall along {axis}; let their numbers rise along every dimension")
 
     def group(self, axis: str) -> Group:
         """The ranks that differ from this one in one direction only; None when it is alone in it."""
@@ -128,13 +133,21 @@ class Mesh:
         return (mesh._flatten() if len(names) > 1 else mesh).get_group()
 
 
-def make_device_mesh(shape: MeshShape, device: torch.device | str) -> DeviceMesh | None:
-    """The DeviceMesh of a shape over all ranks, tp innermost; None for a plain pipeline. Collective."""
+def make_device_mesh(shape: MeshShape, device: torch.device | str, timeout_s: float) -> DeviceMesh | None:
+    """The DeviceMesh of a shape over all ranks, tp innermost; None for a plain pipeline. Collective.
+
+    Unlike those of `init_device_mesh`, its groups wait `timeout_s`, also for messages between two ranks.
+    """
     names = tuple(name for name in AXES if name == "pp" or getattr(shape, name) > 1)
     if len(names) == 1:
         return None
-    sizes = tuple(getattr(shape, name) for name in names)
-    return init_device_mesh(torch.device(device).type, sizes, mesh_dim_names=names)
+    grid = torch.arange(shape.size).view([getattr(shape, name) for name in names])
+    groups = []
+    for dim in range(len(names)):
+        lines = grid.movedim(dim, -1).flatten(0, -2).tolist()
+        group, _ = dist.new_subgroups_by_enumeration(lines, timeout=timedelta(seconds=timeout_s))
+        groups.append(group)
+    return DeviceMesh.from_group(groups, torch.device(device).type, mesh=grid, mesh_dim_names=names)
 
 
 def _names(mesh: DeviceMesh | None) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
     pipeline = Pipeline(
         model,
         schedule,
-        make_device_mesh(config.mesh_shape(), device),
+        make_device_mesh(config.mesh_shape(), device, config.runtime.timeout_s),
         device=device,
         dtype=_DTYPES[config.runtime.dtype],
         recompute=config.runtime.recompute,

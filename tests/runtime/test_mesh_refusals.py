@@ -19,8 +19,10 @@ from test_mesh import device_mesh, sized
 from torch import Tensor, nn
 
 from helixpipe.errors import ConfigError, RankError
+from helixpipe.mesh import MeshShape
 from helixpipe.model.decoder import Decoder
 from helixpipe.runtime.ledger import Ledger
+from helixpipe.runtime.mesh import make_device_mesh
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.parts import Part
@@ -106,13 +108,14 @@ def test_on_every_rank_one_line(four_ranks: Ranks, what: str, message: str) -> N
         assert said == message.replace("{layer}", str(rank // 2))
 
 
-def _rank(rank: int, port: int, axis: str, results: Any) -> None:
-    """Rank 1 dies in its second step; what rank 0 says."""
+def _rank(rank: int, port: int, axis: str, fate: str, results: Any) -> None:
+    """Rank 1 meets its fate in its second step; what rank 0 says."""
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=30))
     schedule = build_schedule("1f1b", ranks=1, layers=2, microbatches=2)
-    pipeline = Pipeline(Decoder(SHAPE), schedule, device_mesh(sized(**{axis: 2})), timeout_s=4)
+    mesh = make_device_mesh(MeshShape(**{axis: 2}), "cpu", timeout_s=4)
+    pipeline = Pipeline(Decoder(SHAPE), schedule, mesh, timeout_s=4)
     data = batch(SHAPE, 4, 8)
     pipeline.step(*data)
     if rank == 1:
@@ -120,7 +123,9 @@ def _rank(rank: int, port: int, axis: str, results: Any) -> None:
 
         def doomed(self: Ledger) -> None:
             doing(self)
-            os.kill(os.getpid(), signal.SIGKILL)
+            if fate == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)
 
         Ledger.reset_high = doomed  # type: ignore[method-assign]
     begun = time.monotonic()
@@ -131,19 +136,20 @@ def _rank(rank: int, port: int, axis: str, results: Any) -> None:
         results.put((str(error), time.monotonic() - begun))
 
 
-@pytest.mark.parametrize(
-    ("axis", "what"),
-    [
-        ("cp", r"action 0F0, rank 0 of 2 got no keys and values from rank 1, after \d s: .*"),
-        ("tp", r"action 0F0, lost a rank that divides the same matrices \(tp, 2 ranks\)"),
-        ("dp", r"the sum of gradients, lost a rank that has the same parameters"),
-    ],
-)
-def test_a_rank_that_dies_in_a_part_is_named(axis: str, what: str) -> None:
+SAID = {
+    "cp": r"action 0F0, rank 0 of 2 got no keys and values from rank 1, after \d s: .*",
+    "tp": r"action 0F0, lost a rank that divides the same matrices \(tp, 2 ranks\)",
+    "dp": r"the sum of gradients, lost a rank that has the same parameters",
+}
+
+
+@pytest.mark.parametrize("axis", SAID)
+@pytest.mark.parametrize("fate", ["killed", "silent"])
+def test_a_rank_that_dies_or_is_silent_in_a_part_is_named(axis: str, fate: str) -> None:
     context = mp.get_context("spawn")
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     results = context.Queue()
-    processes = [context.Process(target=_rank, args=(rank, store.port, axis, results)) for rank in range(2)]
+    processes = [context.Process(target=_rank, args=(rank, store.port, axis, fate, results)) for rank in range(2)]
     for process in processes:
         process.start()
     try:
@@ -153,4 +159,4 @@ def test_a_rank_that_dies_in_a_part_is_named(axis: str, what: str) -> None:
             process.kill()
             process.join(10)
     assert took_s < 15
-    assert re.fullmatch(rf"rank 0, at {what}; rank 1 was last heard of \d+ s ago, at .*", message), message
+    assert re.fullmatch(rf"rank 0, at {SAID[axis]}; rank 1 was last heard of \d+ s ago, at .*", message), message
