@@ -17,7 +17,7 @@ from typing import Any
 
 from helixpipe.predict.estimate import Estimate, Setting, estimate_family
 from helixpipe.predict.hardware import named_accelerator, named_link
-from helixpipe.predict.memory import Keeping
+from helixpipe.predict.keeping import Keeping
 from helixpipe.predict.simulate import simulate_program
 from helixpipe.schedule.program import Run
 from helixpipe.shape import named_shape
@@ -102,9 +102,9 @@ VARIED = (
     Assumptions("messages take no time", link="free"),
     Assumptions("messages are waited for, not overlapped", blocking=True),
     Assumptions("the same on 100 Gbit/s a rank", link="ethernet", blocking=True),
-    Assumptions("each part of a layer takes 50 us more", {"launch_s": 50e-6}),
-    Assumptions("each part of a layer takes 200 us more", {"launch_s": 200e-6}),
-    Assumptions("each part of a layer takes 400 us more", {"launch_s": 400e-6}),
+    Assumptions("starting a part takes no time", {"launch_s": 0.0}),
+    Assumptions("starting a part takes 200 us", {"launch_s": 200e-6}),
+    Assumptions("starting a part takes 400 us", {"launch_s": 400e-6}),
     Assumptions("attention reaches 0.40 of the peak, 0.35 backward", attention(0.4, 0.35)),
     Assumptions("p = 8, tensor parallel 4", ranks=8),
 )  # fmt: skip

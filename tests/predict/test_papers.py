@@ -37,6 +37,23 @@ def test_helix_is_fastest_at_its_headline(helix: dict[str, Any]) -> None:
     assert by["ZB1P"]["step_s"] < by["1F1B"]["step_s"]
 
 
+def test_a_chunked_mlp_costs_time_where_its_output_is_read(helix: dict[str, Any]) -> None:
+    """Where the attention block travels the MLP ends its stage: no forward of it runs a third time."""
+    by = helix["cell"]("1.3b", 32 * K, 2)["contenders"]
+    step_s = {name: each["step_s"] for name, each in by.items()}
+    assert step_s["helix, attention travels"] == pytest.approx(step_s["helix, attention travels, MLP whole"], rel=1e-9)
+    for travel in ("none", "qkv"):
+        assert step_s[f"helix, {travel} travels"] > 1.02 * step_s[f"helix, {travel} travels, MLP whole"]
+
+
+def test_recompute_saves_1f1b_more_memory_than_helix(helix: dict[str, Any]) -> None:
+    """And costs it more time: at the headline, what is kept is 2p micro-batches of each layer in HelixPipe."""
+    found = {each["way"]: each for each in helix["composition"]()}
+    ours, again = found["helix, travel qkv, recompute selective"], found["1f1b, recompute selective"]
+    assert again["peak_bytes"] < 0.5 * ours["peak_bytes"]
+    assert again["step_s"] > 1.2 * ours["step_s"]
+
+
 def test_helix_gains_with_the_length(helix: dict[str, Any]) -> None:
     cells = [helix["cell"]("1.3b", length, 2) for length in (32 * K, 64 * K, 128 * K)]
     for key in ("papers_ratio", "ratio", "whole_ratio"):
@@ -85,6 +102,15 @@ def test_seq1f1b_gains_less_from_more_microbatches(seq: dict[str, Any]) -> None:
     # what twice the micro-batches bring 1F1B tells p: (1 + 3/8) / (1 + 3/16) for 4 ranks, 1.28 for 8
     gain = {key: many["1F1B"][key] / few["1F1B"][key] for key in ("tokens_per_s", "published_tokens_per_s")}
     assert gain["tokens_per_s"] == pytest.approx(gain["published_tokens_per_s"], rel=0.02)
+
+
+def test_starting_a_part_costs_short_segments_most(seq: dict[str, Any]) -> None:
+    free, slow = (
+        {name: each["ratio"] for name, each in seq["row"](32 * K, 8, given)["methods"].items()}
+        for given in (seq["Assumptions"](accelerator={"launch_s": launch_s}) for launch_s in (0.0, 200e-6))
+    )
+    assert slow["Seq1F1B"] < 0.95 * free["Seq1F1B"]
+    assert slow["1F1B-I"] == pytest.approx(free["1F1B-I"], rel=0.01)
 
 
 def test_seq1f1b_fits_128k_tokens(seq: dict[str, Any]) -> None:
