@@ -113,6 +113,8 @@ class MeshConfig:
     """How attention meets the tokens of other cp ranks: keys and values travel, or tokens are exchanged for heads."""
     layout: Literal["zigzag", "striped", "plain"] = "zigzag"
     """Which tokens a cp rank of a ring has: the first two give all ranks the same work; ulysses is always plain."""
+    optimizer: Literal["replicated", "sharded"] = "replicated"
+    """sharded: each of the dp x cp replicas keeps the state of its share of the parameters, and updates it (ZeRO-1)."""
 
 
 @dataclass(frozen=True)
@@ -261,7 +263,8 @@ class Config:
 
     def mesh_shape(self) -> MeshShape:
         """All ranks, by direction."""
-        return MeshShape(self.schedule.ranks, **dataclasses.asdict(self.mesh))
+        asked = self.mesh
+        return MeshShape(self.schedule.ranks, asked.dp, asked.cp, asked.tp, asked.context_method, asked.layout)
 
     @property
     def batch_size(self) -> int:

@@ -22,6 +22,7 @@ from helixpipe.runtime.ledger import Ledger
 from helixpipe.runtime.mesh import Mesh
 from helixpipe.runtime.recorder import Recorder
 from helixpipe.runtime.reduction import Reduction
+from helixpipe.runtime.shards import Shards
 from helixpipe.runtime.shares import Shares
 from helixpipe.runtime.stages import Stages
 from helixpipe.runtime.tape import POLICIES, Tape
@@ -106,6 +107,10 @@ class Pipeline:
     def parameters(self) -> dict[str, nn.Parameter]:
         """The masters this rank owns, by full name."""
         return self._weights.masters
+
+    def shards(self) -> Shards:
+        """For an optimizer whose state is divided over replicas: which masters to update here, and how they are shared."""
+        return Shards(self.parameters, self.mesh, self._watch)
 
     def step(self, tokens: Tensor, targets: Tensor) -> float:
         """Forward and backward of one batch; the mean loss per target token, the same on every rank.

@@ -48,7 +48,7 @@ class Reduction:
         """Sum this step's gradients over the ranks, and add them to the earlier ones. Collective."""
         self._watch.doing = "the sum of gradients"
         for group, parameters in self._shares:
-            for bucket in _buckets(p.grad for p in parameters if p.grad is not None):
+            for bucket in buckets(p.grad for p in parameters if p.grad is not None):
                 self._sum(bucket, group)
         for parameter, before in self._before.items():
             parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
@@ -67,12 +67,12 @@ class Reduction:
             gradient.copy_(total.view_as(gradient))
 
 
-def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Runs of gradients of about BUCKET_BYTES."""
+def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of tensors of about BUCKET_BYTES."""
     bucket: list[Tensor] = []
-    for gradient in gradients:
-        bucket.append(gradient)
-        if sum(g.nbytes for g in bucket) >= BUCKET_BYTES:
+    for tensor in tensors:
+        bucket.append(tensor)
+        if sum(t.nbytes for t in bucket) >= BUCKET_BYTES:
             yield bucket
             bucket = []
     if bucket:

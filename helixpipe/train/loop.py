@@ -47,7 +47,8 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
         context_method=config.mesh.context_method,
         layout=config.mesh.layout,
     )
-    optimizer = Optimizer(pipeline.parameters, settings, pipeline.as_whole)
+    shards = pipeline.shards() if config.mesh.optimizer == "sharded" else None
+    optimizer = Optimizer(pipeline.parameters, settings, pipeline.as_whole, shards)
 
     _check_same_data(corpus, group)
 

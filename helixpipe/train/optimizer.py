@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from helixpipe.config import TrainConfig
+from helixpipe.runtime.shards import Shards
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -31,11 +32,15 @@ class Optimizer:
         parameters: Mapping[str, nn.Parameter],
         config: TrainConfig,
         as_whole: Callable[[str, Tensor], Tensor] = lambda name, mine: mine,
+        shards: Shards | None = None,
     ) -> None:
-        """`as_whole`: how checkpoints see a tensor of a parameter of which this rank has a part."""
+        """`as_whole`: how checkpoints see a tensor of a parameter of which this rank has a part. `shards`: of the
+        parameters, those to update here; None is all.
+        """
         self.parameters, self.config, self.as_whole = dict(parameters), config, as_whole
-        matrices = [p for p in self.parameters.values() if p.dim() > 1]
-        vectors = [p for p in self.parameters.values() if p.dim() <= 1]
+        self.shards, self.updated = shards, shards.mine if shards is not None else self.parameters
+        matrices = [p for p in self.updated.values() if p.dim() > 1]
+        vectors = [p for p in self.updated.values() if p.dim() <= 1]
         groups = [
             {"params": params, "weight_decay": decay}
             for params, decay in ((matrices, config.weight_decay), (vectors, 0.0))
@@ -51,6 +56,8 @@ class Optimizer:
             for group in self._adamw.param_groups:
                 group["lr"] = rate
             self._adamw.step()
+        if self.shards is not None:
+            self.shards.share()
         return rate
 
     def state(self, step: int) -> dict[str, Tensor]:
@@ -61,6 +68,8 @@ class Optimizer:
         found = {}
         for name, parameter in self.parameters.items():
             found[f"model.{name}"] = self.as_whole(name, parameter.data)
+            if name not in self.updated:
+                continue
             moments = self._moments(parameter, step)
             found |= {f"optimizer.{name}.{key}": self.as_whole(name, moments[key]) for key in _MOMENTS}
         return found

@@ -211,7 +211,9 @@ def test_resumed_with_another_family_and_rank_count_the_losses_are_the_same_to_f
 def test_a_mesh_trains_as_one_pipeline_does_and_its_checkpoint_moves_to_another(
     reference: Path, tmp_path: Path, start: Callable[..., Run]
 ) -> None:
-    run = start("small.toml", "--mesh.dp", "2", "--schedule.microbatches", "2", "--run.keep", "9")
+    run = start(
+        "small.toml", "--mesh.dp", "2", "--mesh.optimizer", "sharded", "--schedule.microbatches", "2", "--run.keep", "9"
+    )
     folder = tmp_path / "runs" / "small-1"
     run.until((folder / "metrics.jsonl").exists)
     assert len(run.ranks()) == 4

@@ -34,6 +34,15 @@ def device_mesh(name: str) -> DeviceMesh | None:
     return None if len(names) == 1 else init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
 
 
+SHARDED = {"pp2 dp2", "cp2 tp2"}
+"""Whose optimizer state is divided over replicas."""
+
+
+def optimizer_of(name: str, pipeline: Pipeline) -> Optimizer:
+    shards = pipeline.shards() if name in SHARDED else None
+    return Optimizer(pipeline.parameters, Config().train, pipeline.as_whole, shards)
+
+
 def pipeline_of(name: str, seed: int) -> Pipeline:
     ranks = {"pp4": 4, "cp2 tp2": 1}.get(name, 2)
     schedule = build_schedule("1f1b", ranks=ranks, layers=4, microbatches=2)
@@ -43,22 +52,21 @@ def pipeline_of(name: str, seed: int) -> Pipeline:
 def saved(name: str, folder: str) -> tuple[Path, dict[str, torch.Tensor]]:
     """On a rank: two steps on a mesh, and a checkpoint; what this rank put in, whole where it can be."""
     pipeline = pipeline_of(name, seed=1)
-    config = Config()
-    optimizer = Optimizer(pipeline.parameters, config.train, pipeline.as_whole)
+    optimizer = optimizer_of(name, pipeline)
     for step in range(2):
         pipeline.zero_gradients()
         pipeline.step(*batch(SHAPE, 4, 8, seed=step))
         optimizer.step(step)
     state = optimizer.state(2)
     pipeline.close()
-    path = Checkpoints(Path(folder), 2, dist.group.WORLD).save(state, 2, config)
+    path = Checkpoints(Path(folder), 2, dist.group.WORLD).save(state, 2, Config())
     return path, {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in state.items()}
 
 
 def loaded(name: str, path: Path) -> dict[str, torch.Tensor]:
     """On a rank: what a run of another seed on another mesh has after loading."""
     pipeline = pipeline_of(name, seed=2)
-    optimizer = Optimizer(pipeline.parameters, Config().train, pipeline.as_whole)
+    optimizer = optimizer_of(name, pipeline)
     state = optimizer.state(2)
     Checkpoints(path.parent, 2, dist.group.WORLD).load(path, state)
     own = {f"model.{key}": p.data for key, p in pipeline.parameters.items()}
@@ -105,3 +113,28 @@ def test_replicas_are_written_once(four_ranks: Ranks, tmp_path: Path) -> None:
         path = four_ranks.run(saved, name, str(tmp_path / name))[0][0]
         sizes.add(sum(file.stat().st_size for file in path.glob("*.distcp")))
     assert len(sizes) == 1, sizes
+
+
+def trained(sharded: bool) -> tuple[list[float], dict[str, torch.Tensor], int]:
+    """On a rank of pp 2 x dp 2: losses, weights and elements of optimizer state after four steps."""
+    pipeline = pipeline_of("pp2 dp2", seed=1)
+    shards = pipeline.shards() if sharded else None
+    optimizer = Optimizer(pipeline.parameters, Config().train, pipeline.as_whole, shards)
+    losses = []
+    for step in range(4):
+        pipeline.zero_gradients()
+        losses.append(pipeline.step(*batch(SHAPE, 4, 8, seed=step)))
+        optimizer.step(step)
+    state = optimizer.state(4)
+    pipeline.close()
+    moments = sum(tensor.numel() for name, tensor in state.items() if name.startswith("optimizer."))
+    return losses, {name: p.data for name, p in pipeline.parameters.items()}, moments
+
+
+def test_shards_of_the_optimizer_change_no_bit_and_halve_its_state(four_ranks: Ranks) -> None:
+    whole, sharded = four_ranks.run(trained, False), four_ranks.run(trained, True)
+    for (losses, weights, moments), (same_losses, same_weights, fewer) in zip(whole, sharded, strict=True):
+        assert losses == same_losses
+        assert weights.keys() == same_weights.keys()
+        assert all(torch.equal(weights[name], same_weights[name]) for name in weights)
+        assert fewer < 0.6 * moments

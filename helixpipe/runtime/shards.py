@@ -1,0 +1,62 @@
+"""Shards: each replica updates its own share of the parameters and keeps optimizer state for no others (ZeRO-1,
+arXiv 1910.02054).
+
+    gradients summed on all replicas ── each updates its share ── every share sent to all
+
+Whole parameters are dealt out, the largest first, to whoever has least. An update is the same whoever makes it, so
+weights stay those of a run without shards, bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from helixpipe.errors import RankError
+from helixpipe.runtime.mesh import Mesh
+from helixpipe.runtime.reduction import buckets
+from helixpipe.runtime.watch import Watch
+
+
+class Shards:
+    """Of the masters that this rank and its replicas (dp, cp) hold. Without replicas, all are its own."""
+
+    def __init__(self, masters: Mapping[str, nn.Parameter], mesh: Mesh, watch: Watch) -> None:
+        self._group, self._watch = mesh.replicas, watch
+        replicas = dist.get_world_size(self._group) if self._group is not None else 1
+        mine = dist.get_rank(self._group) if self._group is not None else 0
+        shares: list[dict[str, nn.Parameter]] = [{} for _ in range(replicas)]
+        held = [0] * replicas
+        for name in sorted(masters, key=lambda name: (-masters[name].numel(), name)):
+            least = held.index(min(held))
+            shares[least][name] = masters[name]
+            held[least] += masters[name].numel()
+        self._shares = shares
+        self.mine = shares[mine]
+        """Those to update here, by name."""
+
+    @torch.no_grad()
+    def share(self) -> None:
+        """Every replica's updated parameters to all. Collective."""
+        if self._group is None:
+            return
+        self._watch.doing = "the sharing of updates"
+        for owner, share in enumerate(self._shares):
+            for bucket in buckets(parameter.data for parameter in share.values()):
+                self._send(bucket, owner)
+
+    def _send(self, tensors: list[Tensor], owner: int) -> None:
+        assert self._group is not None
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        wire = flat.cpu() if dist.get_backend(self._group) == "gloo" else flat
+        try:
+            dist.broadcast(wire, dist.get_global_rank(self._group, owner), self._group)
+        except RuntimeError as error:
+            raise RankError(
+                f"{self._watch.me}, at {self._watch.doing}, lost a rank that has the same parameters; {self._watch.others()}"
+            ) from error
+        for tensor, updated in zip(tensors, wire.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(updated.view_as(tensor))
