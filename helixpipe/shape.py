@@ -177,7 +177,9 @@ class ModelShape:
         if part.kind == "attn":
             return 0.0
         forward = self.forward_flops(part, batch, segment)
-        return forward - self.forward_flops(Part("attn", part.layer), batch, segment) if part.kind == "block" else forward
+        return (
+            forward - self.forward_flops(Part("attn", part.layer), batch, segment) if part.kind == "block" else forward
+        )
 
     @property
     def parameter_count(self) -> int:
