@@ -155,7 +155,9 @@ def data_cases() -> Iterator[Case]:
 
 def context_cases() -> Iterator[Case]:
     ways = [("ring", "zigzag"), ("ring", "striped"), ("ring", "plain"), ("ulysses", "zigzag")]
-    for i, (family, (method, layout)) in enumerate(itertools.product(FAMILIES, ways)):
+    pairs = list(itertools.product(("1f1b", "helix", "seq1f1b"), ways))
+    pairs += [("zb_h1", ways[0]), ("seq1f1b_zb", ways[3]), ("seq1f1b_zb", ways[0])]
+    for i, (family, (method, layout)) in enumerate(pairs):
         yield Case(sized(pp=2, cp=2), family, i % 3, RECOMPUTE[(i + i // 4) % 3], method, layout, 5 * (i % 2))
     yield Case(sized(cp=4), "seq1f1b", 0, layout="striped")
     yield Case(sized(cp=4), "1f1b", 1, "none", "ulysses")
@@ -196,7 +198,7 @@ def test_three_directions_on_eight_ranks() -> None:
     """One test: the ranks are started once, however tests are spread over processes."""
     ranks = Ranks(8)
     try:
-        for mesh in (sized(pp=2, cp=2, tp=2), sized(dp=2, cp=2, tp=2), sized(pp=2, dp=2, cp=2)):
+        for mesh in (sized(pp=2, cp=2, tp=2), sized(dp=2, cp=2, tp=2)):
             for family in ("1f1b", "helix", "seq1f1b"):
                 holds(ranks, Case(mesh, family, shape=2 if family == "1f1b" else 0))
     finally:
