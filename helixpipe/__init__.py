@@ -18,6 +18,7 @@ from helixpipe.errors import (
     RankError,
     ScheduleError,
 )
+from helixpipe.mesh import MeshShape
 from helixpipe.predict.estimate import Estimate, Setting, estimate, simulate
 from helixpipe.predict.hardware import Accelerator, Link
 from helixpipe.predict.plan import Choice, Plan, plan
@@ -34,6 +35,7 @@ from helixpipe.shape import Batch, ModelShape, named_shape
 
 if TYPE_CHECKING:
     from helixpipe.model.decoder import Decoder, Model
+    from helixpipe.runtime.mesh import make_device_mesh
     from helixpipe.runtime.pipeline import Pipeline
     from helixpipe.sequence import ring_attention, ulysses_attention
 
@@ -44,6 +46,7 @@ _LATE = {
     "Decoder": "helixpipe.model.decoder",
     "Model": "helixpipe.model.decoder",
     "Pipeline": "helixpipe.runtime.pipeline",
+    "make_device_mesh": "helixpipe.runtime.mesh",
     "ring_attention": "helixpipe.sequence",
     "ulysses_attention": "helixpipe.sequence",
 }
@@ -60,6 +63,7 @@ __all__ = [
     "Estimate",
     "HelixpipeError",
     "Link",
+    "MeshShape",
     "Model",
     "ModelShape",
     "Part",
@@ -78,6 +82,7 @@ __all__ = [
     "check",
     "estimate",
     "lower",
+    "make_device_mesh",
     "named_shape",
     "plan",
     "ring_attention",

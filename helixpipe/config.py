@@ -255,6 +255,7 @@ class Config:
             segment_multiple=schedule.segment_multiple,
             context_method=self.mesh.context_method,
             layout=self.mesh.layout,
+            optimizer=self.mesh.optimizer,
         )
 
     def segment_lengths(self, schedule: Schedule) -> tuple[int, ...] | None:

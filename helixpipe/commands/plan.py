@@ -159,7 +159,7 @@ def _config(choice: Choice, args: argparse.Namespace, dtype: str) -> Config:
             "partition": "even" if candidate.family == "slimpipe" else "computation_wise",
             "evenness": candidate.evenness, "segment_multiple": args.segment_multiple, "profile": args.profile or "",
         },
-        "mesh": {"dp": args.data_parallel, "cp": args.context_parallel, "tp": args.tensor_parallel},
+        "mesh": {"dp": args.data_parallel, "cp": args.context_parallel, "tp": args.tensor_parallel, "optimizer": args.optimizer},
         "train": {"sequence_length": args.sequence_length, "microbatch_size": args.microbatch_size},
         "runtime": {
             "dtype": dtype, "recompute": candidate.recompute, "mlp_chunk": candidate.chunk, "head_chunk": candidate.chunk,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from helixpipe.predict.profile import Profile
 from helixpipe.schedule.families import FAMILIES
 from helixpipe.shape import SHAPES, named_shape
 
+OPTIMIZERS = ("replicated", "sharded")
 RECOMPUTE = ("none", "selective", "full")
 # what cannot be drawn or priced in a reasonable time and memory
 MOST_ACTIONS = 2_000_000
@@ -61,6 +62,9 @@ def add_setting_flags(parser: Parser) -> None:
     )
     data = "pipelines side by side, each with these micro-batches [1]"
     own.add_argument("--dp", "--data-parallel", dest="data_parallel", type=number, default=1, metavar="D", help=data)
+    own.add_argument(
+        "--optimizer", default="replicated", metavar="O", help="its state: replicated, or sharded over dp x cp"
+    )
     own.add_argument("--dtype", metavar="D", help=f"{', '.join(ELEMENT_BYTES)} [bfloat16; float32 with laptop-core]")
     own.add_argument(
         "--mlp-chunk", type=number, default=0, metavar="N", help="tokens at a time through the MLP [0: all]"
@@ -93,10 +97,12 @@ def setting_from(args: argparse.Namespace) -> Setting:
         profile.check_fits(shape, dtype=dtype)
         joined = named_link(args.link) if args.link else profile.link or named_link("free")
     inside = args.tensor_link or ("free" if accelerator.name == "ideal" else "nvlink")
-    for name, value, known in (
+    choices: tuple[tuple[str, str, Collection[str]], ...] = (
         ("dtype", dtype, ELEMENT_BYTES),
         ("recompute", getattr(args, "recompute", "none"), RECOMPUTE),
-    ):
+        ("optimizer", args.optimizer, OPTIMIZERS),
+    )
+    for name, value, known in choices:
         if value not in known:
             raise ConfigError(f"{name}: '{value}' is not known; known: {', '.join(known)}")
     if min(args.mlp_chunk, args.head_chunk) < 0:
@@ -118,6 +124,7 @@ def setting_from(args: argparse.Namespace) -> Setting:
         profile,
         evenness=getattr(args, "evenness", 0.0),
         segment_multiple=args.segment_multiple,
+        optimizer=args.optimizer,
     )
 
 

@@ -59,6 +59,8 @@ class Setting:
     context_method: str = "ring"
     layout: str = "zigzag"
     """How context-parallel ranks share a sequence; a ring's messages are priced for both."""
+    optimizer: str = "replicated"
+    """sharded: replicas divide its state (ZeRO-1)."""
 
     def __post_init__(self) -> None:
         for name in ("sequence_length", "microbatch_size"):
@@ -225,7 +227,8 @@ def priced(program: Program, setting: Setting) -> Estimate:
 
     timeline = simulate_program(program, seconds, travel, lambda message: sizes[message.number], keeping)
     timeline = _per_accelerator(timeline, setting.group)
-    standing = standing_bytes(schedule, setting.shape, keeping, setting.tensor_parallel)
+    shards = setting.data_parallel * setting.context_parallel if setting.optimizer == "sharded" else 1
+    standing = standing_bytes(schedule, setting.shape, keeping, setting.tensor_parallel, shards)
     return Estimate(setting, schedule, program, seconds, travel, Timeline(timeline.spans, timeline.memory, standing))
 
 

@@ -20,15 +20,18 @@ from helixpipe.shape import ModelShape
 
 
 def standing_bytes(
-    schedule: Schedule, shape: ModelShape, keeping: Keeping, tensor_parallel: int = 1
+    schedule: Schedule, shape: ModelShape, keeping: Keeping, tensor_parallel: int = 1, optimizer_shards: int = 1
 ) -> tuple[Standing, ...]:
-    """Per rank; with tensor parallelism, of each of its accelerators. Visiting weights count all step long."""
+    """Per rank; with tensor parallelism, of each of its accelerators. Visiting weights count all step long.
+
+    `optimizer_shards`: replicas that keep the optimizer's state together (ZeRO-1).
+    """
     owned, visiting = owned_and_visiting(schedule, shape)
     narrow, wide = keeping.element_bytes, keeping.wide_bytes
     copy = narrow if narrow != wide else 0
     found = []
     for own, visits in zip(owned, visiting, strict=True):
-        sizes = own * (wide + copy) + visits * narrow, (own + visits) * wide, own * 2 * wide
+        sizes = own * (wide + copy) + visits * narrow, (own + visits) * wide, own * 2 * wide / optimizer_shards
         found.append(Standing(*(math.ceil(size / tensor_parallel) for size in sizes)))
     return tuple(found)
 

@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 from helixpipe.errors import ConfigError
 from helixpipe.model.attention import Attention, AttentionState, KeptAttention, KeyValues, attend
 from helixpipe.schedule.parts import Part
-from helixpipe.sequence.attention import _to_heads, _to_sequence
+from helixpipe.sequence.attention import to_heads, to_sequence
 from helixpipe.sequence.layout import Layout
 from helixpipe.sequence.mesh import SequenceMesh
 from helixpipe.sequence.spread import ALL, Plan, Spread
@@ -54,9 +54,9 @@ class Context:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, state: AttentionState) -> Tensor:
         """As `model.attention.attend`, of this rank's tokens against those of all ranks."""
         if self.mesh.heads > 1:
-            q, k, v = _to_heads(q, k, v, self.mesh)
+            q, k, v = to_heads(q, k, v, self.mesh)
             here = attend(q, k, v, causal, state).unflatten(2, q.shape[2:])
-            return _to_sequence(here, self.mesh).flatten(2)
+            return to_sequence(here, self.mesh).flatten(2)
         out: Tensor
         if state.key_values is None:
             out = Spread.apply(q, k, v, self._plan(q.shape[1], 0, causal), state.kept)  # type: ignore[no-untyped-call]

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helixpipe.errors import RankError
-from helixpipe.runtime.sends import DeviceSends, HostSends, InFlight, SendError, Work
+from helixpipe.runtime.sends import DeviceSends, HostSends, InFlight, SendError
 from helixpipe.runtime.watch import Watch
 from helixpipe.schedule.program import Kind, Message
 
@@ -53,17 +53,18 @@ class Transport:
 
     def send(self, message: Message, tensors: Sequence[Tensor]) -> None:
         held = [tensor.to(self._wire).contiguous() for tensor in tensors]
-        peer = self._global(message.dst)
         with self._named(message, message.dst):
-            works = [_work(dist.isend(t, peer, self.group, _tag(message, i))) for i, t in enumerate(held)]
+            group = _known(self.group)
+            # the group's own call: what dist.isend does around it costs more than the call
+            works = [group.send([tensor], message.dst, _tag(message, i)) for i, tensor in enumerate(held)]
             self._sends.hold(InFlight(message, works, held))
 
     def receive(self, message: Message) -> None:
         dtype = self.gradient_dtype if message.kind is Kind.WEIGHT_GRADIENTS else self.dtype
         held = [torch.empty(shape, dtype=dtype, device=self._wire) for shape in message.shapes]
-        peer = self._global(message.src)
         with self._named(message, message.src):
-            works = [_work(dist.irecv(t, peer, self.group, _tag(message, i))) for i, t in enumerate(held)]
+            group = _known(self.group)
+            works = [group.recv([tensor], message.src, _tag(message, i)) for i, tensor in enumerate(held)]
         self._receives[message.number] = InFlight(message, works, held)
 
     def wait(self, message: Message) -> list[Tensor]:
@@ -101,14 +102,11 @@ class Transport:
             what = f"waited {waited_s:.0f} s" if late else f"lost {lost} while waiting"
             raise RankError(f"{self.watch.me}, at {self.watch.doing}, {what} for {message}; {told}") from error
 
-    def _global(self, rank: int) -> int:
-        return dist.get_global_rank(self.group, rank) if self.group is not None else rank
 
-
-def _work(work: Work | None) -> Work:
-    if work is None:
-        raise RuntimeError("this process is not part of the group")
-    return work
+def _known(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    if group is None:
+        raise RuntimeError("a message, and this process is alone")
+    return group
 
 
 def _tag(message: Message, index: int) -> int:

@@ -55,9 +55,9 @@ def ring_attention(
     lay = mesh.layout(q.shape[1] * mesh.size, layout)
     packed = None if documents is None else Documents.of(documents, lay.length, q.shape[0])
     if mesh.heads > 1:
-        q, k, v = _to_heads(q, k, v, mesh)
+        q, k, v = to_heads(q, k, v, mesh)
     out: Tensor = Spread.apply(q, k, v, _plan(mesh, lay, causal, packed), kept)  # type: ignore[no-untyped-call]
-    return _to_sequence(out, mesh) if mesh.heads > 1 else out
+    return to_sequence(out, mesh) if mesh.heads > 1 else out
 
 
 def ulysses_attention(
@@ -97,7 +97,7 @@ def _tiles(layout: Layout, place: int, source: int, causal: bool, spans: tuple[S
     return tiles(layout.runs(place), layout.runs(source), causal, spans)
 
 
-def _to_heads(q: Tensor, k: Tensor, v: Tensor, mesh: SequenceMesh) -> tuple[Tensor, ...]:
+def to_heads(q: Tensor, k: Tensor, v: Tensor, mesh: SequenceMesh) -> tuple[Tensor, ...]:
     """[b, s, heads, d] -> [b, n * s, heads / n, d] of each, in one message a rank."""
     n, kv_heads = mesh.heads, k.shape[2]
     if q.shape[2] % n:
@@ -115,7 +115,7 @@ def _to_heads(q: Tensor, k: Tensor, v: Tensor, mesh: SequenceMesh) -> tuple[Tens
     return received.movedim(0, 1).flatten(1, 2).split(sizes, dim=2)  # type: ignore[no-any-return]
 
 
-def _to_sequence(out: Tensor, mesh: SequenceMesh) -> Tensor:
+def to_sequence(out: Tensor, mesh: SequenceMesh) -> Tensor:
     """[b, n * s, heads / n, d] -> [b, s, heads, d]"""
     parts = out.unflatten(1, (mesh.heads, -1)).movedim(1, 0)
     received: Tensor = Exchange.apply(parts, mesh.over_heads)  # type: ignore[no-untyped-call]

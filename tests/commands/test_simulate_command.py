@@ -101,6 +101,7 @@ def test_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (f"1f1b {SMALL} --hardware h20o", "--hardware: 'h20o' is not known; did you mean 'h20'?"),
         (f"1f1b {SMALL} --link nvlnk", "--link: 'nvlnk' is not known; did you mean 'nvlink'?"),
         (f"1f1b {SMALL} --dtype fp8", "--dtype: 'fp8' is not known; known: bfloat16, float32, float64"),
+        (f"1f1b {SMALL} --optimizer adam", "--optimizer: 'adam' is not known; known: replicated, sharded"),
         (f"1f1b {SMALL} --recompute half", "--recompute: 'half' is not known; known: none, selective, full"),
         (f"1f1b {SMALL} --segments 2", "--segments: not an option of 1f1b, which has --opaque, --ends, but of terapipe"),
         (f"seq1f1b {SMALL} --segments 9000", "--segments: 9000 segments of a sequence of 1024 tokens; give at most 1024"),

@@ -59,6 +59,8 @@ def test_what_stands_on_a_rank() -> None:
     for size, per_parameter in ((4, (4, 4, 8)), (2, (6, 4, 8)), (8, (8, 8, 16))):
         for own, standing in zip(owned, standing_bytes(schedule, TINY, Keeping("none", size)), strict=True):
             assert tuple(standing) == tuple(own * each for each in per_parameter)
+    shared = standing_bytes(schedule, TINY, Keeping("none", 4), optimizer_shards=4)
+    assert [tuple(each) for each in shared] == [(4 * own, 4 * own, 2 * own) for own in owned]
     halved = standing_bytes(schedule, TINY, Keeping("none", 4), tensor_parallel=2)
     assert halved[0].weights_bytes == owned[0] * 2
 
