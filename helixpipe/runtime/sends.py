@@ -18,6 +18,10 @@ from torch import Tensor
 from helixpipe.schedule.program import Message
 
 
+# how long closing waits for a thread that is still at a send
+CLOSE_S = 2.0
+
+
 class Work(Protocol):
     """A torch.distributed request."""
 
@@ -105,7 +109,8 @@ class _Peer:
         self._flights: deque[InFlight | None] = deque()
         self._failed: SendError | None = None
         self._changed = threading.Condition()
-        threading.Thread(target=self._serve, daemon=True, name="helixpipe-send").start()
+        self._thread = threading.Thread(target=self._serve, daemon=True, name="helixpipe-send")
+        self._thread.start()
 
     def hold(self, flight: InFlight) -> None:
         with self._changed:
@@ -122,9 +127,11 @@ class _Peer:
             self._raise()
 
     def close(self) -> None:
+        """The thread is gone when this returns: one that the interpreter's end meets inside the backend can crash it."""
         with self._changed:
             self._flights.append(None)
             self._changed.notify_all()
+        self._thread.join(CLOSE_S)
 
     def _serve(self) -> None:
         while True:
@@ -135,8 +142,7 @@ class _Peer:
             if flight is None:
                 return
             try:
-                for work in flight.works:
-                    work.wait(self._timeout)
+                self._complete(flight)
             except RuntimeError as error:
                 with self._changed:
                     self._failed = SendError(flight.message)
@@ -144,10 +150,14 @@ class _Peer:
                     self._changed.notify_all()
                 return
             with self._changed:
-                self._flights.popleft()
                 self.nbytes -= flight.nbytes
+                del flight  # requests go before anyone is told that they are complete, and may destroy the group
+                self._flights.popleft()
                 self._changed.notify_all()
-            del flight
+
+    def _complete(self, flight: InFlight) -> None:
+        for work in flight.works:
+            work.wait(self._timeout)
 
     def _raise(self) -> None:
         if self._failed is not None:

@@ -34,9 +34,10 @@ class Watch:
         self.doing: object = "its first step"
         self._store = store
         self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._publish, daemon=True, name="helixpipe-watch")
         if store is not None:
             self._tell()
-            threading.Thread(target=self._publish, daemon=True, name="helixpipe-watch").start()
+            self._thread.start()
 
     @property
     def me(self) -> str:
@@ -61,7 +62,10 @@ class Watch:
         return RankError(f"{self.me}, at {self.doing}, {error}; {self.others()}")
 
     def close(self) -> None:
+        """The thread is gone when this returns, unless the store keeps it."""
         self._stop.set()
+        if self._store is not None:
+            self._thread.join(PERIOD_S)
 
     def _publish(self) -> None:
         while not self._stop.wait(PERIOD_S):
