@@ -17,7 +17,6 @@ from torch import Tensor
 
 from helixpipe.schedule.program import Message
 
-
 # how long closing waits for a thread that is still at a send
 CLOSE_S = 2.0
 
