@@ -49,9 +49,9 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "dualpipe_v": ("dualpipe_v", {}),
     "seq1f1b": ("seq1f1b", {"segments": 8}),
     "seq1f1b_interleaved": ("seq1f1b_interleaved", {"segments": 8, "stages_per_rank": 2}),
-    "seq1f1b_interleaved, evenness 0.6": (
+    "seq1f1b_interleaved, evenness 0.7": (
         "seq1f1b_interleaved",
-        {"segments": 8, "stages_per_rank": 2, "evenness": 0.6},
+        {"segments": 8, "stages_per_rank": 2, "evenness": 0.7},
     ),
     "seq1f1b_interleaved, k=12, evenness 0.5": (
         "seq1f1b_interleaved",
