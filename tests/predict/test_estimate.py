@@ -31,7 +31,7 @@ def ratio(family: str, recompute: str = "none", **options: object) -> float:
 
 
 def test_the_published_ratios_at_128k() -> None:
-    """SCHEDULES: p=8, m=16, causal, free messages, over the step without bubble and recompute."""
+    """p=8, m=16, causal, free messages, over the step without bubble and recompute."""
     assert ratio("1f1b") == pytest.approx(1.4375, rel=1e-3)
     naive = {"folds": 1, "groups": "forward_first"}
     assert ratio("helix", **naive) == pytest.approx(1.0266, rel=1e-3)
