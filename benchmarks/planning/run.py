@@ -29,6 +29,7 @@ from helixpipe.schedule.lower import lower
 from helixpipe.shape import named_shape
 
 SEQUENCE_LENGTH = 131072
+SIZES = (64, 128, 256)  # dualpipe_v needs two micro-batches a rank
 SCHEDULES: dict[str, dict[str, int]] = {
     "1f1b": {}, "zb_h1": {}, "interleaved": {"stages_per_rank": 2}, "dualpipe_v": {}, "helix": {},
     "seq1f1b": {"segments": 4}, "zb_v": {}, "v_half": {},
@@ -46,7 +47,7 @@ def main() -> None:
     result: dict[str, Any] = {"machine": machine(), "processes": args.processes}
     if not args.skip_plan:
         result["plan"] = search(args.processes)
-    result["schedules"] = [single(name, m) for name in names for m in (64, 128, 256)]
+    result["schedules"] = [single(name, m) for name in names for m in SIZES if name != "dualpipe_v" or m >= 128]
     print(json.dumps(result, indent=2) if args.json else table(result))
 
 
