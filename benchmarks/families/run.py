@@ -28,7 +28,7 @@ from helixpipe.model.decoder import Decoder
 from helixpipe.runtime.ledger import Ledger
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.schedule.families import FAMILIES, build_schedule
-from helixpipe.schedule.partition import for_shape
+from helixpipe.schedule.partition import even, for_shape
 from helixpipe.schedule.parts import chain
 from helixpipe.shape import Batch, ModelShape
 
@@ -88,7 +88,11 @@ def our_contender(shape: ModelShape, m: int, tokens: torch.Tensor, targets: torc
     cut = {key: options[key] for key in options if key == "evenness"}
     given = {key: options[key] for key in options if key != "evenness"}
     schedule = build_schedule(family, ranks=RANKS, layers=shape.layers, microbatches=m, **given)
-    lengths = for_shape(shape, tokens.shape[1], schedule.segments, 64, **cut) if schedule.segments > 1 else None
+    lengths = None
+    if family == "slimpipe":  # uniform by definition
+        lengths = even(tokens.shape[1], schedule.segments, 64)
+    elif schedule.segments > 1:
+        lengths = for_shape(shape, tokens.shape[1], schedule.segments, 64, **cut)
     pipeline = Pipeline(Decoder(shape), schedule, recompute="none", segment_lengths=lengths)
 
     def step() -> float:

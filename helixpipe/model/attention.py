@@ -6,8 +6,8 @@ running the kernel, which is what recomputation without attention needs (HelixPi
 It can run segment by segment (Seq1F1B, section 3.2). The keys and values of earlier segments are state,
 held per layer and micro-batch outside of any module so that a recompute cannot change them:
 
-    segment 2   q2 . [k0 k1]   prefix, no mask        two kernels, merged by log-sum-exp; the backward runs
-                q2 . k2        diagonal, causal       both with the merged output and log-sum-exp
+    segment 2   q2 . [k0 k1]   prefix, no mask        merged by log-sum-exp; the backward of each takes the
+                q2 . k2        diagonal, causal       merged output and log-sum-exp
 
 The backward goes from the last segment to the first; what a segment owes to earlier keys and values waits,
 in float32 or wider, until theirs comes.
@@ -21,7 +21,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
 
 from helixpipe.model.kernels import attention_backward, attention_forward
 
@@ -49,7 +48,7 @@ class KeyValues:
     keep: Callable[[Tensor], Holder]
     keys: dict[int, Holder] = field(default_factory=dict)
     values: dict[int, Holder] = field(default_factory=dict)
-    owed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    owed: dict[int, tuple[Holder, Holder]] = field(default_factory=dict)
 
     def add(self, segment: int, k: Tensor, v: Tensor) -> None:
         """A segment's keys and values, by its first forward; a recompute finds them there."""
@@ -65,23 +64,34 @@ class KeyValues:
         k, v = ([held[s].tensor for s in range(segment)] for held in (self.keys, self.values))
         return torch.cat(k, 1), torch.cat(v, 1)
 
-    def owe(self, segment: int, dk: Tensor, dv: Tensor) -> None:
-        """Gradients of the prefix of `segment`, shared out to its segments."""
-        wide = torch.promote_types(dk.dtype, torch.float32)
-        lengths = [self.keys[s].tensor.shape[1] for s in range(segment)]
-        for s, gk, gv in zip(range(segment), dk.split(lengths, 1), dv.split(lengths, 1), strict=True):
+    def blocks(self, segment: int) -> list[tuple[range, Tensor, Tensor]]:
+        """The prefix in as many pieces as suit the device, each with its segments.
+
+        A CPU core pays for copies and has every piece from its own cache: one piece a segment, none copied. An
+        accelerator pays for launches: one piece.
+        """
+        if not segment:
+            return []
+        if self.keys[0].tensor.device.type != "cpu":
+            return [(range(segment), *self.prefix(segment))]
+        return [(range(s, s + 1), self.keys[s].tensor, self.values[s].tensor) for s in range(segment)]
+
+    def owe(self, segments: range, dk: Tensor, dv: Tensor) -> None:
+        """Gradients of these segments' keys and values, [b, tokens, kv_heads, d], from a later one."""
+        lengths = [self.keys[s].tensor.shape[1] for s in segments]
+        for s, gk, gv in zip(segments, dk.split(lengths, 1), dv.split(lengths, 1), strict=True):
             if s in self.owed:
-                self.owed[s][0].add_(gk)
-                self.owed[s][1].add_(gv)
+                self.owed[s][0].tensor.add_(gk)
+                self.owed[s][1].tensor.add_(gv)
             else:
-                self.owed[s] = gk.to(wide, copy=True), gv.to(wide, copy=True)
+                self.owed[s] = self.keep(_wide_alone(gk)), self.keep(_wide_alone(gv))
 
     def settle(self, segment: int, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
         """A segment's own gradients and all that later segments owed it; its keys and values may go."""
         del self.keys[segment], self.values[segment]
         if segment not in self.owed:
             return dk, dv
-        owed_k, owed_v = self.owed.pop(segment)
+        owed_k, owed_v = (held.tensor for held in self.owed.pop(segment))
         return owed_k.add_(dk).to(dk.dtype), owed_v.add_(dv).to(dv.dtype)
 
 
@@ -108,10 +118,10 @@ class _Attention(torch.autograd.Function):
             out, lse = kept.out, kept.lse
         else:
             out, lse = attention_forward(_heads(q), _heads(k), _heads(v), causal)
-            if past is not None and state.segment:
-                before_k, before_v = past.prefix(state.segment)
+            for _, before_k, before_v in past.blocks(state.segment) if past is not None else ():
                 before = attention_forward(_heads(q), _heads(before_k), _heads(before_v), False)
                 out, lse = merge(out, lse, *before)
+            out = narrow(out, q.dtype)
             if kept is not None:
                 kept.out, kept.lse = out, lse
         ctx.save_for_backward(q, k, v, out, lse)
@@ -125,24 +135,35 @@ class _Attention(torch.autograd.Function):
         grad = _heads(grad.unflatten(2, (q.shape[2], q.shape[3])))
         dq, dk, dv = map(_heads, attention_backward(grad, _heads(q), _heads(k), _heads(v), out, lse, ctx.causal))
         if past is not None:
-            if segment:
-                whole_k, whole_v = map(_heads, past.prefix(segment))
-                more, *owed = map(_heads, attention_backward(grad, _heads(q), whole_k, whole_v, out, lse, False))
-                past.owe(segment, *owed)
-                dq = dq + more
+            for segments, *before in past.blocks(segment):
+                before_k, before_v = map(_heads, before)
+                more, *owed = map(_heads, attention_backward(grad, _heads(q), before_k, before_v, out, lse, False))
+                past.owe(segments, *owed)
+                dq = dq.to(torch.promote_types(q.dtype, torch.float32)).add_(more)
             dk, dv = past.settle(segment, dk, dv)
-        return dq, dk, dv, None, None
+        return dq.to(q.dtype), dk, dv, None, None
 
 
 def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two sets of keys from attention over each: (out, lse), computed in float32 or wider.
+    """Attention over two sets of keys from attention over each: (out, lse), in float32 or wider.
 
-    out - sigmoid(lse' - lse)(out - out'), and lse - logsigmoid(lse - lse').
+    `out` may be overwritten: out + sigmoid(lse' - lse)(out' - out), and log(exp lse + exp lse').
     """
-    share = torch.sigmoid(other_lse - lse).unsqueeze(-1)
-    merged = out - share * (out.to(share.dtype) - other)
-    # in memory [b, s, heads, d], as the kernels give it
-    return _heads(_heads(merged).to(out.dtype).contiguous()), lse - logsigmoid(lse - other_lse)
+    wide = out.to(torch.promote_types(out.dtype, torch.float32))
+    share = torch.sigmoid(other_lse - lse)[..., : out.shape[2]]  # some kernels pad it
+    wide.lerp_(other.to(wide.dtype), share.unsqueeze(-1).to(wide.dtype))
+    return wide, torch.logaddexp(lse, other_lse)
+
+
+def narrow(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """A merged output in the run's precision and, as the kernels give it, in memory [b, s, heads, d]."""
+    return _heads(_heads(out).to(dtype).contiguous())
+
+
+def _wide_alone(gradient: Tensor) -> Tensor:
+    """In float32 or wider, and no slice, which would keep all of its tensor alive."""
+    is_slice = gradient.untyped_storage().nbytes() > gradient.nbytes
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=is_slice)
 
 
 def _heads(t: Tensor) -> Tensor:

@@ -75,6 +75,11 @@ def key_values(chunk: Chunk, shape: ModelShape, batch: Batch, segment: int, keep
     }
 
 
+def owed(shape: ModelShape, batch: Batch, segment: int, keeping: Keeping) -> int:
+    """Bytes of gradients that later segments owe to a segment's keys and values, of one layer."""
+    return 2 * batch.tokens(segment) * shape.kv_size * keeping.wide_bytes
+
+
 def put_off(part: Part, shape: ModelShape, batch: Batch, segment: int, keeping: Keeping) -> Kept:
     """What an I leaves for its W: input and output gradient of each linear layer; nothing where a part is chunked."""
     if (part.kind == "mlp" and keeping.mlp_chunk) or (part.kind == "head" and keeping.head_chunk):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from helixpipe.predict.keeping import Keeping, Kept, kept, key_values, put_off, saved
+from helixpipe.predict.keeping import Keeping, Kept, kept, key_values, owed, put_off, saved
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.chunks import Chunk, chunks
 from helixpipe.schedule.program import Program
@@ -22,6 +23,15 @@ def peak_activation_bytes(program: Program, keeping: Keeping) -> tuple[int, ...]
     return tuple(max((high for high, _ in rank), default=0) for rank in activation_bytes(program, keeping))
 
 
+class Move(NamedTuple):
+    """What an action takes hold of (`by` +1) or lets go of (-1)."""
+
+    held: Kept
+    by: int
+    unnamed_bytes: int = 0
+    """Beside tensors with names: those that one segment's action makes and another's lets go of."""
+
+
 class _Live:
     """Bytes that one rank holds, each tensor counted once however many hold it."""
 
@@ -29,18 +39,19 @@ class _Live:
         self.bytes = self.high_bytes = 0
         self._holders: dict[tuple[int, int, str], int] = {}
 
-    def hold(self, microbatch: int, segment: int, held: Kept, by: int) -> None:
+    def move(self, microbatch: int, segment: int, move: Move) -> None:
         """`by` more holders of each (fewer, when below 0)."""
-        for name, size in held.items():
+        for name, size in move.held.items():
             key = microbatch, segment, name
             before = self._holders.get(key, 0)
-            self._holders[key] = before + by
-            self.bytes += size * ((before + by > 0) - (before > 0))
+            self._holders[key] = before + move.by
+            self.bytes += size * ((before + move.by > 0) - (before > 0))
+        self.bytes += move.unnamed_bytes * move.by
         self.high_bytes = max(self.high_bytes, self.bytes)
 
 
-Moves = list[tuple[Kept, int]]
-"""What an action takes hold of (+1) and lets go of (-1), in order. The same for every micro-batch."""
+Moves = list[Move]
+"""Those of an action, in order. The same for every micro-batch."""
 _Key = tuple[int, Pass, int, bool]  # stage, pass, segment, whether an R has recomputed the last chunk
 
 _Unit = tuple[int, int, int]  # stage, micro-batch, segment
@@ -65,8 +76,8 @@ def _walk(program: Program, rank: int, keeping: Keeping) -> Iterator[tuple[int, 
     for action, key in order:
         if key[0] in sharing:
             live.high_bytes = live.bytes
-            for held, by in moves[key]:
-                live.hold(action.microbatch, action.segment, held, by)
+            for move in moves[key]:
+                live.move(action.microbatch, action.segment, move)
         else:
             high, net = alone[action.stage, action.microbatch, action.segment][key]
             live.high_bytes = live.bytes + high
@@ -78,8 +89,8 @@ def _sharing(moves: dict[_Key, Moves]) -> set[int]:
     """Stages that keep a tensor which another stage of this rank keeps too: counted once, so one by one."""
     stages_of: dict[str, set[int]] = {}
     for key, each in moves.items():
-        for held, _ in each:
-            for name in held:
+        for move in each:
+            for name in move.held:
                 stages_of.setdefault(name, set()).add(key[0])
     return {stage for stages in stages_of.values() if len(stages) > 1 for stage in stages}
 
@@ -105,8 +116,8 @@ def _highs(keys: list[_Key], moves: dict[_Key, Moves]) -> _Highs:
     found: _Highs = {}
     for key in keys:
         before = live.high_bytes = live.bytes
-        for held, by in moves[key]:
-            live.hold(0, 0, held, by)
+        for move in moves[key]:
+            live.move(0, 0, move)
         found[key] = live.high_bytes - before, live.bytes - before
     return found
 
@@ -146,7 +157,7 @@ class _Step:
 
     def hold(self, held: Kept, by: int) -> None:
         if held:
-            self.moves.append((held, by))
+            self.moves.append(Move(held, by))
 
     @property
     def of(self) -> tuple[ModelShape, Batch, int, Keeping]:
@@ -175,7 +186,15 @@ class _Step:
             left = put_off(part, *self.of) if puts_off else {}
             inputs = {name: size for name, size in left.items() if not name.startswith("d ")}
             self.hold(inputs, 1)
+            if part.kind == "attn":
+                self._owe()
             self.hold(saved(part, *self.of), -1)
             self.hold({name: size for name, size in left.items() if name not in inputs}, 1)
         if kept_past:
             self.hold(key_values(self.chunk, *self.of), -1)
+
+    def _owe(self) -> None:
+        """The last segment's backward is the first to owe anything to those before; each takes its own."""
+        mine, *before = (owed(self.shape, self.batch, s, self.keeping) for s in (self.segment, *range(self.segment)))
+        is_last = self.segment == len(self.batch.segment_lengths) - 1
+        self.moves.append(Move({}, 1, sum(before)) if is_last else Move({}, -1, mine))

@@ -108,7 +108,7 @@ class _Segment(torch.autograd.Function):
             replayed = Spread.apply(*leaves, ctx.plan, KeptAttention(out, lse))  # type: ignore[no-untyped-call]
         dq, dk, dv = torch.autograd.grad(replayed, leaves, grad)
         if before:
-            past.owe(segment, dk[:, :before], dv[:, :before])
+            past.owe(range(segment), dk[:, :before], dv[:, :before])
         dk, dv = past.settle(segment, dk[:, before:], dv[:, before:])
         return dq, dk, dv, None, None
 

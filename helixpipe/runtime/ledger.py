@@ -1,4 +1,7 @@
-"""Ledger: the bytes that forwards keep for their backwards, counted by storage as they come and go."""
+"""Ledger: the bytes that forwards keep for their backwards, counted by storage as they come and go.
+
+With them count gradients that wait between actions: of weights put off, and owed to earlier segments' keys and values.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helixpipe.model.attention import KeptAttention
+from helixpipe.model.attention import KeptAttention, merge, narrow
 from helixpipe.model.kernels import attention_backward, attention_forward
 from helixpipe.sequence.tiles import Tile
 from helixpipe.sequence.wire import Passing, Peers
@@ -155,14 +155,11 @@ class _Merged:
                 return
             self._out = _zeros(self._q, self._wide)
             self._lse = torch.full(self._q.shape[:3], float("-inf"), dtype=lse.dtype, device=lse.device)
-        before = self._lse[rows]
-        # `merge` of model.attention, in place and right from -inf too: one pass and no copies
-        self._out[rows].lerp_(out.to(self._wide), torch.sigmoid(lse - before).unsqueeze(-1).to(self._wide))
-        self._lse[rows] = torch.logaddexp(before, lse)
+        _, self._lse[rows] = merge(self._out[rows], self._lse[rows], out, lse)  # into `_out`, which is wide
 
     def result(self) -> tuple[Tensor, Tensor]:
         assert self._out is not None, "every token attends to itself"
-        return _heads(_heads(self._out).to(self._q.dtype).contiguous()), self._lse
+        return narrow(self._out, self._q.dtype), self._lse
 
 
 class _Total:
