@@ -86,7 +86,7 @@ class Assumptions:
     def setting(self, model: str, length: int) -> Setting:
         return Setting(
             named_shape(model), length, replace(named_accelerator("h20"), **self.accelerator), named_link(self.link),
-            Keeping("selective", 2), 1, TENSOR_PARALLEL, named_link(self.tensor_link),
+            Keeping("selective", 2, keeps_activated=True), 1, TENSOR_PARALLEL, named_link(self.tensor_link),
         )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from helixpipe.model.attention import Attention
 from helixpipe.model.chunked import chunked, chunked_sum
-from helixpipe.model.linear import Linear
+from helixpipe.model.linear import Linear, same
 from helixpipe.shape import ModelShape
 
 IGNORED = -100
@@ -30,8 +30,8 @@ def norm(shape: ModelShape, size: int | None = None) -> nn.Module:
     return kind(size or shape.hidden, eps=shape.norm_eps)
 
 
-def _same(x: Tensor) -> Tensor:
-    return x
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 class Rope:
@@ -74,7 +74,7 @@ class Embed(nn.Module):
 
 
 class QKV(nn.Module):
-    gather: Callable[[Tensor], Tensor] = staticmethod(_same)
+    gather: Callable[[Tensor], Tensor] = staticmethod(same)
     """From this rank's tokens to those of all ranks that divide the heads."""
 
     def __init__(self, shape: ModelShape, rope: Rope | None) -> None:
@@ -108,7 +108,7 @@ class Proj(nn.Module):
 class MLP(nn.Module):
     """Norm, GELU or SwiGLU MLP and residual add; over slices of `chunk` tokens when that is not 0."""
 
-    gather: Callable[[Tensor], Tensor] = staticmethod(_same)
+    gather: Callable[[Tensor], Tensor] = staticmethod(same)
     """From this rank's tokens to those of all ranks that divide `ffn`."""
 
     def __init__(self, shape: ModelShape, chunk: int = 0) -> None:
@@ -124,8 +124,9 @@ class MLP(nn.Module):
 
     def whole(self, x: Tensor, *others: Tensor) -> Tensor:
         n = self.gather(self.norm(x))
-        inner = F.gelu(self.up(n)) if self.gate is None else F.silu(self.gate(n)) * self.up(n)
-        return x + self.down(inner)  # type: ignore[no-any-return]
+        if self.gate is None:
+            return x + self.down.activated(F.gelu, self.up(n))
+        return x + self.down.activated(_swiglu, self.gate(n), self.up(n))
 
 
 class Head(nn.Module):

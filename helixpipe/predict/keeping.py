@@ -2,7 +2,7 @@
 
 Per layer and micro-batch, in b*s*h elements (HelixPipe, section 4.4; lse is one float32 a head and token):
 
-    none        x n | q k v o | y n' up act      16 for an MLP of 4h; the graph as it is
+    none        x n | q k v o | y n' up          12 for an MLP of 4h; the graph as it is
     selective   nothing travels   x o | q k v o
                 qkv travels       x o | n o
                 attention travels y | x o
@@ -33,6 +33,9 @@ class Keeping:
     head_chunk: int = 0
     fused_rms: bool = False
     """Whether the device has a fused RMSNorm; torch's CPU one keeps the normalised input as well, in float32."""
+
+    keeps_activated: bool = False
+    """Whether an MLP keeps its activated tensor too, as plain autograd does: 16 and not 12. For others' runs."""
 
     @property
     def wide_bytes(self) -> int:
@@ -137,11 +140,12 @@ def saved(part: Part, shape: ModelShape, batch: Batch, segment: int, keeping: Ke
         case "mlp" if keeping.mlp_chunk:
             return reads
         case "mlp":
-            wides = 1 if shape.mlp == "gelu" else 3
+            wides = 1 if shape.mlp == "gelu" else 2
+            if keeping.keeps_activated:  # and, of a gated one, what its gate became
+                wides += 1 if shape.mlp == "gelu" else 2
             inside = {
                 f"{part}.normed": tokens * shape.hidden * narrow,
                 f"{part}.wide": wides * tokens * shape.ffn * narrow,
-                f"{part}.act": tokens * shape.ffn * narrow,
             }
             return reads | norm(f"{part}.norm") | inside
         case "head" if keeping.head_chunk:

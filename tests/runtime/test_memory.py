@@ -120,7 +120,7 @@ def transient(timeline: Timeline, rank: int, stages: set[int]) -> int:
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
 def test_chunked_mlp_and_head_against_unchunked(four_ranks: Ranks, recompute: str) -> None:
     """With the attention block travelling, even stages are the MLP alone (the last with the head)."""
-    case = Case(2, 2, "helix", {"travel": "attention"}, recompute, 0, {"vocabulary": 512})
+    case = Case(2, 2, "helix", {"travel": "attention"}, recompute, 0, {"vocabulary": 512, "ffn": 512})
     whole = four_ranks.run(measured, case)[0]
     sliced = four_ranks.run(measured, replace(case, chunk=8))[0]
     mlps = {2, 4, 6, 8}
@@ -146,6 +146,6 @@ def test_selective_by_hand() -> None:
         assert found == elements * unit + lse
     one = build_schedule("1f1b", ranks=1, layers=4, microbatches=1)
     none = sum(kept(chunks(one.stages[0], True)[0], shape, Batch(1, (LENGTH,)), 0, Keeping("none")).values())
-    per_layer = 16 * unit + lse + 4 * LENGTH * 4  # and two norms' mean and deviation
+    per_layer = 12 * unit + lse + 4 * LENGTH * 4  # and two norms' mean and deviation
     head = 2 * unit + LENGTH * shape.vocabulary * 4 + 2 * LENGTH * 4
     assert none == 4 * per_layer + head
