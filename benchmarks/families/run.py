@@ -48,14 +48,10 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "v_min": ("v_min", {}),
     "dualpipe_v": ("dualpipe_v", {}),
     "seq1f1b": ("seq1f1b", {"segments": 8}),
-    "seq1f1b_interleaved": ("seq1f1b_interleaved", {"segments": 8, "stages_per_rank": 2}),
-    "seq1f1b_interleaved, evenness 0.7": (
+    "seq1f1b_interleaved": ("seq1f1b_interleaved", {"segments": 6, "stages_per_rank": 2}),
+    "seq1f1b_interleaved, k=8, evenness 0.3": (
         "seq1f1b_interleaved",
-        {"segments": 8, "stages_per_rank": 2, "evenness": 0.7},
-    ),
-    "seq1f1b_interleaved, k=12, evenness 0.5": (
-        "seq1f1b_interleaved",
-        {"segments": 12, "stages_per_rank": 2, "evenness": 0.5},
+        {"segments": 8, "stages_per_rank": 2, "evenness": 0.3},
     ),
     "seq1f1b_zb": ("seq1f1b_zb", {"segments": 8}),
     "terapipe": ("terapipe", {"segments": 4}),
