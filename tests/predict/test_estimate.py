@@ -181,7 +181,7 @@ def test_a_setting_that_cannot_be(change: dict[str, object], message: str) -> No
 
 def test_a_profile_prices_one_device() -> None:
     setting = replace(LONG, profile=LONG.costs, tensor_parallel=2)
-    assert setting.segment_lengths(2)  # it can still cut sequences
+    assert setting.segment_lengths(4) == LONG.segment_lengths(4)  # in seconds of one device at a rate, as by FLOPs
     with pytest.raises(ConfigError, match=r"^profile: measured on one device alone; leave tp and cp at 1$"):
         estimate_family(setting, "1f1b", 2, 2)
 

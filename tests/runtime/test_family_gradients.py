@@ -32,9 +32,15 @@ class Case:
     segments: int
     recompute: str
     microbatches: int = 4
+    microbatch_size: int = 1
 
     def __str__(self) -> str:
         return f"{self.family}-p{self.ranks}-k{self.segments}-{self.recompute}"
+
+    @property
+    def sequences(self) -> int:
+        """In a step."""
+        return self.microbatches * self.microbatch_size
 
     @property
     def given(self) -> dict[str, Any]:
@@ -62,7 +68,7 @@ def run_case(case: Case) -> tuple[float, float, dict[str, torch.Tensor]] | None:
         Decoder(case.shape), schedule, mesh, dtype=torch.float64, recompute=case.recompute, timeout_s=30,
         segment_lengths=LENGTHS[case.segments],
     )  # fmt: skip
-    tokens, targets = batch(case.shape, case.microbatches, 12)
+    tokens, targets = batch(case.shape, case.sequences, 12)
     loss = pipeline.step(tokens, targets)
     assert pipeline._ledger.bytes == 0
     evaluated = pipeline.evaluate(tokens, targets)
@@ -73,12 +79,12 @@ def run_case(case: Case) -> tuple[float, float, dict[str, torch.Tensor]] | None:
 
 
 @functools.cache
-def oracle(shape: ModelShape, microbatches: int) -> tuple[float, dict[str, torch.Tensor]]:
-    return plain_step(shape, *batch(shape, microbatches, 12))
+def oracle(shape: ModelShape, sequences: int) -> tuple[float, dict[str, torch.Tensor]]:
+    return plain_step(shape, *batch(shape, sequences, 12))
 
 
 def holds(four_ranks: Ranks, case: Case) -> None:
-    loss, gradients = oracle(case.shape, case.microbatches)
+    loss, gradients = oracle(case.shape, case.sequences)
     found: dict[str, torch.Tensor] = {}
     for result in four_ranks.run(run_case, case)[: case.ranks]:
         assert abs(result[0] - loss) < 1e-12
@@ -107,6 +113,13 @@ def covering() -> list[Case]:
 @pytest.mark.parametrize("case", covering(), ids=str)
 def test_gradients(four_ranks: Ranks, case: Case) -> None:
     holds(four_ranks, case)
+
+
+@pytest.mark.parametrize(("family", "segments"), [("seq1f1b", 3), ("helix", 1)])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_two_sequences_in_a_microbatch(four_ranks: Ranks, family: str, segments: int, recompute: str) -> None:
+    """Each with keys and values of its own."""
+    holds(four_ranks, Case(family, 2, segments, recompute, microbatches=3, microbatch_size=2))
 
 
 @pytest.mark.full

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -78,23 +80,59 @@ def run_case(case: Case) -> tuple[float, float, dict[str, torch.Tensor]] | None:
     return loss, evaluated, {name: p.grad for name, p in pipeline.parameters.items()}
 
 
-CASES = [
-    Case(ranks, segments, backward, recompute, chunk, 2 if ranks == 2 else 1)
-    for (ranks, segments, backward, recompute), chunk in zip(
-        itertools.product((1, 2, 4), (1, 2, 3, 5), ("B", "IW", "I..W", "RB", "RIW"), ("none", "full", "selective")),
-        itertools.cycle((0, 0, 3, 0, 5)),
-    )
-]
+RANKS = (1, 2, 4)
+BACKWARDS = ("B", "IW", "I..W", "RB", "RIW")
+POLICIES = ("none", "full", "selective")
+CHUNKS = (0, 3, 5)
 
 
-@pytest.mark.parametrize("case", CASES[::3] + CASES[1::5], ids=str)
+def choices(case: Case) -> list[tuple[str, Any]]:
+    """What a case chose; stages on a rank follow from the ranks."""
+    return [(name, getattr(case, name)) for name in ("ranks", "segments", "backward", "recompute", "chunk")]
+
+
+def meetings(case: Case, size: int) -> set[Any]:
+    return set(itertools.combinations(choices(case), size))
+
+
+def covering() -> list[Case]:
+    """Every (backward, recompute, segments); ranks and chunks chosen so that every two choices meet, and most three."""
+    cases: list[Case] = []
+    met: set[Any] = set()
+    for backward, recompute, segments in itertools.product(BACKWARDS, POLICIES, LENGTHS):
+        candidates = [
+            Case(ranks, segments, backward, recompute, chunk, 2 if ranks == 2 else 1)
+            for ranks, chunk in itertools.product(RANKS, CHUNKS)
+        ]
+        cases.append(max(candidates, key=lambda case: len(meetings(case, 3) - met)))
+        met |= meetings(cases[-1], 3)
+    return cases
+
+
+def test_every_two_choices_meet() -> None:
+    values = {"ranks": RANKS, "segments": LENGTHS, "backward": BACKWARDS, "recompute": POLICIES, "chunk": CHUNKS}
+    wanted = {
+        ((one, x), (two, y))
+        for one, two in itertools.combinations(values, 2)
+        for x, y in itertools.product(values[one], values[two])
+    }
+    assert not wanted - set().union(*(meetings(case, 2) for case in covering()))
+
+
+@functools.cache
+def oracle() -> tuple[float, dict[str, torch.Tensor]]:
+    return plain_step(SHAPE, *batch(SHAPE, 3, 12))
+
+
+@pytest.mark.parametrize("case", covering(), ids=str)
 def test_gradients(four_ranks: Ranks, case: Case) -> None:
-    loss, gradients = plain_step(SHAPE, *batch(SHAPE, 3, 12))
+    loss, gradients = oracle()
     found: dict[str, torch.Tensor] = {}
     for result in four_ranks.run(run_case, case)[: case.ranks]:
         assert abs(result[0] - loss) < 1e-12
         assert abs(result[1] - loss) < 1e-12
         found |= result[2]
+    assert found.keys() == gradients.keys()
     for name, gradient in gradients.items():
         error = (found[name] - gradient).norm() / gradient.norm()
         assert error < 1e-9, f"{name}: {error:.1e}"
@@ -136,7 +174,7 @@ def test_segments_that_cannot_be() -> None:
 
 def test_helix_with_split_backward_and_travelling_weights(four_ranks: Ranks) -> None:
     """A visiting stage's gradients leave after its last W, not its last I."""
-    loss, gradients = plain_step(SHAPE, *batch(SHAPE, 3, 12))
+    loss, gradients = oracle()
     found: dict[str, torch.Tensor] = {}
     for result in four_ranks.run(run_split_helix)[:3]:
         assert abs(result[0] - loss) < 1e-12
