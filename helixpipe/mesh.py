@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from helixpipe.errors import ConfigError
-from helixpipe.shape import ModelShape
+from helixpipe.shape import TENSOR_DIVIDED, ModelShape
 
 AXES = ("pp", "dp", "cp", "tp")
 METHODS = ("ring", "ulysses")
@@ -75,7 +75,7 @@ class MeshShape:
         )
 
     def _check_heads(self, shape: ModelShape) -> None:
-        divided = {"heads": shape.heads, "kv_heads": shape.kv_heads, "ffn": shape.ffn}
+        divided = {name: getattr(shape, name) for name in TENSOR_DIVIDED}
         for name, count in divided.items():
             if count % self.tp:
                 raise ConfigError(

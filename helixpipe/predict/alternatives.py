@@ -14,7 +14,6 @@ divided by all ranks, two layers are whole at a time; activations are those of t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from helixpipe.predict.estimate import Setting
@@ -76,18 +75,14 @@ def _context(setting: Setting, ranks: int, microbatches: int) -> Alternative:
 def _alternative(
     name: str, setting: Setting, ranks: int, turns: int, compute_s: float, step_s: float, activations: int
 ) -> Alternative:
-    shape, keeping = setting.shape, setting.keeping
+    share, keeping = setting.share, setting.keeping
     narrow, wide = keeping.element_bytes, keeping.wide_bytes
     copy = narrow if narrow != wide else 0
-    shared = shape.parameter_count * (4 * wide + copy) / ranks
-    largest = max(_elements(setting, layer_parts(0)), _elements(setting, [Part("head", shape.layers)]))
+    shared = share.parameter_count * (4 * wide + copy) / ranks
+    largest = max(sum(share.parameter_elements(p).values()) for p in (layer_parts(0), [Part("head", share.layers)]))
     whole = 2 * largest * (narrow + wide)  # gathered weights and their gradients: this layer and the next
-    standing = math.ceil((shared + whole) / setting.tensor_parallel)
+    standing = math.ceil(shared + whole)
     return Alternative(name, turns * step_s, turns * compute_s, activations, standing + activations)
-
-
-def _elements(setting: Setting, parts: Iterable[Part]) -> int:
-    return sum(math.prod(size) for part in parts for size in setting.shape.parameters(part).values())
 
 
 def _compute_s(setting: Setting, batch: Batch) -> float:
@@ -106,7 +101,7 @@ def _compute_s(setting: Setting, batch: Batch) -> float:
 def _weights_s(setting: Setting, ranks: int) -> float:
     """Two gathers in the run's precision and one scatter of gradients, of a rank's tensor-parallel share."""
     narrow, wide = setting.keeping.element_bytes, setting.keeping.wide_bytes
-    elements = setting.shape.parameter_count / setting.tensor_parallel * (ranks - 1) / ranks
+    elements = setting.share.parameter_count * (ranks - 1) / ranks
     return 3 * setting.shape.layers * setting.link.latency_s + elements * (2 * narrow + wide) / setting.link.bytes_per_s
 
 

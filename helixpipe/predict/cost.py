@@ -27,7 +27,7 @@ from helixpipe.predict.keeping import Keeping
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.chunks import chunks
 from helixpipe.schedule.parts import Part
-from helixpipe.schedule.program import Kind, Message
+from helixpipe.schedule.program import Kind, Message, Program
 from helixpipe.schedule.schedule import Schedule
 from helixpipe.shape import Batch, ModelShape
 
@@ -181,27 +181,29 @@ def action_seconds(schedule: Schedule, batch: Batch, costs: PartCosts, keeping: 
     return of
 
 
-def message_seconds(
-    link: Link, keeping: Keeping, tensor_parallel: int = 1, context_parallel: int = 1
-) -> Callable[[Message], float]:
-    """Seconds of a message; each accelerator of a rank sends its own share over a link of its own."""
+def accelerator_bytes(program: Program, keeping: Keeping, share: ModelShape, group: int) -> list[int]:
+    """What one of the `group` accelerators of a rank sends of each message, over a link of its own; by number.
 
-    def of(message: Message) -> float:
-        return link.seconds(accelerator_bytes(message, keeping, tensor_parallel, context_parallel))
+    Values are cut evenly; of parameters it sends what it holds, which is those of `share`.
+    """
+    held = share.parameter_elements(part for stage in program.schedule.stages for part in stage.parts)
 
-    return of
+    def elements(message: Message) -> float:
+        if message.kind in (Kind.VALUES, Kind.GRADIENTS):
+            return message.elements / group
+        return sum(held[name] for name in message.names)
 
-
-def accelerator_bytes(message: Message, keeping: Keeping, tensor_parallel: int, context_parallel: int) -> float:
-    """What one accelerator of a rank sends of a message: values are cut both ways, weights along tensors alone."""
-    is_value = message.kind in (Kind.VALUES, Kind.GRADIENTS)
-    return message_bytes(message, keeping) / tensor_parallel / (context_parallel if is_value else 1)
+    return [math.ceil(elements(message) * _element_bytes(message, keeping)) for message in program.messages]
 
 
 def message_bytes(message: Message, keeping: Keeping) -> int:
-    """Bytes of a message: weight gradients travel in the masters' precision, all else in the run's."""
-    size = keeping.wide_bytes if message.kind is Kind.WEIGHT_GRADIENTS else keeping.element_bytes
-    return message.elements * size
+    """Bytes of a message, of a whole rank."""
+    return message.elements * _element_bytes(message, keeping)
+
+
+def _element_bytes(message: Message, keeping: Keeping) -> int:
+    """Weight gradients travel in the masters' precision, all else in the run's."""
+    return keeping.wide_bytes if message.kind is Kind.WEIGHT_GRADIENTS else keeping.element_bytes
 
 
 def _sliced(part: Part, keeping: Keeping) -> bool:
