@@ -140,19 +140,21 @@ def action_seconds(schedule: Schedule, batch: Batch, costs: PartCosts, keeping: 
     def total(parts: Iterable[Part], pass_name: str, segment: int) -> float:
         return math.fsum(priced(part.kind, pass_name, segment) for part in parts)
 
+    def sliced(part: Part, segment: int) -> bool:
+        return keeping.slices(part, batch, segment)
+
     def again(parts: Collection[Part], segment: int) -> float:
         """Forward seconds that a recompute of a chunk runs: what it ends in is not computed where that is in slices."""
         kept_attention = keeping.recompute == "selective"
         *_, last = parts
         runs = (
-            p for p in parts if not (kept_attention and p.kind == "attn") and not (p is last and _sliced(p, keeping))
+            p for p in parts if not (kept_attention and p.kind == "attn") and not (p is last and sliced(p, segment))
         )
         return total(runs, "forward_s", segment)
 
     def chunked(parts: Iterable[Part], segment: int) -> float:
         """A chunked part's own backward runs its forward once more."""
-        sliced = {kind for kind, size in (("mlp", keeping.mlp_chunk), ("head", keeping.head_chunk)) if size}
-        return total((p for p in parts if p.kind in sliced), "forward_s", segment)
+        return total((p for p in parts if sliced(p, segment)), "forward_s", segment)
 
     @cache
     def seconds(stage: int, kind: Pass, segment: int, ahead: bool) -> float:
@@ -162,9 +164,10 @@ def action_seconds(schedule: Schedule, batch: Batch, costs: PartCosts, keeping: 
         if kind is Pass.R:
             return again(cut[stage][-1].parts, segment) if recomputes else 0.0
         if kind is Pass.W:
-            return total((p for p in parts if not _sliced(p, keeping)), "weight_s", segment)
+            return total((p for p in parts if not sliced(p, segment)), "weight_s", segment)
         taken = total(parts, "input_s", segment) + chunked(parts, segment)
-        late = parts if kind is Pass.B else [p for p in parts if _sliced(p, keeping)]
+        # weight gradients of what runs in slices cannot wait for a W
+        late = parts if kind is Pass.B else [p for p in parts if sliced(p, segment)]
         taken += total(late, "weight_s", segment)
         if recomputes:
             left = cut[stage][:-1] if ahead else cut[stage]
@@ -204,8 +207,3 @@ def message_bytes(message: Message, keeping: Keeping) -> int:
 def _element_bytes(message: Message, keeping: Keeping) -> int:
     """Weight gradients travel in the masters' precision, all else in the run's."""
     return keeping.wide_bytes if message.kind is Kind.WEIGHT_GRADIENTS else keeping.element_bytes
-
-
-def _sliced(part: Part, keeping: Keeping) -> bool:
-    """Whether a part runs in slices, whose weight gradients cannot wait for a W."""
-    return (part.kind == "mlp" and keeping.mlp_chunk > 0) or (part.kind == "head" and keeping.head_chunk > 0)

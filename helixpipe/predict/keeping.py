@@ -42,6 +42,11 @@ class Keeping:
         """An element in float32, or wider when the run is."""
         return max(4, self.element_bytes)
 
+    def slices(self, part: Part, batch: Batch, segment: int) -> bool:
+        """Whether a part runs in slices: where a segment is longer than the part's chunk (see `model.chunked`)."""
+        chunk = {"mlp": self.mlp_chunk, "head": self.head_chunk}.get(part.kind, 0)
+        return 0 < chunk < batch.segment_lengths[segment]
+
 
 def kept(chunk: Chunk, shape: ModelShape, batch: Batch, segment: int, keeping: Keeping) -> Kept:
     """What one chunk keeps from its forward until its backward."""
@@ -85,7 +90,7 @@ def owed(shape: ModelShape, batch: Batch, segment: int, keeping: Keeping) -> int
 
 def put_off(part: Part, shape: ModelShape, batch: Batch, segment: int, keeping: Keeping) -> Kept:
     """What an I leaves for its W: input and output gradient of each linear layer; nothing where a part is chunked."""
-    if (part.kind == "mlp" and keeping.mlp_chunk) or (part.kind == "head" and keeping.head_chunk):
+    if keeping.slices(part, batch, segment):
         return {}
     unit = batch.tokens(segment) * keeping.element_bytes
     linears = _linears(part, shape).items()
@@ -137,7 +142,7 @@ def saved(part: Part, shape: ModelShape, batch: Batch, segment: int, keeping: Ke
             return reads | _attention(part, shape, batch, segment, keeping)
         case "proj":  # the residual add keeps nothing
             return {name: size for name, size in reads.items() if name.startswith("o.")}
-        case "mlp" if keeping.mlp_chunk:
+        case "mlp" | "head" if keeping.slices(part, batch, segment):
             return reads
         case "mlp":
             wides = 1 if shape.mlp == "gelu" else 2
@@ -148,8 +153,6 @@ def saved(part: Part, shape: ModelShape, batch: Batch, segment: int, keeping: Ke
                 f"{part}.wide": wides * tokens * shape.ffn * narrow,
             }
             return reads | norm(f"{part}.norm") | inside
-        case "head" if keeping.head_chunk:
-            return reads
         case "head":
             inside = {
                 f"{part}.normed": tokens * shape.hidden * narrow,

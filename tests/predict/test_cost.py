@@ -11,6 +11,7 @@ from helixpipe.errors import ConfigError
 from helixpipe.predict.cost import Analytic, accelerator_bytes, action_seconds, message_bytes
 from helixpipe.predict.hardware import ACCELERATORS, LINKS, Accelerator, Link, named_accelerator, named_link
 from helixpipe.predict.keeping import Keeping
+from helixpipe.predict.memory import peak_activation_bytes
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
@@ -103,6 +104,18 @@ def test_a_chunked_part_runs_forward_once_more_and_its_weights_do_not_wait() -> 
     assert sliced(Action(0, Pass.I, 0)) == pytest.approx(whole(Action(0, Pass.I, 0)) + more)
     less = 2 * IDEAL.weight_s(mlp, BATCH, 0)
     assert sliced(Action(0, Pass.W, 0)) == pytest.approx(whole(Action(0, Pass.W, 0)) - less)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+def test_a_chunk_that_the_segment_is_not_longer_than_does_nothing(recompute: str) -> None:
+    schedule = build_schedule("1f1b", ranks=1, layers=2, microbatches=1)
+    whole, same = seconds_of(schedule, recompute), seconds_of(schedule, recompute, mlp_chunk=10, head_chunk=11)
+    for kind in (Pass.F, Pass.B, Pass.I, Pass.W):
+        assert same(Action(0, kind, 0)) == whole(Action(0, kind, 0))
+    program = lower(schedule, SHAPE, BATCH)
+    kept = [peak_activation_bytes(program, Keeping(recompute, 4, chunk, chunk)) for chunk in (0, 9, 10)]
+    assert kept[0] == kept[2]
+    assert kept[1] < kept[0]
 
 
 def test_a_message_is_its_elements_in_the_precision_that_it_travels_in() -> None:

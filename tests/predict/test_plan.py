@@ -38,6 +38,17 @@ def test_every_family_is_tried_with_every_policy() -> None:
     assert len(candidates(8, 32, 131072, 128)) > 490
 
 
+def test_chunks_that_no_segment_is_longer_than_are_no_candidate() -> None:
+    """8192 tokens: chunks of 4096 are for whole sequences, and for two segments of unequal length."""
+    found = plan(SETTING, 4, 8, math.inf, only=("seq1f1b", "1f1b"))
+    chunked = {str(each) for each in found.fits if each.is_pipeline and each.candidate.chunk}
+    assert {name.split(", recompute")[0] for name in chunked} == {
+        "1f1b", "seq1f1b, segments 2", "seq1f1b, segments 2, evenness 0.5",
+    }  # fmt: skip
+    short = plan(replace(SETTING, sequence_length=4096), 4, 8, math.inf, only=("1f1b",))
+    assert {each.candidate.chunk for each in short.fits} == {0}
+
+
 def test_what_fits_is_ranked_and_every_rank_is_told(found: Plan) -> None:
     times = [choice.makespan_s for choice in found.fits]
     assert times == sorted(times)
