@@ -62,9 +62,12 @@ class Setting:
     optimizer: str = "replicated"
     """sharded: replicas divide its state (ZeRO-1)."""
     megatron: bool = False
-    """Megatron's tensor parallelism in place of this runtime's: the vocabulary is divided as well."""
+    """Megatron's tensor parallelism in place of this runtime's: the vocabulary is divided as well, and what was gathered
+    is not kept but gathered again."""
 
     def __post_init__(self) -> None:
+        keeps = replace(self.keeping, tensor_parallel=1 if self.megatron else self.tensor_parallel)
+        object.__setattr__(self, "keeping", keeps)
         for name in ("sequence_length", "microbatch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)}; give at least 1")
@@ -257,7 +260,7 @@ def _all_reduce_s(nbytes: float, ranks: int, link: Link | None) -> float:
 
 
 def _per_accelerator(timeline: Timeline, group: int) -> Timeline:
-    """Activations are cut along heads or along the sequence: each accelerator of a rank holds its share."""
+    """Of the activations of all accelerators of a rank, each holds as much."""
     if group == 1:
         return timeline
     memory = tuple(tuple(MemoryPoint(t, a // group, b) for t, a, b in points) for points in timeline.memory)
