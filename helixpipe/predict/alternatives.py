@@ -16,12 +16,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from helixpipe.predict.cost import action_seconds
 from helixpipe.predict.estimate import Setting
 from helixpipe.predict.memory import peak_activation_bytes
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
-from helixpipe.schedule.parts import Part, chain, layer_parts
-from helixpipe.shape import Batch
+from helixpipe.schedule.parts import Part, layer_parts
+from helixpipe.schedule.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ def alternatives(setting: Setting, ranks: int, microbatches: int) -> tuple[Alter
 
 def _sharded(setting: Setting, ranks: int, microbatches: int) -> Alternative:
     turns = math.ceil(microbatches / ranks)  # of the rank with the most
-    compute_s = _compute_s(setting, setting.whole)
+    compute_s = _compute_s(setting)
     message_s = _weights_s(setting, ranks)
-    activations = _activations(setting, setting.whole)
+    activations = _activations(setting)
     return _alternative("fsdp", setting, ranks, turns, compute_s, max(compute_s, message_s), activations)
 
 
@@ -66,9 +67,9 @@ def _context(setting: Setting, ranks: int, microbatches: int) -> Alternative:
     forward_ring = hops + ring * keeping.element_bytes / setting.link.bytes_per_s
     backward_ring = hops + ring * (keeping.element_bytes + keeping.wide_bytes) / setting.link.bytes_per_s
     slower = max(forward, forward_ring) - forward + max(backward, backward_ring) - backward
-    compute_s = _compute_s(setting, setting.whole) / ranks
+    compute_s = _compute_s(setting) / ranks
     step_s = max(compute_s + slower * shape.layers, _weights_s(setting, ranks))
-    activations = math.ceil(_activations(setting, setting.whole) / ranks)
+    activations = math.ceil(_activations(setting) / ranks)
     return _alternative("context_parallel", setting, ranks, microbatches, compute_s, step_s, activations)
 
 
@@ -85,17 +86,16 @@ def _alternative(
     return Alternative(name, turns * step_s, turns * compute_s, activations, standing + activations)
 
 
-def _compute_s(setting: Setting, batch: Batch) -> float:
-    """One micro-batch, forward, recompute and backward, on one rank."""
-    recompute = setting.keeping.recompute
-    total = 0.0
-    for part in chain(1):
-        count = 1 if part.kind in ("embed", "head") else setting.shape.layers
-        forward = setting.costs.forward_s(part, batch, 0)
-        again = recompute == "full" or (recompute == "selective" and part.kind != "attn")
-        backward = setting.costs.input_s(part, batch, 0) + setting.costs.weight_s(part, batch, 0)
-        total += count * (forward * (2 if again else 1) + backward)
-    return total
+def _compute_s(setting: Setting) -> float:
+    """One micro-batch, forward, recompute and backward, on one rank; chunked parts with their one more forward."""
+    alone = _alone(setting)
+    seconds = action_seconds(alone, setting.whole, setting.costs, setting.keeping)
+    return math.fsum(map(seconds, alone.ranks[0]))
+
+
+def _alone(setting: Setting) -> Schedule:
+    """One micro-batch through the whole model."""
+    return build_schedule("1f1b", ranks=1, layers=setting.shape.layers, microbatches=1)
 
 
 def _weights_s(setting: Setting, ranks: int) -> float:
@@ -105,8 +105,7 @@ def _weights_s(setting: Setting, ranks: int) -> float:
     return 3 * setting.shape.layers * setting.link.latency_s + elements * (2 * narrow + wide) / setting.link.bytes_per_s
 
 
-def _activations(setting: Setting, batch: Batch) -> int:
-    """One micro-batch through the whole model."""
-    alone = build_schedule("1f1b", ranks=1, layers=setting.shape.layers, microbatches=1)
-    program = lower(alone, setting.shape, batch)
+def _activations(setting: Setting) -> int:
+    """Of one micro-batch."""
+    program = lower(_alone(setting), setting.shape, setting.whole)
     return math.ceil(peak_activation_bytes(program, setting.keeping)[0] / setting.tensor_parallel)

@@ -49,8 +49,12 @@ class Candidate(NamedTuple):
     def __str__(self) -> str:
         told = [f"{name} {value}" for name, value in self.options]
         told += [f"evenness {self.evenness:g}"] if self.evenness else []
-        told += [f"recompute {self.recompute}"] + ([f"chunks of {self.chunk}"] if self.chunk else [])
-        return f"{self.family}, {', '.join(told)}"
+        return f"{self.family}, {', '.join([*told, self.kept])}"
+
+    @property
+    def kept(self) -> str:
+        """What a forward keeps, in words."""
+        return f"recompute {self.recompute}" + (f", chunks of {self.chunk}" if self.chunk else "")
 
 
 @dataclass

@@ -15,6 +15,7 @@ from helixpipe.predict.hardware import Link, named_accelerator, named_link
 from helixpipe.predict.keeping import Keeping
 from helixpipe.predict.plan import Candidate, Plan, candidates, estimate_candidate, plan
 from helixpipe.schedule.families import FAMILIES
+from helixpipe.schedule.parts import Part
 from helixpipe.shape import SHAPES, ModelShape
 from helixpipe.view.front import picture
 
@@ -123,6 +124,20 @@ def test_sharded_data_parallel_is_compute_or_messages_whichever_is_longer() -> N
     assert taken.makespan_s == pytest.approx(2 * SHAPE.parameter_count * 0.75 * (2 + 2 + 4) / 1e6)
     uneven = alternatives(free, 4, 9)[0]
     assert uneven.makespan_s == pytest.approx(3 * free.microbatch_s)  # one rank has a third
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_alternatives_pay_for_chunks(recompute: str) -> None:
+    """One more forward of MLP and head; a recompute ends in them and leaves theirs out, so there it costs no more."""
+    free = replace(SETTING, link=named_link("free"))
+    whole, sliced = (
+        alternatives(replace(free, keeping=Keeping(recompute, 2, chunk, chunk)), 4, 4) for chunk in (0, 4096)
+    )
+    mlp, head = (free.costs.forward_s(Part(kind, 0), free.whole, 0) for kind in ("mlp", "head"))
+    more = SHAPE.layers * mlp + head if recompute == "none" else 0.0
+    for plain, chunked in zip(whole, sliced, strict=True):
+        assert chunked.makespan_s == pytest.approx(plain.makespan_s + more)
+        assert chunked.peak_bytes < plain.peak_bytes
 
 
 def test_context_parallel_hides_its_ring_or_waits_for_it() -> None:
