@@ -19,7 +19,7 @@ from helixpipe.predict.cost import Analytic, PartCosts, accelerator_bytes, actio
 from helixpipe.predict.hardware import Accelerator, Link, named_accelerator, named_link
 from helixpipe.predict.keeping import Keeping
 from helixpipe.predict.simulate import simulate_program
-from helixpipe.predict.standing import owned_and_visiting, standing_bytes
+from helixpipe.predict.standing import dealt, owned_and_visiting, standing_bytes
 from helixpipe.predict.timeline import MemoryPoint, Timeline
 from helixpipe.schedule import families
 from helixpipe.schedule.action import Action
@@ -191,7 +191,8 @@ class Estimate:
     def reduction_s(self) -> float:
         """Summing gradients over all that hold the same parameters, after the last action: a ring's all-reduces.
 
-        Data- and context-parallel replicas do; tensor-parallel ranks too, of what they do not divide.
+        Data- and context-parallel replicas do; tensor-parallel ranks too, of what they do not divide. Replicas that
+        divide the optimizer then send all others what they updated.
         """
         setting = self.setting
         replicas, wide = setting.data_parallel * setting.context_parallel, setting.keeping.wide_bytes
@@ -204,6 +205,8 @@ class Estimate:
             undivided = sum(share.values()) - divided
             sums_s = _all_reduce_s(divided * wide, replicas, setting.link)
             sums_s += _all_reduce_s(undivided * wide, replicas * setting.tensor_parallel, between)
+            updates = dealt(share, replicas) if setting.optimizer == "sharded" and replicas > 1 else []
+            sums_s += math.fsum(setting.link.seconds(size * wide) for size in updates if size)
             slowest = max(slowest, sums_s)
         return slowest
 

@@ -12,8 +12,7 @@ With tensor parallelism these are of one accelerator, which holds its share of s
 
 from __future__ import annotations
 
-import math
-
+from helixpipe.mesh import deal
 from helixpipe.predict.keeping import Keeping
 from helixpipe.predict.timeline import Standing
 from helixpipe.schedule.program import parameter_owners
@@ -29,16 +28,21 @@ def standing_bytes(
 ) -> tuple[Standing, ...]:
     """Of each rank's accelerators, which hold the parameters of `share`. Visiting weights count all step long.
 
-    `optimizer_shards`: replicas that keep the optimizer's state together (ZeRO-1).
+    `optimizer_shards`: replicas that keep the optimizer's state together (ZeRO-1); bytes are of the one with most.
     """
     narrow, wide = keeping.element_bytes, keeping.wide_bytes
     copy = narrow if narrow != wide else 0
     found = []
     for owned, visiting in zip(*owned_and_visiting(schedule, share), strict=True):
         own, visits = sum(owned.values()), sum(visiting.values())
-        state = math.ceil(own * 2 * wide / optimizer_shards)
-        found.append(Standing(own * (wide + copy) + visits * narrow, (own + visits) * wide, state))
+        updated = max(dealt(owned, optimizer_shards))
+        found.append(Standing(own * (wide + copy) + visits * narrow, (own + visits) * wide, updated * 2 * wide))
     return tuple(found)
+
+
+def dealt(owned: Elements, replicas: int) -> list[int]:
+    """Elements that each replica updates, where they divide the optimizer."""
+    return [sum(owned[name] for name in names) for names in deal(owned, replicas)]
 
 
 def owned_and_visiting(schedule: Schedule, shape: ModelShape) -> tuple[list[Elements], list[Elements]]:

@@ -66,7 +66,25 @@ def test_what_stands_on_a_rank() -> None:
         for own, standing in zip(owned, standing_bytes(schedule, TINY, Keeping("none", size)), strict=True):
             assert tuple(standing) == tuple(own * each for each in per_parameter)
     shared = standing_bytes(schedule, TINY, Keeping("none", 4), optimizer_shards=4)
-    assert [tuple(each) for each in shared] == [(4 * own, 4 * own, 2 * own) for own in owned]
+    assert [tuple(each)[:2] for each in shared] == [(4 * own, 4 * own) for own in owned]
+
+
+def test_replicas_deal_out_whole_parameters_and_the_one_with_most_is_predicted() -> None:
+    """One layer: gate, up, down of 1024, embedding and head of 512, q, k, v, o of 256, three norms of 16. 4 replicas."""
+    one = replace(TINY, layers=1)
+    schedule = build_schedule("1f1b", ranks=1, layers=1, microbatches=2)
+    # of 4: 1024 | 1024 | 1024 | 512 + 512, each 256 more, and three of them a norm
+    assert one.parameter_count == 3 * 1024 + 2 * 512 + 4 * 256 + 3 * 16
+    for shards, most in ((1, one.parameter_count), (2, 2592), (3, 1792), (4, 1296), (8, 1024), (99, 1024)):
+        (standing,) = standing_bytes(schedule, one, Keeping("none", 4), shards)
+        assert standing.optimizer_bytes == 8 * most
+    wire = Link("wire", 1e6, 0.0, "made up")
+    setting = replace(LONG, shape=one, link=wire, data_parallel=4)
+    plain, sharded = (estimate(schedule, replace(setting, optimizer=name)) for name in ("replicated", "sharded"))
+    assert sharded.timeline.standing[0].optimizer_bytes == 8 * 1296
+    assert sharded.timeline.standing[0][:2] == plain.timeline.standing[0][:2]
+    # every update goes to all, in float32
+    assert sharded.reduction_s - plain.reduction_s == pytest.approx(one.parameter_count * 4 / 1e6)
 
 
 def test_tensor_parallelism_divides_what_has_heads_or_ffn_and_keeps_the_rest_whole() -> None:
