@@ -170,7 +170,7 @@ class RuntimeConfig:
     recompute: Literal["none", "full", "selective"] = "selective"
     """What a forward does not keep and the backward computes again; selective is all but attention."""
     mlp_chunk: int = 0
-    """Tokens at a time through the MLP; 0 is all at once."""
+    """Tokens at a time through the MLP, on all cp and tp ranks together; 0 is all at once."""
     head_chunk: int = 0
     """Tokens at a time through the head and the loss; 0 is all at once."""
     timeout_s: float = 300.0

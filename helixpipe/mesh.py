@@ -11,11 +11,11 @@ What does not divide is refused here, before any rank is started, with what woul
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from helixpipe.errors import ConfigError
-from helixpipe.shape import ModelShape
+from helixpipe.shape import TENSOR_DIVIDED, ModelShape
 
 AXES = ("pp", "dp", "cp", "tp")
 METHODS = ("ring", "ulysses")
@@ -75,7 +75,7 @@ class MeshShape:
         )
 
     def _check_heads(self, shape: ModelShape) -> None:
-        divided = {"heads": shape.heads, "kv_heads": shape.kv_heads, "ffn": shape.ffn}
+        divided = {name: getattr(shape, name) for name in TENSOR_DIVIDED}
         for name, count in divided.items():
             if count % self.tp:
                 raise ConfigError(
@@ -105,6 +105,17 @@ class MeshShape:
             f"schedule.segment_multiple: segments of {', '.join(map(str, lengths))} tokens do not divide for {over}, "
             f"whose {how} needs multiples of {unit}; set it to {unit} or a multiple of that"
         )
+
+
+def deal(sizes: Mapping[str, int], replicas: int) -> list[list[str]]:
+    """Names for each replica to update alone: whole parameters, the largest first, to whoever has least."""
+    shares: list[list[str]] = [[] for _ in range(replicas)]
+    held = [0] * replicas
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        least = held.index(min(held))
+        shares[least].append(name)
+        held[least] += sizes[name]
+    return shares
 
 
 def _divisors(number: int) -> list[int]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from helixpipe.errors import ConfigError, nearest
 from helixpipe.schedule.parts import Part, Value
+
+TENSOR_DIVIDED = ("heads", "kv_heads", "ffn")
+"""What tensor parallelism divides, and with it every matrix that has such a side; all else is whole on each of its ranks."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,18 @@ class ModelShape:
             return f"layers.{part.layer}.{name}"
         return f"layers.{part.layer}.{part.kind}.{name}"
 
+    def parameter_elements(self, parts: Iterable[Part]) -> dict[str, int]:
+        """Full name of every parameter of these parts -> its elements."""
+        return {
+            self.parameter_name(part, name): math.prod(size)
+            for part in parts
+            for name, size in self.parameters(part).items()
+        }
+
+    def tensor_share(self, ranks: int) -> ModelShape:
+        """What each of so many tensor-parallel ranks holds of the parameters."""
+        return replace(self, **{name: getattr(self, name) // ranks for name in TENSOR_DIVIDED})
+
     def forward_flops(self, part: Part, batch: Batch, segment: int) -> float:
         """Multiply-adds counted twice. Causal attention counts the half that kernels compute."""
         tokens = batch.tokens(segment)
@@ -185,10 +201,7 @@ class ModelShape:
     def parameter_count(self) -> int:
         kinds = [Part("embed", 0), Part("head", self.layers)]
         kinds += [Part(kind, layer) for layer in range(self.layers) for kind in ("norm", "qkv", "proj", "mlp")]
-        named = {
-            self.parameter_name(part, name): shape for part in kinds for name, shape in self.parameters(part).items()
-        }
-        return sum(math.prod(shape) for shape in named.values())
+        return sum(self.parameter_elements(kinds).values())
 
 
 def _paper(layers: int, hidden: int, heads: int) -> ModelShape:

@@ -87,6 +87,7 @@ class Assumptions:
         return Setting(
             named_shape(model), length, replace(named_accelerator("h20"), **self.accelerator), named_link(self.link),
             Keeping("selective", 2, keeps_activated=True), 1, TENSOR_PARALLEL, named_link(self.tensor_link),
+            megatron=True,
         )  # fmt: skip
 
 

@@ -78,7 +78,7 @@ class Assumptions:
             replace(named_shape("7b"), positions="rope"), length,
             replace(named_accelerator("a100"), **self.accelerator), named_link(self.link),
             Keeping("none", 2, keeps_activated=True), 1, 32 // self.ranks, named_link(self.tensor_link),
-            partition=self.partition,
+            partition=self.partition, megatron=True,
         )  # fmt: skip
 
     def families(self) -> dict[str, tuple[str, dict[str, Any]]]:

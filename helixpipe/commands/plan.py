@@ -124,9 +124,7 @@ def _not_pipelines(found: Plan) -> list[str]:
             continue
         times = found.best.makespan_s / fitting.makespan_s
         verdict = f"{times:.2f} times as fast as the best pipeline" if times > 1 else f"{1 / times:.2f} times as long"
-        told = (
-            f"{duration(fitting.makespan_s)}, {gibibytes(fitting.peak_bytes)}, recompute {fitting.candidate.recompute}"
-        )
+        told = f"{duration(fitting.makespan_s)}, {gibibytes(fitting.peak_bytes)}, {fitting.candidate.kept}"
         lines.append(f"not a pipeline: {name} {told}: {verdict}")
     return lines
 

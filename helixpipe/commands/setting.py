@@ -67,7 +67,11 @@ def add_setting_flags(parser: Parser) -> None:
     )
     own.add_argument("--dtype", metavar="D", help=f"{', '.join(ELEMENT_BYTES)} [bfloat16; float32 with laptop-core]")
     own.add_argument(
-        "--mlp-chunk", type=number, default=0, metavar="N", help="tokens at a time through the MLP [0: all]"
+        "--mlp-chunk",
+        type=number,
+        default=0,
+        metavar="N",
+        help="tokens at a time through the MLP, over cp and tp [0: all]",
     )
     own.add_argument("--head-chunk", type=number, default=0, metavar="N", help="the same for head and loss [0: all]")
     own.add_argument(

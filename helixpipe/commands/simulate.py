@@ -109,7 +109,8 @@ def _head(family: str, options: dict[str, Any], estimate: Estimate) -> str:
     setting, timeline = estimate.setting, estimate.timeline
     told = f", {options_told(options)}" if options else ""
     step = f"step {duration(estimate.step_s)}, {estimate.step_s / estimate.ideal_s:.4f} of ideal {duration(estimate.ideal_s)}"
-    step += f"; {duration(estimate.reduction_s)} of it to sum gradients" if estimate.reduction_s else ""
+    ending = "sum gradients" + (" and send updates" if setting.optimizer == "sharded" else "")
+    step += f"; {duration(estimate.reduction_s)} of it to {ending}" if estimate.reduction_s else ""
     machine = "measured costs" if setting.profile else setting.accelerator.name
     return (
         f"{family}{told}: {timeline.ranks} ranks, {estimate.schedule.microbatches} micro-batches of "

@@ -20,6 +20,11 @@ from helixpipe.model.linear import at_once
 _UNREAD = "output_is_unread"
 
 
+def shard_chunk(chunk: int, shards: int) -> int:
+    """Tokens at a time on each of the ranks that share a sequence, where `chunk` is of the whole of it."""
+    return max(chunk // shards, 1) if chunk else 0
+
+
 class Whole(Protocol):
     """A module whose `whole` treats every token alone."""
 

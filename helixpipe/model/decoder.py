@@ -34,7 +34,9 @@ class Decoder:
     """The model of a ModelShape. Parameters are initialised by name from the seed, whatever the placement."""
 
     def __init__(self, shape: ModelShape, seed: int = 0, mlp_chunk: int = 0, head_chunk: int = 0) -> None:
-        """`mlp_chunk`, `head_chunk`: tokens at a time through the MLP and the head; 0 is all at once."""
+        """`mlp_chunk`, `head_chunk`: tokens at a time through the MLP and the head, on all ranks that share a sequence
+        together; 0 is all at once.
+        """
         self.shape, self.seed = shape, seed
         self.mlp_chunk, self.head_chunk = mlp_chunk, head_chunk
         self._rope = Rope(shape.head_dim, shape.rope_base) if shape.positions == "rope" else None

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helixpipe.model.attention import Attention
-from helixpipe.model.chunked import chunked, chunked_sum
+from helixpipe.model.chunked import chunked, chunked_sum, shard_chunk
 from helixpipe.model.linear import Linear, same
 from helixpipe.shape import ModelShape
 
@@ -108,6 +108,8 @@ class Proj(nn.Module):
 class MLP(nn.Module):
     """Norm, GELU or SwiGLU MLP and residual add; over slices of `chunk` tokens when that is not 0."""
 
+    shards: int = 1
+    """Ranks that share a sequence (cp x tp); `chunk` is of the whole of it."""
     gather: Callable[[Tensor], Tensor] = staticmethod(same)
     """From this rank's tokens to those of all ranks that divide `ffn`."""
 
@@ -120,7 +122,7 @@ class MLP(nn.Module):
         self.chunk = chunk
 
     def forward(self, y: Tensor) -> Tensor:
-        return chunked(self, self.chunk, y)
+        return chunked(self, shard_chunk(self.chunk, self.shards), y)
 
     def whole(self, x: Tensor, *others: Tensor) -> Tensor:
         n = self.gather(self.norm(x))
@@ -132,6 +134,9 @@ class MLP(nn.Module):
 class Head(nn.Module):
     """Final norm, logits and cross entropy, summed over tokens; over slices of `chunk` tokens when that is not 0."""
 
+    shards: int = 1
+    """As the MLP's."""
+
     def __init__(self, shape: ModelShape, chunk: int = 0) -> None:
         super().__init__()
         self.norm = norm(shape)
@@ -139,7 +144,7 @@ class Head(nn.Module):
         self.chunk = chunk
 
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:
-        return chunked_sum(self, self.chunk, x, targets)
+        return chunked_sum(self, shard_chunk(self.chunk, self.shards), x, targets)
 
     def whole(self, x: Tensor, *others: Tensor) -> Tensor:
         (targets,) = others

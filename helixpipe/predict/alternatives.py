@@ -14,15 +14,15 @@ divided by all ranks, two layers are whole at a time; activations are those of t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
+from helixpipe.predict.cost import action_seconds
 from helixpipe.predict.estimate import Setting
 from helixpipe.predict.memory import peak_activation_bytes
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
-from helixpipe.schedule.parts import Part, chain, layer_parts
-from helixpipe.shape import Batch
+from helixpipe.schedule.parts import Part, layer_parts
+from helixpipe.schedule.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ def alternatives(setting: Setting, ranks: int, microbatches: int) -> tuple[Alter
 
 def _sharded(setting: Setting, ranks: int, microbatches: int) -> Alternative:
     turns = math.ceil(microbatches / ranks)  # of the rank with the most
-    compute_s = _compute_s(setting, setting.whole)
+    compute_s = _compute_s(setting)
     message_s = _weights_s(setting, ranks)
-    activations = _activations(setting, setting.whole)
+    activations = _activations(setting)
     return _alternative("fsdp", setting, ranks, turns, compute_s, max(compute_s, message_s), activations)
 
 
@@ -67,51 +67,45 @@ def _context(setting: Setting, ranks: int, microbatches: int) -> Alternative:
     forward_ring = hops + ring * keeping.element_bytes / setting.link.bytes_per_s
     backward_ring = hops + ring * (keeping.element_bytes + keeping.wide_bytes) / setting.link.bytes_per_s
     slower = max(forward, forward_ring) - forward + max(backward, backward_ring) - backward
-    compute_s = _compute_s(setting, setting.whole) / ranks
+    compute_s = _compute_s(setting) / ranks
     step_s = max(compute_s + slower * shape.layers, _weights_s(setting, ranks))
-    activations = math.ceil(_activations(setting, setting.whole) / ranks)
+    activations = math.ceil(_activations(setting) / ranks)
     return _alternative("context_parallel", setting, ranks, microbatches, compute_s, step_s, activations)
 
 
 def _alternative(
     name: str, setting: Setting, ranks: int, turns: int, compute_s: float, step_s: float, activations: int
 ) -> Alternative:
-    shape, keeping = setting.shape, setting.keeping
+    share, keeping = setting.share, setting.keeping
     narrow, wide = keeping.element_bytes, keeping.wide_bytes
     copy = narrow if narrow != wide else 0
-    shared = shape.parameter_count * (4 * wide + copy) / ranks
-    largest = max(_elements(setting, layer_parts(0)), _elements(setting, [Part("head", shape.layers)]))
+    shared = share.parameter_count * (4 * wide + copy) / ranks
+    largest = max(sum(share.parameter_elements(p).values()) for p in (layer_parts(0), [Part("head", share.layers)]))
     whole = 2 * largest * (narrow + wide)  # gathered weights and their gradients: this layer and the next
-    standing = math.ceil((shared + whole) / setting.tensor_parallel)
+    standing = math.ceil(shared + whole)
     return Alternative(name, turns * step_s, turns * compute_s, activations, standing + activations)
 
 
-def _elements(setting: Setting, parts: Iterable[Part]) -> int:
-    return sum(math.prod(size) for part in parts for size in setting.shape.parameters(part).values())
+def _compute_s(setting: Setting) -> float:
+    """One micro-batch, forward, recompute and backward, on one rank; chunked parts with their one more forward."""
+    alone = _alone(setting)
+    seconds = action_seconds(alone, setting.whole, setting.costs, setting.keeping)
+    return math.fsum(map(seconds, alone.ranks[0]))
 
 
-def _compute_s(setting: Setting, batch: Batch) -> float:
-    """One micro-batch, forward, recompute and backward, on one rank."""
-    recompute = setting.keeping.recompute
-    total = 0.0
-    for part in chain(1):
-        count = 1 if part.kind in ("embed", "head") else setting.shape.layers
-        forward = setting.costs.forward_s(part, batch, 0)
-        again = recompute == "full" or (recompute == "selective" and part.kind != "attn")
-        backward = setting.costs.input_s(part, batch, 0) + setting.costs.weight_s(part, batch, 0)
-        total += count * (forward * (2 if again else 1) + backward)
-    return total
+def _alone(setting: Setting) -> Schedule:
+    """One micro-batch through the whole model."""
+    return build_schedule("1f1b", ranks=1, layers=setting.shape.layers, microbatches=1)
 
 
 def _weights_s(setting: Setting, ranks: int) -> float:
     """Two gathers in the run's precision and one scatter of gradients, of a rank's tensor-parallel share."""
     narrow, wide = setting.keeping.element_bytes, setting.keeping.wide_bytes
-    elements = setting.shape.parameter_count / setting.tensor_parallel * (ranks - 1) / ranks
+    elements = setting.share.parameter_count * (ranks - 1) / ranks
     return 3 * setting.shape.layers * setting.link.latency_s + elements * (2 * narrow + wide) / setting.link.bytes_per_s
 
 
-def _activations(setting: Setting, batch: Batch) -> int:
-    """One micro-batch through the whole model."""
-    alone = build_schedule("1f1b", ranks=1, layers=setting.shape.layers, microbatches=1)
-    program = lower(alone, setting.shape, batch)
+def _activations(setting: Setting) -> int:
+    """Of one micro-batch."""
+    program = lower(_alone(setting), setting.shape, setting.whole)
     return math.ceil(peak_activation_bytes(program, setting.keeping)[0] / setting.tensor_parallel)

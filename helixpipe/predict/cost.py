@@ -27,7 +27,7 @@ from helixpipe.predict.keeping import Keeping
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.chunks import chunks
 from helixpipe.schedule.parts import Part
-from helixpipe.schedule.program import Kind, Message
+from helixpipe.schedule.program import Kind, Message, Program
 from helixpipe.schedule.schedule import Schedule
 from helixpipe.shape import Batch, ModelShape
 
@@ -140,19 +140,21 @@ def action_seconds(schedule: Schedule, batch: Batch, costs: PartCosts, keeping: 
     def total(parts: Iterable[Part], pass_name: str, segment: int) -> float:
         return math.fsum(priced(part.kind, pass_name, segment) for part in parts)
 
+    def sliced(part: Part, segment: int) -> bool:
+        return keeping.slices(part, batch, segment)
+
     def again(parts: Collection[Part], segment: int) -> float:
         """Forward seconds that a recompute of a chunk runs: what it ends in is not computed where that is in slices."""
         kept_attention = keeping.recompute == "selective"
         *_, last = parts
         runs = (
-            p for p in parts if not (kept_attention and p.kind == "attn") and not (p is last and _sliced(p, keeping))
+            p for p in parts if not (kept_attention and p.kind == "attn") and not (p is last and sliced(p, segment))
         )
         return total(runs, "forward_s", segment)
 
     def chunked(parts: Iterable[Part], segment: int) -> float:
         """A chunked part's own backward runs its forward once more."""
-        sliced = {kind for kind, size in (("mlp", keeping.mlp_chunk), ("head", keeping.head_chunk)) if size}
-        return total((p for p in parts if p.kind in sliced), "forward_s", segment)
+        return total((p for p in parts if sliced(p, segment)), "forward_s", segment)
 
     @cache
     def seconds(stage: int, kind: Pass, segment: int, ahead: bool) -> float:
@@ -162,9 +164,10 @@ def action_seconds(schedule: Schedule, batch: Batch, costs: PartCosts, keeping: 
         if kind is Pass.R:
             return again(cut[stage][-1].parts, segment) if recomputes else 0.0
         if kind is Pass.W:
-            return total((p for p in parts if not _sliced(p, keeping)), "weight_s", segment)
+            return total((p for p in parts if not sliced(p, segment)), "weight_s", segment)
         taken = total(parts, "input_s", segment) + chunked(parts, segment)
-        late = parts if kind is Pass.B else [p for p in parts if _sliced(p, keeping)]
+        # weight gradients of what runs in slices cannot wait for a W
+        late = parts if kind is Pass.B else [p for p in parts if sliced(p, segment)]
         taken += total(late, "weight_s", segment)
         if recomputes:
             left = cut[stage][:-1] if ahead else cut[stage]
@@ -181,29 +184,26 @@ def action_seconds(schedule: Schedule, batch: Batch, costs: PartCosts, keeping: 
     return of
 
 
-def message_seconds(
-    link: Link, keeping: Keeping, tensor_parallel: int = 1, context_parallel: int = 1
-) -> Callable[[Message], float]:
-    """Seconds of a message; each accelerator of a rank sends its own share over a link of its own."""
+def accelerator_bytes(program: Program, keeping: Keeping, share: ModelShape, group: int) -> list[int]:
+    """What one of the `group` accelerators of a rank sends of each message, over a link of its own; by number.
 
-    def of(message: Message) -> float:
-        return link.seconds(accelerator_bytes(message, keeping, tensor_parallel, context_parallel))
+    Values are cut evenly; of parameters it sends what it holds, which is those of `share`.
+    """
+    held = share.parameter_elements(part for stage in program.schedule.stages for part in stage.parts)
 
-    return of
+    def elements(message: Message) -> float:
+        if message.kind in (Kind.VALUES, Kind.GRADIENTS):
+            return message.elements / group
+        return sum(held[name] for name in message.names)
 
-
-def accelerator_bytes(message: Message, keeping: Keeping, tensor_parallel: int, context_parallel: int) -> float:
-    """What one accelerator of a rank sends of a message: values are cut both ways, weights along tensors alone."""
-    is_value = message.kind in (Kind.VALUES, Kind.GRADIENTS)
-    return message_bytes(message, keeping) / tensor_parallel / (context_parallel if is_value else 1)
+    return [math.ceil(elements(message) * _element_bytes(message, keeping)) for message in program.messages]
 
 
 def message_bytes(message: Message, keeping: Keeping) -> int:
-    """Bytes of a message: weight gradients travel in the masters' precision, all else in the run's."""
-    size = keeping.wide_bytes if message.kind is Kind.WEIGHT_GRADIENTS else keeping.element_bytes
-    return message.elements * size
+    """Bytes of a message, of a whole rank."""
+    return message.elements * _element_bytes(message, keeping)
 
 
-def _sliced(part: Part, keeping: Keeping) -> bool:
-    """Whether a part runs in slices, whose weight gradients cannot wait for a W."""
-    return (part.kind == "mlp" and keeping.mlp_chunk > 0) or (part.kind == "head" and keeping.head_chunk > 0)
+def _element_bytes(message: Message, keeping: Keeping) -> int:
+    """Weight gradients travel in the masters' precision, all else in the run's."""
+    return keeping.wide_bytes if message.kind is Kind.WEIGHT_GRADIENTS else keeping.element_bytes

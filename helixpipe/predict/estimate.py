@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,7 @@ from helixpipe.predict.cost import Analytic, PartCosts, accelerator_bytes, actio
 from helixpipe.predict.hardware import Accelerator, Link, named_accelerator, named_link
 from helixpipe.predict.keeping import Keeping
 from helixpipe.predict.simulate import simulate_program
-from helixpipe.predict.standing import owned_and_visiting, standing_bytes
+from helixpipe.predict.standing import dealt, owned_and_visiting, standing_bytes
 from helixpipe.predict.timeline import MemoryPoint, Timeline
 from helixpipe.schedule import families
 from helixpipe.schedule.action import Action
@@ -61,8 +61,13 @@ class Setting:
     """How context-parallel ranks share a sequence; a ring's messages are priced for both."""
     optimizer: str = "replicated"
     """sharded: replicas divide its state (ZeRO-1)."""
+    megatron: bool = False
+    """Megatron's tensor parallelism in place of this runtime's: the vocabulary is divided as well, and what was gathered
+    is not kept but gathered again."""
 
     def __post_init__(self) -> None:
+        keeps = replace(self.keeping, tensor_parallel=1 if self.megatron else self.tensor_parallel)
+        object.__setattr__(self, "keeping", keeps)
         for name in ("sequence_length", "microbatch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)}; give at least 1")
@@ -83,6 +88,12 @@ class Setting:
     def group(self) -> int:
         """Accelerators that are one rank together."""
         return self.tensor_parallel * self.context_parallel
+
+    @cached_property
+    def share(self) -> ModelShape:
+        """What one accelerator of a rank holds of the parameters."""
+        share = self.shape.tensor_share(self.tensor_parallel)
+        return replace(share, vocabulary=math.ceil(share.vocabulary / self.tensor_parallel)) if self.megatron else share
 
     @cached_property
     def whole(self) -> Batch:
@@ -178,11 +189,26 @@ class Estimate:
 
     @property
     def reduction_s(self) -> float:
-        """Summing gradients over data- and context-parallel replicas, after the last action: a ring's all-reduce."""
-        replicas = self.setting.data_parallel * self.setting.context_parallel
-        owned, _ = owned_and_visiting(self.schedule, self.setting.shape)
-        nbytes = max(owned) / self.setting.tensor_parallel * self.setting.keeping.wide_bytes
-        return 2 * (replicas - 1) * self.setting.link.seconds(nbytes / replicas) if replicas > 1 else 0.0
+        """Summing gradients over all that hold the same parameters, after the last action: a ring's all-reduces.
+
+        Data- and context-parallel replicas do; tensor-parallel ranks too, of what they do not divide. Replicas that
+        divide the optimizer then send all others what they updated.
+        """
+        setting = self.setting
+        replicas, wide = setting.data_parallel * setting.context_parallel, setting.keeping.wide_bytes
+        between = setting.link if replicas > 1 else setting.tensor_link
+        wholes, _ = owned_and_visiting(self.schedule, setting.shape)
+        shares, _ = owned_and_visiting(self.schedule, setting.share)
+        slowest = 0.0
+        for whole, share in zip(wholes, shares, strict=True):
+            divided = sum(size for name, size in share.items() if size < whole[name])
+            undivided = sum(share.values()) - divided
+            sums_s = _all_reduce_s(divided * wide, replicas, setting.link)
+            sums_s += _all_reduce_s(undivided * wide, replicas * setting.tensor_parallel, between)
+            updates = dealt(share, replicas) if setting.optimizer == "sharded" and replicas > 1 else []
+            sums_s += math.fsum(setting.link.seconds(size * wide) for size in updates if size)
+            slowest = max(slowest, sums_s)
+        return slowest
 
     @property
     def step_s(self) -> float:
@@ -218,8 +244,7 @@ def priced(program: Program, setting: Setting) -> Estimate:
     """A program under a setting: that of its schedule and batch."""
     keeping, schedule = setting.keeping, program.schedule
     seconds = action_seconds(schedule, program.batch, setting.costs, keeping)
-    cut = setting.tensor_parallel, setting.context_parallel
-    sizes = [math.ceil(accelerator_bytes(message, keeping, *cut)) for message in program.messages]
+    sizes = accelerator_bytes(program, keeping, setting.share, setting.group)
     travels = [setting.link.seconds(size) for size in sizes]
 
     def travel(message: Message) -> float:
@@ -228,12 +253,17 @@ def priced(program: Program, setting: Setting) -> Estimate:
     timeline = simulate_program(program, seconds, travel, lambda message: sizes[message.number], keeping)
     timeline = _per_accelerator(timeline, setting.group)
     shards = setting.data_parallel * setting.context_parallel if setting.optimizer == "sharded" else 1
-    standing = standing_bytes(schedule, setting.shape, keeping, setting.tensor_parallel, shards)
+    standing = standing_bytes(schedule, setting.share, keeping, shards)
     return Estimate(setting, schedule, program, seconds, travel, Timeline(timeline.spans, timeline.memory, standing))
 
 
+def _all_reduce_s(nbytes: float, ranks: int, link: Link | None) -> float:
+    """Around a ring; None is free."""
+    return 2 * (ranks - 1) * link.seconds(nbytes / ranks) if link and ranks > 1 and nbytes else 0.0
+
+
 def _per_accelerator(timeline: Timeline, group: int) -> Timeline:
-    """Activations are cut along heads or along the sequence: each accelerator of a rank holds its share."""
+    """Of the activations of all accelerators of a rank, each holds as much."""
     if group == 1:
         return timeline
     memory = tuple(tuple(MemoryPoint(t, a // group, b) for t, a, b in points) for points in timeline.memory)

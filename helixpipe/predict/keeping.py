@@ -9,6 +9,9 @@ Per layer and micro-batch, in b*s*h elements (HelixPipe, section 4.4; lse is one
     full        the same without attention's output and lse
 
 A value kept by two stages of one rank is one tensor and counts once.
+
+Tensor-parallel ranks divide all of it but what they gather: n and n' (in a graph, not as a stage's input), and of what an
+I leaves for its W the output gradients of o and down. Each rank keeps these whole, so together they keep them tp times.
 """
 
 from __future__ import annotations
@@ -36,11 +39,18 @@ class Keeping:
 
     keeps_activated: bool = False
     """Whether an MLP keeps its activated tensor too, as plain autograd does: 16 and not 12. For others' runs."""
+    tensor_parallel: int = 1
+    """Ranks that divide the matrices. Bytes are those of all of them together."""
 
     @property
     def wide_bytes(self) -> int:
         """An element in float32, or wider when the run is."""
         return max(4, self.element_bytes)
+
+    def slices(self, part: Part, batch: Batch, segment: int) -> bool:
+        """Whether a part runs in slices: where a segment is longer than the part's chunk (see `model.chunked`)."""
+        chunk = {"mlp": self.mlp_chunk, "head": self.head_chunk}.get(part.kind, 0)
+        return 0 < chunk < batch.segment_lengths[segment]
 
 
 def kept(chunk: Chunk, shape: ModelShape, batch: Batch, segment: int, keeping: Keeping) -> Kept:
@@ -85,28 +95,34 @@ def owed(shape: ModelShape, batch: Batch, segment: int, keeping: Keeping) -> int
 
 def put_off(part: Part, shape: ModelShape, batch: Batch, segment: int, keeping: Keeping) -> Kept:
     """What an I leaves for its W: input and output gradient of each linear layer; nothing where a part is chunked."""
-    if (part.kind == "mlp" and keeping.mlp_chunk) or (part.kind == "head" and keeping.head_chunk):
+    if keeping.slices(part, batch, segment):
         return {}
     unit = batch.tokens(segment) * keeping.element_bytes
-    linears = _linears(part, shape).items()
+    linears = _linears(part, shape, keeping).items()
     return {name: unit * into for name, (_, into) in linears} | {f"d {name}": unit * out for name, (out, _) in linears}
 
 
-def _linears(part: Part, shape: ModelShape) -> dict[str, tuple[int, int]]:
+def _linears(part: Part, shape: ModelShape, keeping: Keeping) -> dict[str, tuple[int, int]]:
     """Name of a linear layer's input -> (all its outputs, its input), elements a token."""
-    h, q, kv, ffn = shape.hidden, shape.q_size, shape.kv_size, shape.ffn
+    q, kv, ffn = shape.q_size, shape.kv_size, shape.ffn
+    h = shape.hidden * keeping.tensor_parallel  # gathered, on each rank
     match part.kind:
         case "qkv":
-            return {str(part.reads[0]): (q + 2 * kv, h)}
+            return {_gathered(part.reads[0], keeping): (q + 2 * kv, h)}
         case "proj":
             return {str(part.reads[0]): (h, q)}
         case "mlp":
             ups = ffn if shape.mlp == "gelu" else 2 * ffn
             return {f"{part}.normed": (ups, h), f"{part}.act": (h, ffn)}
         case "head":
-            return {f"{part}.normed": (shape.vocabulary, h)}
+            return {f"{part}.normed": (shape.vocabulary, shape.hidden)}
         case _:
             return {}
+
+
+def _gathered(value: Value, keeping: Keeping) -> str:
+    """The name of a value that tensor-parallel ranks gather: another tensor than their shares of it."""
+    return f"{value} gathered" if keeping.tensor_parallel > 1 else str(value)
 
 
 def _bytes(value: Value, shape: ModelShape, batch: Batch, segment: int, keeping: Keeping) -> int:
@@ -133,23 +149,24 @@ def saved(part: Part, shape: ModelShape, batch: Batch, segment: int, keeping: Ke
     match part.kind:
         case "norm":
             return reads | norm(str(part))
+        case "qkv":
+            (size,) = reads.values()
+            return {_gathered(part.reads[0], keeping): size * keeping.tensor_parallel}
         case "attn":
             return reads | _attention(part, shape, batch, segment, keeping)
         case "proj":  # the residual add keeps nothing
             return {name: size for name, size in reads.items() if name.startswith("o.")}
-        case "mlp" if keeping.mlp_chunk:
+        case "mlp" | "head" if keeping.slices(part, batch, segment):
             return reads
         case "mlp":
             wides = 1 if shape.mlp == "gelu" else 2
             if keeping.keeps_activated:  # and, of a gated one, what its gate became
                 wides += 1 if shape.mlp == "gelu" else 2
             inside = {
-                f"{part}.normed": tokens * shape.hidden * narrow,
+                f"{part}.normed": tokens * shape.hidden * narrow * keeping.tensor_parallel,
                 f"{part}.wide": wides * tokens * shape.ffn * narrow,
             }
             return reads | norm(f"{part}.norm") | inside
-        case "head" if keeping.head_chunk:
-            return reads
         case "head":
             inside = {
                 f"{part}.normed": tokens * shape.hidden * narrow,

@@ -49,8 +49,12 @@ class Candidate(NamedTuple):
     def __str__(self) -> str:
         told = [f"{name} {value}" for name, value in self.options]
         told += [f"evenness {self.evenness:g}"] if self.evenness else []
-        told += [f"recompute {self.recompute}"] + ([f"chunks of {self.chunk}"] if self.chunk else [])
-        return f"{self.family}, {', '.join(told)}"
+        return f"{self.family}, {', '.join([*told, self.kept])}"
+
+    @property
+    def kept(self) -> str:
+        """What a forward keeps, in words."""
+        return f"recompute {self.recompute}" + (f", chunks of {self.chunk}" if self.chunk else "")
 
 
 @dataclass
@@ -151,7 +155,7 @@ def candidates(
             "folds": (1, 2), "travel": ("none", "qkv", "attention"), "groups": ("sequential", "forward_first"),
         },
     }  # fmt: skip
-    chunks = (0, CHUNK) if sequence_length > CHUNK else (0,)
+    chunks = _chunks(sequence_length)
     found = []
     for family in only or families.FAMILIES:
         grid = grids.get(family, {})
@@ -163,6 +167,10 @@ def candidates(
             evenness = EVENNESS if "segments" in grid and family != "slimpipe" else (0.0,)
             found += [Candidate(family, options, *each) for each in itertools.product(evenness, RECOMPUTE, chunks)]
     return found
+
+
+def _chunks(sequence_length: int) -> tuple[int, ...]:
+    return (0, CHUNK) if sequence_length > CHUNK else (0,)
 
 
 def plan(
@@ -216,16 +224,25 @@ def _spread(work: list[_Work], processes: int) -> Iterator[tuple[list[Choice], d
 
 
 def _price(work: _Work) -> tuple[list[Choice], dict[str, str]]:
-    """All candidates of one schedule. Those that it, or the sequence, refuses are told why."""
+    """All candidates of one schedule. Those that it, or the sequence, refuses are told why.
+
+    Chunks that no segment is longer than change nothing: such a candidate is another one.
+    """
     setting, ranks, microbatches, group = work
     good, bad = [], {}
     made = Made()
     for candidate in group:
         try:
-            good.append(_choice(setting, ranks, microbatches, candidate, made))
+            if not candidate.chunk or candidate.chunk < _longest(setting, candidate):
+                good.append(_choice(setting, ranks, microbatches, candidate, made))
         except ConfigError as error:
             bad[str(candidate)] = str(error)
     return good, bad
+
+
+def _longest(setting: Setting, candidate: Candidate) -> int:
+    """Tokens of a candidate's longest segment."""
+    return max(_own(setting, candidate).segment_lengths(dict(candidate.options).get("segments", 1)))
 
 
 def _choice(setting: Setting, ranks: int, microbatches: int, candidate: Candidate, made: Made) -> Choice:
@@ -240,12 +257,7 @@ def estimate_candidate(
     setting: Setting, ranks: int, microbatches: int, candidate: Candidate, made: Made | None = None
 ) -> Estimate:
     """The whole estimate behind a choice. `made` keeps what candidates of one schedule share."""
-    keeping = replace(
-        setting.keeping, recompute=candidate.recompute, mlp_chunk=candidate.chunk, head_chunk=candidate.chunk
-    )
-    setting = replace(setting, keeping=keeping, evenness=candidate.evenness)
-    if candidate.family == "slimpipe":
-        setting = replace(setting, partition="even")
+    setting = _own(setting, candidate)
     options = dict(candidate.options)
     made = Made() if made is None else made
     # some families are ordered by what their actions cost, most are cut by what embed and head do
@@ -261,13 +273,22 @@ def estimate_candidate(
     return priced(made.programs[costs, batch], setting)
 
 
+def _own(setting: Setting, candidate: Candidate) -> Setting:
+    """With what is the candidate's own."""
+    keeping = replace(
+        setting.keeping, recompute=candidate.recompute, mlp_chunk=candidate.chunk, head_chunk=candidate.chunk
+    )
+    partition = "even" if candidate.family == "slimpipe" else setting.partition
+    return replace(setting, keeping=keeping, evenness=candidate.evenness, partition=partition)
+
+
 def _alternatives(setting: Setting, ranks: int, microbatches: int) -> list[Choice]:
     """What is no pipeline, under every policy, on as many accelerators for as many sequences."""
     found = []
     ideal_s = setting.microbatch_s * microbatches / ranks
     alone = replace(setting, context_parallel=1, data_parallel=1)
     replicas = ranks * setting.context_parallel * setting.data_parallel
-    for recompute, chunk in itertools.product(RECOMPUTE, (0, CHUNK)):
+    for recompute, chunk in itertools.product(RECOMPUTE, _chunks(setting.sequence_length)):
         keeping = replace(setting.keeping, recompute=recompute, mlp_chunk=chunk, head_chunk=chunk)
         for each in alternatives(replace(alone, keeping=keeping), replicas, microbatches * setting.data_parallel):
             idle = each.makespan_s - each.busy_s

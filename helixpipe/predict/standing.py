@@ -6,50 +6,54 @@
     float64   8 + 8               (the master)    16
 
 A rank where a stage visits holds its weights in the run's precision and their gradients in the masters' beside what it owns.
+
+With tensor parallelism these are of one accelerator, which holds its share of some matrices and all of the rest.
 """
 
 from __future__ import annotations
 
-import math
-
+from helixpipe.mesh import deal
 from helixpipe.predict.keeping import Keeping
 from helixpipe.predict.timeline import Standing
 from helixpipe.schedule.program import parameter_owners
 from helixpipe.schedule.schedule import Schedule
 from helixpipe.shape import ModelShape
 
+Elements = dict[str, int]
+"""Full name of a parameter -> elements of it."""
+
 
 def standing_bytes(
-    schedule: Schedule, shape: ModelShape, keeping: Keeping, tensor_parallel: int = 1, optimizer_shards: int = 1
+    schedule: Schedule, share: ModelShape, keeping: Keeping, optimizer_shards: int = 1
 ) -> tuple[Standing, ...]:
-    """Per rank; with tensor parallelism, of each of its accelerators. Visiting weights count all step long.
+    """Of each rank's accelerators, which hold the parameters of `share`. Visiting weights count all step long.
 
-    `optimizer_shards`: replicas that keep the optimizer's state together (ZeRO-1).
+    `optimizer_shards`: replicas that keep the optimizer's state together (ZeRO-1); bytes are of the one with most.
     """
-    owned, visiting = owned_and_visiting(schedule, shape)
     narrow, wide = keeping.element_bytes, keeping.wide_bytes
     copy = narrow if narrow != wide else 0
     found = []
-    for own, visits in zip(owned, visiting, strict=True):
-        sizes = own * (wide + copy) + visits * narrow, (own + visits) * wide, own * 2 * wide / optimizer_shards
-        found.append(Standing(*(math.ceil(size / tensor_parallel) for size in sizes)))
+    for owned, visiting in zip(*owned_and_visiting(schedule, share), strict=True):
+        own, visits = sum(owned.values()), sum(visiting.values())
+        updated = max(dealt(owned, optimizer_shards))
+        found.append(Standing(own * (wide + copy) + visits * narrow, (own + visits) * wide, updated * 2 * wide))
     return tuple(found)
 
 
-def owned_and_visiting(schedule: Schedule, shape: ModelShape) -> tuple[list[int], list[int]]:
-    """Per rank, elements of the parameters it owns, and of those it uses and does not own."""
+def dealt(owned: Elements, replicas: int) -> list[int]:
+    """Elements that each replica updates, where they divide the optimizer."""
+    return [sum(owned[name] for name in names) for names in deal(owned, replicas)]
+
+
+def owned_and_visiting(schedule: Schedule, shape: ModelShape) -> tuple[list[Elements], list[Elements]]:
+    """Per rank, the parameters it owns, and those it uses and does not own."""
     owners = parameter_owners(schedule, shape)
-    sizes: dict[str, int] = {}
-    used: list[set[str]] = [set() for _ in schedule.ranks]
+    owned: list[Elements] = [{} for _ in schedule.ranks]
+    visiting: list[Elements] = [{} for _ in schedule.ranks]
     for s, stage in enumerate(schedule.stages):
-        for part in stage.parts:
-            for local, size in shape.parameters(part).items():
-                name = shape.parameter_name(part, local)
-                sizes[name] = math.prod(size)
-                for rank in schedule.ranks_of[s]:
-                    used[rank].add(name)
-    owned = [0] * len(schedule.ranks)
-    for name, owner in owners.items():
-        owned[owner] += sizes[name]
-    visiting = [sum(sizes[name] for name in names if owners[name] != rank) for rank, names in enumerate(used)]
+        for name, size in shape.parameter_elements(stage.parts).items():
+            owned[owners[name]][name] = size
+            for rank in schedule.ranks_of[s]:
+                if rank != owners[name]:
+                    visiting[rank][name] = size
     return owned, visiting

@@ -14,7 +14,7 @@ from torch.distributed.distributed_c10d import Store, _get_default_store
 from helixpipe.errors import ConfigError, RankError
 from helixpipe.mesh import MeshShape
 from helixpipe.model.decoder import Model
-from helixpipe.model.layers import IGNORED
+from helixpipe.model.layers import IGNORED, MLP, Head
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
 from helixpipe.runtime.context import Context
 from helixpipe.runtime.executor import execute
@@ -90,6 +90,9 @@ class Pipeline:
         for part, module in self._weights.modules.items():
             if context is not None:
                 context.join(part, module)
+            for inner in module.modules():
+                if isinstance(inner, MLP | Head):
+                    inner.shards = self.mesh.shape.cp * self.mesh.shape.tp
         self._watch = self.mesh.watch(_store() if self.mesh.everyone is not None else None)
         self._reduction = Reduction(self.parameters, self._tensor.cuts if self._tensor else (), self.mesh, self._watch)
         self._transport = Transport(self.group, self.device, dtype, self._weights.master_dtype, timeout_s, self._watch)

@@ -3,7 +3,7 @@ arXiv 1910.02054).
 
     gradients summed on all replicas ── each updates its share ── every share sent to all
 
-Whole parameters are dealt out, the largest first, to whoever has least. An update is the same whoever makes it, so
+Whole parameters are dealt out (`mesh.deal`). An update is the same whoever makes it, so
 weights stay those of a run without shards, bit by bit.
 """
 
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from helixpipe.errors import RankError
+from helixpipe.mesh import deal
 from helixpipe.runtime.mesh import Mesh
 from helixpipe.runtime.reduction import buckets
 from helixpipe.runtime.watch import Watch
@@ -28,14 +29,9 @@ class Shards:
         self._group, self._watch = mesh.replicas, watch
         replicas = dist.get_world_size(self._group) if self._group is not None else 1
         mine = dist.get_rank(self._group) if self._group is not None else 0
-        shares: list[dict[str, nn.Parameter]] = [{} for _ in range(replicas)]
-        held = [0] * replicas
-        for name in sorted(masters, key=lambda name: (-masters[name].numel(), name)):
-            least = held.index(min(held))
-            shares[least][name] = masters[name]
-            held[least] += masters[name].numel()
-        self._shares = shares
-        self.mine = shares[mine]
+        dealt = deal({name: parameter.numel() for name, parameter in masters.items()}, replicas)
+        self._shares = [{name: masters[name] for name in names} for names in dealt]
+        self.mine = self._shares[mine]
         """Those to update here, by name."""
 
     @torch.no_grad()

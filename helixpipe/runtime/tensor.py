@@ -43,9 +43,8 @@ class TensorShape(ModelShape):
                 f"mesh.tp: {tensor}; the parts of {type(whole).__name__} cannot be divided, a ModelShape's can: use tp 1, "
                 "and cp or dp in its place"
             )
-        same = {field.name: getattr(whole, field.name) for field in fields(ModelShape)}
-        divided = {name: same[name] // tensor for name in ("heads", "kv_heads", "ffn")}
-        return TensorShape(**(same | divided), tensor=tensor)
+        share = whole.tensor_share(tensor)
+        return TensorShape(**{field.name: getattr(share, field.name) for field in fields(ModelShape)}, tensor=tensor)
 
     def value_shape(self, value: Value, batch: Batch, segment: int) -> tuple[int, ...]:
         b, s, *rest = super().value_shape(value, batch, segment)

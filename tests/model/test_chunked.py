@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
+from helixpipe.model.chunked import shard_chunk
 from helixpipe.model.decoder import Decoder
 from helixpipe.model.layers import MLP, Head
 from helixpipe.runtime.pipeline import Pipeline
@@ -46,3 +47,14 @@ def test_forwards_of_a_slice(
     last = SLICES * 2  # the last layer's is followed by nothing, or by the head in a chunk of its own
     assert ran[MLP] == SLICES * mlps * (LAYERS - 1) + last
     assert ran[Head] == SLICES * 2
+
+
+@pytest.mark.parametrize(("chunk", "shards", "own"), [(0, 4, 0), (4096, 1, 4096), (4096, 8, 512), (5, 2, 2), (3, 4, 1)])
+def test_a_chunk_is_tokens_of_all_ranks_that_share_a_sequence(chunk: int, shards: int, own: int) -> None:
+    assert shard_chunk(chunk, shards) == own
+    mlp = MLP(SHAPE, chunk)
+    mlp.shards = shards
+    ran: list[int] = []
+    mlp.norm.register_forward_hook(lambda module, inputs, output: ran.append(inputs[0].shape[1]))
+    mlp(torch.zeros(1, LENGTH, SHAPE.hidden))
+    assert ran == ([own] * (LENGTH // own) if 0 < own < LENGTH else [LENGTH])

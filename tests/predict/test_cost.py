@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 
 from helixpipe.errors import ConfigError
-from helixpipe.predict.cost import Analytic, action_seconds, message_bytes, message_seconds
+from helixpipe.predict.cost import Analytic, accelerator_bytes, action_seconds, message_bytes
 from helixpipe.predict.hardware import ACCELERATORS, LINKS, Accelerator, Link, named_accelerator, named_link
 from helixpipe.predict.keeping import Keeping
+from helixpipe.predict.memory import peak_activation_bytes
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
@@ -104,13 +106,41 @@ def test_a_chunked_part_runs_forward_once_more_and_its_weights_do_not_wait() -> 
     assert sliced(Action(0, Pass.W, 0)) == pytest.approx(whole(Action(0, Pass.W, 0)) - less)
 
 
-def test_a_message_is_its_bytes_over_the_link() -> None:
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+def test_a_chunk_that_the_segment_is_not_longer_than_does_nothing(recompute: str) -> None:
+    schedule = build_schedule("1f1b", ranks=1, layers=2, microbatches=1)
+    whole, same = seconds_of(schedule, recompute), seconds_of(schedule, recompute, mlp_chunk=10, head_chunk=11)
+    for kind in (Pass.F, Pass.B, Pass.I, Pass.W):
+        assert same(Action(0, kind, 0)) == whole(Action(0, kind, 0))
+    program = lower(schedule, SHAPE, BATCH)
+    kept = [peak_activation_bytes(program, Keeping(recompute, 4, chunk, chunk)) for chunk in (0, 9, 10)]
+    assert kept[0] == kept[2]
+    assert kept[1] < kept[0]
+
+
+def test_a_message_is_its_elements_in_the_precision_that_it_travels_in() -> None:
     program = lower(build_schedule("helix", ranks=2, layers=2, microbatches=2, travel="qkv"), SHAPE, BATCH)
-    seconds = message_seconds(Link("wire", 100.0, 0.25, "made up"), Keeping("none", 2), tensor_parallel=2)
     for message in program.messages:
         size = 4 if message.kind is Kind.WEIGHT_GRADIENTS else 2  # gradients of weights are float32
         assert message_bytes(message, Keeping("none", 2)) == size * message.elements
-        assert seconds(message) == pytest.approx(0.25 + size * message.elements / 200)
+
+
+def test_an_accelerator_sends_its_share_of_values_and_what_it_holds_of_parameters() -> None:
+    """tp 2 of 4: matrices are halved, a tied table and norms travel whole; context parallelism divides values alone."""
+    shape = replace(SHAPE, tied=True)
+    program = lower(build_schedule("helix", ranks=2, layers=2, microbatches=2, travel="attention"), shape, BATCH)
+    sizes = accelerator_bytes(program, Keeping("none", 2), shape.tensor_share(2), group=4)
+    wholes = 0
+    for message, size in zip(program.messages, sizes, strict=True):
+        width = 4 if message.kind is Kind.WEIGHT_GRADIENTS else 2
+        if message.kind in (Kind.VALUES, Kind.GRADIENTS):
+            assert size == math.ceil(message.elements * width / 4)
+            continue
+        halves = {n: math.prod(s) for n, s in zip(message.names, message.shapes, strict=True)}
+        whole = {name for name in halves if ".norm." in name or name == "embed.tokens.weight"}
+        wholes += len(whole)
+        assert size == width * sum(size if name in whole else size // 2 for name, size in halves.items())
+    assert wholes
 
 
 def test_everything_known_has_a_source_and_sane_rates() -> None:

@@ -16,12 +16,18 @@ from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
 from helixpipe.schedule.parts import Part
 from helixpipe.schedule.program import Run
+from helixpipe.schedule.schedule import Schedule
 from helixpipe.shape import SHAPES, Batch, ModelShape
 
 # the 7B model of the papers; a head that weighs nothing, as their formulas have it
 SHAPE = replace(SHAPES["7b"], vocabulary=1)
 LONG = Setting(SHAPE, 131072, keeping=Keeping("none", 2))
 TINY = ModelShape(layers=4, hidden=16, heads=2, ffn=64, vocabulary=32)
+
+
+def elements(schedule: Schedule, shape: ModelShape) -> list[list[int]]:
+    """Per rank, of the parameters it owns, and of those that only visit it."""
+    return [[sum(each.values()) for each in found] for found in owned_and_visiting(schedule, shape)]
 
 
 def ratio(family: str, recompute: str = "none", **options: object) -> float:
@@ -53,21 +59,54 @@ def test_the_peak_is_that_of_the_fullest_rank_and_each_rank_has_its_own() -> Non
 def test_what_stands_on_a_rank() -> None:
     """Float32: weight, gradient, two moments, 16 bytes a parameter; bfloat16 has a working copy beside it."""
     schedule = build_schedule("1f1b", ranks=2, layers=4, microbatches=2)
-    owned, visiting = owned_and_visiting(schedule, TINY)
+    owned, visiting = elements(schedule, TINY)
     assert sum(owned) == TINY.parameter_count
     assert visiting == [0, 0]
     for size, per_parameter in ((4, (4, 4, 8)), (2, (6, 4, 8)), (8, (8, 8, 16))):
         for own, standing in zip(owned, standing_bytes(schedule, TINY, Keeping("none", size)), strict=True):
             assert tuple(standing) == tuple(own * each for each in per_parameter)
     shared = standing_bytes(schedule, TINY, Keeping("none", 4), optimizer_shards=4)
-    assert [tuple(each) for each in shared] == [(4 * own, 4 * own, 2 * own) for own in owned]
-    halved = standing_bytes(schedule, TINY, Keeping("none", 4), tensor_parallel=2)
-    assert halved[0].weights_bytes == owned[0] * 2
+    assert [tuple(each)[:2] for each in shared] == [(4 * own, 4 * own) for own in owned]
+
+
+def test_replicas_deal_out_whole_parameters_and_the_one_with_most_is_predicted() -> None:
+    """One layer: gate, up, down of 1024, embedding and head of 512, q, k, v, o of 256, three norms of 16. 4 replicas."""
+    one = replace(TINY, layers=1)
+    schedule = build_schedule("1f1b", ranks=1, layers=1, microbatches=2)
+    # of 4: 1024 | 1024 | 1024 | 512 + 512, each 256 more, and three of them a norm
+    assert one.parameter_count == 3 * 1024 + 2 * 512 + 4 * 256 + 3 * 16
+    for shards, most in ((1, one.parameter_count), (2, 2592), (3, 1792), (4, 1296), (8, 1024), (99, 1024)):
+        (standing,) = standing_bytes(schedule, one, Keeping("none", 4), shards)
+        assert standing.optimizer_bytes == 8 * most
+    wire = Link("wire", 1e6, 0.0, "made up")
+    setting = replace(LONG, shape=one, link=wire, data_parallel=4)
+    plain, sharded = (estimate(schedule, replace(setting, optimizer=name)) for name in ("replicated", "sharded"))
+    assert sharded.timeline.standing[0].optimizer_bytes == 8 * 1296
+    assert sharded.timeline.standing[0][:2] == plain.timeline.standing[0][:2]
+    # every update goes to all, in float32
+    assert sharded.reduction_s - plain.reduction_s == pytest.approx(one.parameter_count * 4 / 1e6)
+
+
+def test_tensor_parallelism_divides_what_has_heads_or_ffn_and_keeps_the_rest_whole() -> None:
+    """Embedding, head and norms are on every rank of a tp line, as `runtime.tensor` leaves them."""
+    schedule = build_schedule("1f1b", ranks=2, layers=4, microbatches=2)
+    owned, _ = elements(schedule, TINY)
+    table = TINY.vocabulary * TINY.hidden
+    whole = [table + 2 * 2 * TINY.hidden, table + (2 * 2 + 1) * TINY.hidden]  # two layers' norms; the head has one
+    halved = standing_bytes(schedule, TINY.tensor_share(2), Keeping("none", 4))
+    for own, kept, standing in zip(owned, whole, halved, strict=True):
+        assert standing.weights_bytes == 4 * (kept + (own - kept) // 2)
+    found = estimate(schedule, replace(LONG, shape=TINY, tensor_parallel=2))
+    assert found.timeline.standing == standing_bytes(schedule, TINY.tensor_share(2), LONG.keeping)
+    fewer = estimate(schedule, replace(LONG, shape=TINY, tensor_parallel=2, megatron=True))
+    # Megatron divides the vocabulary too: 18 bytes a parameter, of half a table
+    more = [sum(a) - sum(b) for a, b in zip(found.timeline.standing, fewer.timeline.standing, strict=True)]
+    assert more == [18 * table // 2] * 2
 
 
 def test_a_visiting_stage_costs_its_weights_and_gradients_where_it_visits() -> None:
     schedule = build_schedule("helix", ranks=2, layers=4, microbatches=4, travel="qkv")
-    owned, visiting = owned_and_visiting(schedule, TINY)
+    owned, visiting = elements(schedule, TINY)
     qkv = 3 * TINY.hidden**2
     assert visiting == [2 * qkv, 2 * qkv]  # the other rank's two layers
     standing = standing_bytes(schedule, TINY, Keeping("none", 2))
@@ -79,7 +118,7 @@ def test_a_visiting_stage_costs_its_weights_and_gradients_where_it_visits() -> N
 def test_a_tied_table_visits_the_head() -> None:
     tied = replace(TINY, tied=True)
     schedule = build_schedule("1f1b", ranks=2, layers=4, microbatches=2)
-    owned, visiting = owned_and_visiting(schedule, tied)
+    owned, visiting = elements(schedule, tied)
     assert sum(owned) == tied.parameter_count
     assert visiting == [0, tied.vocabulary * tied.hidden]
 
@@ -97,7 +136,12 @@ def test_tensor_parallel_shares_activations_and_messages() -> None:
     setting = replace(LONG, accelerator=named_accelerator("h20"), link=named_link("infiniband"))
     alone = estimate_family(setting, "1f1b", 4, 8)
     eight = estimate_family(replace(setting, tensor_parallel=8, tensor_link=named_link("nvlink")), "1f1b", 4, 8)
-    assert eight.timeline.peak_activation_bytes[0] == alone.timeline.peak_activation_bytes[0] // 8
+    # what qkv and the MLP read is gathered, and each keeps it whole; 4 micro-batches of 8 layers are under way
+    gathered = 4 * 8 * 2 * 131072 * SHAPE.hidden * 2
+    kept = alone.timeline.peak_activation_bytes[0]
+    assert eight.timeline.peak_activation_bytes[0] == (kept - gathered) // 8 + gathered
+    megatron = replace(setting, tensor_parallel=8, tensor_link=named_link("nvlink"), megatron=True)
+    assert estimate_family(megatron, "1f1b", 4, 8).timeline.peak_activation_bytes[0] == kept // 8
     assert alone.timeline.makespan_s / 8 < eight.timeline.makespan_s < alone.timeline.makespan_s / 6
     message = alone.program.messages[0]
     assert eight.message_seconds(message) < alone.message_seconds(message)
@@ -120,10 +164,22 @@ def test_data_parallel_sums_gradients_once_a_step() -> None:
     setting = replace(LONG, link=Link("wire", 1e9, 0.0, "made up"))
     alone, four = (estimate_family(replace(setting, data_parallel=d), "1f1b", 4, 8) for d in (1, 4))
     assert alone.reduction_s == 0
-    owned, _ = owned_and_visiting(alone.schedule, SHAPE)
+    owned, _ = elements(alone.schedule, SHAPE)
     assert four.reduction_s == pytest.approx(2 * 0.75 * max(owned) * 4 / 1e9)
     assert four.step_s == four.timeline.makespan_s + four.reduction_s
     assert four.tokens_per_s == pytest.approx(4 * alone.tokens_per_s * alone.step_s / four.step_s)
+
+
+def test_tensor_parallel_ranks_sum_gradients_of_what_they_do_not_divide() -> None:
+    """Over all that hold the same: tp ranks over their own link, replicas of them over that between nodes."""
+    wire, inside = Link("wire", 1e9, 0.0, "made up"), Link("inside", 1e10, 0.0, "made up")
+    setting = replace(LONG, shape=TINY, link=wire, tensor_parallel=2, tensor_link=inside)
+    schedule = build_schedule("1f1b", ranks=1, layers=4, microbatches=2)
+    whole = 2 * TINY.vocabulary * TINY.hidden + (2 * 4 + 1) * TINY.hidden
+    divided = (TINY.parameter_count - whole) // 2
+    assert estimate(schedule, setting).reduction_s == pytest.approx(2 * 0.5 * whole * 4 / 1e10)
+    both = estimate(schedule, replace(setting, data_parallel=4))
+    assert both.reduction_s == pytest.approx((2 * 0.75 * divided + 2 * 7 / 8 * whole) * 4 / 1e9)
 
 
 def test_a_slow_link_makes_a_step_longer() -> None:

@@ -15,6 +15,7 @@ from helixpipe.predict.hardware import Link, named_accelerator, named_link
 from helixpipe.predict.keeping import Keeping
 from helixpipe.predict.plan import Candidate, Plan, candidates, estimate_candidate, plan
 from helixpipe.schedule.families import FAMILIES
+from helixpipe.schedule.parts import Part
 from helixpipe.shape import SHAPES, ModelShape
 from helixpipe.view.front import picture
 
@@ -36,6 +37,17 @@ def test_every_family_is_tried_with_every_policy() -> None:
     assert {candidate.recompute for candidate in asked} == {"none", "selective", "full"}
     assert not [c for c in candidates(4, 8, 8192, 128, causal=False) if dict(c.options).get("segments", 1) > 1]
     assert len(candidates(8, 32, 131072, 128)) > 490
+
+
+def test_chunks_that_no_segment_is_longer_than_are_no_candidate() -> None:
+    """8192 tokens: chunks of 4096 are for whole sequences, and for two segments of unequal length."""
+    found = plan(SETTING, 4, 8, math.inf, only=("seq1f1b", "1f1b"))
+    chunked = {str(each) for each in found.fits if each.is_pipeline and each.candidate.chunk}
+    assert {name.split(", recompute")[0] for name in chunked} == {
+        "1f1b", "seq1f1b, segments 2", "seq1f1b, segments 2, evenness 0.5",
+    }  # fmt: skip
+    short = plan(replace(SETTING, sequence_length=4096), 4, 8, math.inf, only=("1f1b",))
+    assert {each.candidate.chunk for each in short.fits} == {0}
 
 
 def test_what_fits_is_ranked_and_every_rank_is_told(found: Plan) -> None:
@@ -112,6 +124,20 @@ def test_sharded_data_parallel_is_compute_or_messages_whichever_is_longer() -> N
     assert taken.makespan_s == pytest.approx(2 * SHAPE.parameter_count * 0.75 * (2 + 2 + 4) / 1e6)
     uneven = alternatives(free, 4, 9)[0]
     assert uneven.makespan_s == pytest.approx(3 * free.microbatch_s)  # one rank has a third
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_alternatives_pay_for_chunks(recompute: str) -> None:
+    """One more forward of MLP and head; a recompute ends in them and leaves theirs out, so there it costs no more."""
+    free = replace(SETTING, link=named_link("free"))
+    whole, sliced = (
+        alternatives(replace(free, keeping=Keeping(recompute, 2, chunk, chunk)), 4, 4) for chunk in (0, 4096)
+    )
+    mlp, head = (free.costs.forward_s(Part(kind, 0), free.whole, 0) for kind in ("mlp", "head"))
+    more = SHAPE.layers * mlp + head if recompute == "none" else 0.0
+    for plain, chunked in zip(whole, sliced, strict=True):
+        assert chunked.makespan_s == pytest.approx(plain.makespan_s + more)
+        assert chunked.peak_bytes < plain.peak_bytes
 
 
 def test_context_parallel_hides_its_ring_or_waits_for_it() -> None:
