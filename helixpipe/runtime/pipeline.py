@@ -93,6 +93,8 @@ class Pipeline:
         self._watch = self.mesh.watch(_store() if self.mesh.everyone is not None else None)
         self._reduction = Reduction(self.parameters, self._tensor.cuts if self._tensor else (), self.mesh, self._watch)
         self._transport = Transport(self.group, self.device, dtype, self._weights.master_dtype, timeout_s, self._watch)
+        if not self._transport.host:  # which pairs there are, any batch tells
+            self._transport.meet(lower(schedule, self._shape, Batch(1, (1,) * schedule.segments)).messages)
         self._ledger = Ledger(self._weights.is_parameter)
         self._tapes = {
             s: Tape(stage, self._weights.modules, recompute, self._ledger)
