@@ -62,13 +62,16 @@ class TensorParallel:
         """Full name of a parameter that is divided -> along which dimension; of the parts on this rank."""
 
     def divide(self, part: Part, module: nn.Module) -> None:
-        """Leave this rank's share of a part's parameters, and let its modules gather and scatter."""
+        """Leave this rank's share of a part's parameters, and let its modules gather and scatter.
+
+        Raises ConfigError for a parameter to be cut that is not inside a module which does.
+        """
         mine = self.local.parameters(part)
         for name, shape in self.whole.parameters(part).items():
             dim = next((d for d, (a, b) in enumerate(zip(shape, mine[name], strict=True)) if a != b), None)
             if dim is None:
                 continue
-            parameter = module.get_parameter(name)
+            parameter = self._known(part, module, name, shape)
             parameter.data = parameter.data.chunk(self.ranks, dim)[self.rank].clone()
             self.cuts[self.whole.parameter_name(part, name)] = dim
         for inner in module.modules():
@@ -78,6 +81,17 @@ class TensorParallel:
                 inner.o.scatter = self.scatter
             if isinstance(inner, MLP):
                 inner.down.scatter = self.scatter
+
+    def _known(self, part: Part, module: nn.Module, name: str, shape: tuple[int, ...]) -> nn.Parameter:
+        """A parameter to be cut."""
+        parameter = dict(module.named_parameters()).get(name)
+        homes = [path and f"{path}." for path, inner in module.named_modules() if isinstance(inner, QKV | MLP | Proj)]
+        if parameter is None or parameter.shape != shape or not name.startswith(tuple(homes)):
+            raise ConfigError(
+                f"mesh.tp: {self.ranks}; {part} is {type(module).__name__}, whose {name} cannot be divided; "
+                "use tp 1, or QKV, Proj and MLP of helixpipe.model.layers in it"
+            )
+        return parameter
 
     def as_whole(self, name: str, mine: Tensor, line: DeviceMesh) -> Tensor:
         """This rank's tensor of a parameter as part of a DTensor over `line`, on the same memory; or itself."""
