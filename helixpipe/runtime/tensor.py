@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from helixpipe.errors import ConfigError, RankError
 from helixpipe.model.layers import MLP, QKV, Proj
 from helixpipe.schedule.parts import Part, Value
+from helixpipe.sequence.wire import wire_of
 from helixpipe.shape import Batch, ModelShape
 
 
@@ -126,8 +127,8 @@ class TensorParallel:
         return total.to(x.device)
 
     def _wire(self, x: Tensor) -> Tensor:
-        """As the backend can send it: gloo moves host memory only."""
-        return (x.cpu() if dist.get_backend(self.group) == "gloo" else x).contiguous()
+        """As the backend can send it."""
+        return x.to(wire_of(self.group, x.device)).contiguous()
 
     @contextmanager
     def _named(self) -> Iterator[None]:

@@ -20,6 +20,7 @@ from helixpipe.errors import RankError
 from helixpipe.runtime.sends import DeviceSends, HostSends, InFlight, SendError, Work
 from helixpipe.runtime.watch import Watch
 from helixpipe.schedule.program import Kind, Message
+from helixpipe.sequence.wire import wire_of
 
 # tensors in one message at most, so that each has a tag of its own
 WIDTH = 64
@@ -41,8 +42,8 @@ class Transport:
         self.dtype, self.gradient_dtype = dtype, gradient_dtype
         self.timeout_s, self.watch = timeout_s, watch
         # gloo moves host memory only: CUDA tensors are staged through it
-        self.host = group is None or dist.get_backend(group) == "gloo"
-        self._wire = torch.device("cpu") if self.host else device
+        self._wire = wire_of(group, device)
+        self.host = self._wire.type == "cpu"
         self._sends = HostSends(timeout_s) if self.host else DeviceSends()
         self._receives: dict[int, InFlight] = {}
 
