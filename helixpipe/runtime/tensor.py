@@ -114,16 +114,16 @@ class TensorParallel:
 
     def _gathered(self, x: Tensor) -> Tensor:
         wire = self._wire(x)
-        pieces = [torch.empty_like(wire) for _ in range(self.ranks)]
+        pieces = wire.new_empty(self.ranks, *wire.shape)
         with self._named():
-            dist.all_gather(pieces, wire, group=self.group)
-        return torch.cat(pieces, 1).to(x.device)
+            dist.all_gather_into_tensor(pieces.flatten(0, 1), wire, group=self.group)
+        return pieces.movedim(0, 1).flatten(1, 2).to(x.device)  # no copy of one sequence
 
     def _scattered(self, x: Tensor) -> Tensor:
-        pieces = [self._wire(piece) for piece in x.chunk(self.ranks, 1)]
+        pieces = self._wire(x.unflatten(1, (self.ranks, -1)).movedim(1, 0))
         total = torch.empty_like(pieces[0])
         with self._named():
-            dist.reduce_scatter(total, pieces, group=self.group)
+            dist.reduce_scatter_tensor(total, pieces.flatten(0, 1), group=self.group)
         return total.to(x.device)
 
     def _wire(self, x: Tensor) -> Tensor:
@@ -134,6 +134,8 @@ class TensorParallel:
     def _named(self) -> Iterator[None]:
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise  # no other rank's doing
         except RuntimeError as error:
             raise RankError(f"lost a rank that divides the same matrices (tp, {self.ranks} ranks)") from error
 

@@ -106,6 +106,8 @@ class Transport:
         begun = time.monotonic()
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise  # no other rank's doing
         except (RuntimeError, SendError) as error:
             if isinstance(error, SendError):
                 message, peer = error.message, error.message.dst

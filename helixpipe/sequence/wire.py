@@ -174,6 +174,8 @@ def _named(group: Group, what: str) -> Iterator[None]:
     begun = time.monotonic()
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # no other rank's doing
     except RuntimeError as error:
         waited_s = time.monotonic() - begun
         raise RankError(

@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 from ranks import Ranks
 
+from helixpipe.runtime.tensor import TensorParallel
 from helixpipe.runtime.transport import Transport
 from helixpipe.runtime.watch import Watch
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
+from helixpipe.sequence import wire
 from helixpipe.sequence.wire import wire_of
 from helixpipe.shape import Batch, ModelShape
 
@@ -45,7 +47,7 @@ def group_of(**backends: str) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize(
-    ("group", "device", "wire"),
+    ("group", "device", "found"),
     [
         (group_of(cpu="gloo", cuda="nccl"), "cuda:1", "cuda:1"),  # mixed, or made without naming a backend
         (group_of(cuda="nccl"), "cuda:0", "cuda:0"),
@@ -55,8 +57,8 @@ def group_of(**backends: str) -> SimpleNamespace:
         (None, "cuda:0", "cpu"),
     ],
 )
-def test_messages_are_made_where_the_backend_of_their_device_takes_them(group: object, device: str, wire: str) -> None:
-    assert wire_of(group, torch.device(device)) == torch.device(wire)  # type: ignore[arg-type]
+def test_messages_are_made_where_the_backend_of_their_device_takes_them(group: object, device: str, found: str) -> None:
+    assert wire_of(group, torch.device(device)) == torch.device(found)  # type: ignore[arg-type]
 
 
 def wires() -> list[str]:
@@ -66,3 +68,13 @@ def wires() -> list[str]:
 
 def test_groups_of_gloo_have_their_messages_made_on_the_host(four_ranks: Ranks) -> None:
     assert four_ranks.run(wires) == [["cpu"] * 6] * 4
+
+
+def test_running_out_of_memory_is_no_lost_rank() -> None:
+    """The worker has a line of its own for it."""
+    watch = Watch(None, 0, 1)
+    transport = Transport(None, torch.device("cpu"), torch.float32, torch.float32, 20.0, watch)
+    tensor = TensorParallel.__new__(TensorParallel)
+    for named in (transport._named(None, -1), tensor._named(), wire._named(None, "keys and values")):
+        with pytest.raises(torch.OutOfMemoryError), named:
+            raise torch.OutOfMemoryError("CUDA out of memory")
