@@ -73,6 +73,8 @@ class Pipeline:
             raise ConfigError(f"runtime.recompute: '{recompute}' is not known; known: {', '.join(POLICIES)}")
         _check_segments(model, schedule, segment_lengths)
         self.model, self.schedule, self.device = model, schedule, torch.device(device)
+        if self.device.type == "cuda" and self.device.index is not None:
+            torch.cuda.set_device(self.device)  # events, kernels and gathered objects go to the current one
         self.mesh = Mesh(mesh, timeout_s)
         self.group, self.rank, self.ranks = self.mesh.group("pp"), self.mesh.here.pp, self.mesh.shape.pp
         if self.ranks != len(schedule.ranks):
