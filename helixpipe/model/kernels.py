@@ -10,7 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from helixpipe.errors import ConfigError
+
 aten = torch.ops.aten
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def check_head_dim(head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ConfigError for heads that the fused kernel of a device and precision does not take."""
+    if device.type == "cuda" and dtype in HALVES and (head_dim % 8 or head_dim > 256):
+        raise ConfigError(
+            f"model.head_dim: {head_dim}; attention on CUDA in {str(dtype).removeprefix('torch.')} needs a multiple of 8 "
+            "up to 256: change it, or set runtime.dtype to float32"
+        )
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
@@ -18,7 +30,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Te
     if q.device.type == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
         return out, lse
-    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
+    if q.device.type == "cuda" and q.dtype in HALVES:
         out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
         return out, lse
     k, v = _repeated(q, k), _repeated(q, v)
@@ -36,7 +48,7 @@ def attention_backward(
     if q.device.type == "cpu":
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal)
         return dq, dk, dv
-    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
+    if q.device.type == "cuda" and q.dtype in HALVES:
         random = torch.empty(0, dtype=torch.uint64, device=q.device)  # no dropout, so never read
         lengths = q.shape[2], k.shape[2]
         dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
