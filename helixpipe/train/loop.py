@@ -26,8 +26,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torc
 def train(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
     """Train until the config's last step. `group` carries objects between the ranks' CPUs, None with one rank.
 
-    The same job gives the same losses, bit for bit, however often it is interrupted: weights and optimizer
-    come from the checkpoint, batches and learning rate from the step alone.
+    The same job gives the same losses, on CPUs bit for bit, however often it is interrupted: weights and optimizer
+    come from the checkpoint, batches and learning rate from the step alone. On CUDA attention's backward adds in no
+    fixed order.
     """
     config = job.config
     settings, run = config.train, config.run
