@@ -2,7 +2,7 @@
 
     <run>/checkpoints/
       step-00000100/        whole: renamed to this name when everything in it was on the disk
-        manifest.json       step, model shape, config, and the size and sha256 of every other file
+        manifest.json       step, model shape, config, what data, and the size and sha256 of every other file
         __0_0.distcp ...    tensors, one file a rank (torch.distributed.checkpoint)
         .metadata           which tensor is where
       .left-step-00000150/  of a course that was left for an earlier checkpoint: removed by the next save
@@ -50,6 +50,8 @@ class Manifest:
     """The resolved config of the run that wrote it."""
     files: dict[str, FileSeal]
     """Every other file in the folder."""
+    data: tuple[int, ...] = ()
+    """The fingerprint of what was trained on; of older checkpoints nothing is known."""
 
     def to_json(self) -> str:
         body = dataclasses.asdict(self) | {"format": _FORMAT}
@@ -84,7 +86,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
         if digest != _digest(body):
             raise ValueError
         files = {name: FileSeal(**seal) for name, seal in body["files"].items()}
-        return Manifest(body["step"], body["shape"], body["config"], files)
+        return Manifest(body["step"], body["shape"], body["config"], files, tuple(body.get("data", ())))
     except OSError as error:
         raise CheckpointError(f"{path}: {_reason(error)}; this is no whole checkpoint, choose another") from None
     except (ValueError, KeyError, TypeError, AttributeError):
