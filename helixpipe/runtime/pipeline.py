@@ -203,6 +203,7 @@ class Pipeline:
     def _run(self, tokens: Tensor, targets: Tensor, training: bool) -> float:
         batch = self._shares.batch(tokens, targets)
         self._divided.check(self.model.shape, batch.segment_lengths)
+        _check_positions(self.model, batch)
         self._last = program = self.program(batch, training)
         counted = int((targets != IGNORED).sum())
         scale = 1.0 / max(counted, 1)
@@ -248,6 +249,15 @@ def _check_segments(model: Model, schedule: Schedule, lengths: tuple[int, ...] |
     if block is not None:
         raise ConfigError(
             f"schedule.segments: {block} is opaque, so what it carries from segment to segment is not known"
+        )
+
+
+def _check_positions(model: Model, batch: Batch) -> None:
+    shape, length = model.shape, sum(batch.segment_lengths)
+    if shape.positions == "learned" and length > shape.context:
+        raise ConfigError(
+            f"tokens: {length} a sequence, and learned positions have room for {shape.context}; "
+            "shorten them or raise model.context"
         )
 
 
