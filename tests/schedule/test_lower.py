@@ -18,7 +18,7 @@ from helixpipe.schedule.check import check
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import flops, lower
 from helixpipe.schedule.parts import Stage, chain
-from helixpipe.schedule.program import Accumulate, Kind, Message, Program, Receive, Run, Send
+from helixpipe.schedule.program import Accumulate, Kind, Message, Program, Receive, Run, Send, parameter_owners
 from helixpipe.schedule.schedule import Schedule
 from helixpipe.shape import SHAPES, Batch, ModelShape
 
@@ -262,7 +262,7 @@ def test_what_is_sent_is_what_crosses_ranks(schedule: Schedule) -> None:
 @given(st.one_of(family_schedules(), any_schedules()), st.booleans())
 def test_weights_travel_once_a_rank_and_step_and_their_gradients_come_home(schedule: Schedule, tied: bool) -> None:
     program = lowered(schedule, tied)
-    owners = program.owner_of()
+    owners = parameter_owners(program.schedule, program.shape)
     there, home = set(), set()
     for message in program.messages:
         if message.kind is Kind.WEIGHTS:
