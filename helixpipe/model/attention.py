@@ -150,7 +150,7 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[T
     `out` may be overwritten: out + sigmoid(lse' - lse)(out' - out), and log(exp lse + exp lse').
     """
     wide = out.to(torch.promote_types(out.dtype, torch.float32))
-    share = torch.sigmoid(other_lse - lse)[..., : out.shape[2]]  # some kernels pad it
+    share = torch.sigmoid(other_lse - lse)
     wide.lerp_(other.to(wide.dtype), share.unsqueeze(-1).to(wide.dtype))
     return wide, torch.logaddexp(lse, other_lse)
 

@@ -1,7 +1,8 @@
 """Fused attention forward and backward with log-sum-exp, on tensors [b, heads, s, head_dim].
 
 Each forward gives (out, lse) and each backward takes them, so that an output kept from an earlier run can
-be differentiated without running attention again. `lse` is [b, heads, s], float32 or wider.
+be differentiated without running attention again. `lse` is [b, heads, s], float32 or wider, whatever a kernel's own
+looks like.
 """
 
 from __future__ import annotations
@@ -9,7 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from helixpipe.errors import ConfigError
+
 aten = torch.ops.aten
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def check_head_dim(head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ConfigError for heads that the fused kernel of a device and precision does not take."""
+    if device.type == "cuda" and dtype in HALVES and (head_dim % 8 or head_dim > 256):
+        raise ConfigError(
+            f"model.head_dim: {head_dim}; attention on CUDA in {str(dtype).removeprefix('torch.')} needs a multiple of 8 "
+            "up to 256: change it, or set runtime.dtype to float32"
+        )
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
@@ -17,13 +30,13 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Te
     if q.device.type == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
         return out, lse
-    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
+    if q.device.type == "cuda" and q.dtype in HALVES:
         out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
         return out, lse
     k, v = _repeated(q, k), _repeated(q, v)
     if q.device.type == "cuda" and q.dtype == torch.float32:
         out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)
-        return out, lse
+        return out, lse[..., : q.shape[2]].contiguous()
     scores = _scores(q, k, causal)
     return scores.softmax(-1) @ v, scores.logsumexp(-1)
 
@@ -35,18 +48,18 @@ def attention_backward(
     if q.device.type == "cpu":
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal)
         return dq, dk, dv
-    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
+    if q.device.type == "cuda" and q.dtype in HALVES:
         random = torch.empty(0, dtype=torch.uint64, device=q.device)  # no dropout, so never read
         lengths = q.shape[2], k.shape[2]
         dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
-            grad, q, k, v, out, lse, None, None, *lengths, 0.0, causal, random, random
+            grad, q, k, v, out, lse.contiguous(), None, None, *lengths, 0.0, causal, random, random
         )
         return dq, dk, dv
     whole_k, whole_v = _repeated(q, k), _repeated(q, v)
     if q.device.type == "cuda" and q.dtype == torch.float32:
         random = torch.empty(0, dtype=torch.int64, device=q.device)
         dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
-            grad, q, whole_k, whole_v, None, out, lse, random, random, 0.0, [True, True, True, False], causal
+            grad, q, whole_k, whole_v, None, out, _padded(lse), random, random, 0.0, [True, True, True, False], causal
         )
     else:
         weights = (_scores(q, whole_k, causal) - lse.unsqueeze(-1)).exp()
@@ -54,6 +67,11 @@ def attention_backward(
         dscores = weights * (grad @ whole_v.mT - (grad * out).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
         dq, dk = dscores @ whole_k, dscores.mT @ q
     return dq, _summed(dk, k), _summed(dv, v)
+
+
+def _padded(lse: Tensor) -> Tensor:
+    """The log-sum-exp as the efficient kernel writes and reads it: rows of a multiple of 32."""
+    return torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf")).contiguous()
 
 
 def _repeated(q: Tensor, k: Tensor) -> Tensor:

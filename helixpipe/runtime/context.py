@@ -55,6 +55,8 @@ class Context:
         """As `model.attention.attend`, of this rank's tokens against those of all ranks."""
         if self.mesh.heads > 1:
             q, k, v = to_heads(q, k, v, self.mesh)
+            if state.key_values is not None:  # they come as views of one storage, and k and v stay longer
+                q, k, v = q.clone(), k.clone(), v.clone()
             here = attend(q, k, v, causal, state).unflatten(2, q.shape[2:])
             return to_sequence(here, self.mesh).flatten(2)
         out: Tensor

@@ -25,6 +25,7 @@ from torch.distributed.distributed_c10d import Store, _set_pg_timeout
 from helixpipe.errors import ConfigError, RankError
 from helixpipe.mesh import AXES, MeshShape
 from helixpipe.runtime.watch import Watch
+from helixpipe.sequence.wire import wire_of
 
 Group = dist.ProcessGroup | None
 """None is this process alone."""
@@ -106,8 +107,7 @@ class Mesh:
         """Every rank's numbers, in the order of `places`. Collective."""
         if self.everyone is None:
             return [mine]
-        wire = device if dist.get_backend(self.everyone) == "nccl" else torch.device("cpu")
-        row = torch.tensor(mine, dtype=torch.float64, device=wire)
+        row = torch.tensor(mine, dtype=torch.float64, device=wire_of(self.everyone, device))
         rows = [torch.empty_like(row) for _ in self.places]
         try:
             dist.all_gather(rows, row, self.everyone)

@@ -73,6 +73,8 @@ class Pipeline:
             raise ConfigError(f"runtime.recompute: '{recompute}' is not known; known: {', '.join(POLICIES)}")
         _check_segments(model, schedule, segment_lengths)
         self.model, self.schedule, self.device = model, schedule, torch.device(device)
+        if self.device.type == "cuda" and self.device.index is not None:
+            torch.cuda.set_device(self.device)  # events, kernels and gathered objects go to the current one
         self.mesh = Mesh(mesh, timeout_s)
         self.group, self.rank, self.ranks = self.mesh.group("pp"), self.mesh.here.pp, self.mesh.shape.pp
         if self.ranks != len(schedule.ranks):
@@ -96,6 +98,8 @@ class Pipeline:
         self._watch = self.mesh.watch(_store() if self.mesh.everyone is not None else None)
         self._reduction = Reduction(self.parameters, self._tensor.cuts if self._tensor else (), self.mesh, self._watch)
         self._transport = Transport(self.group, self.device, dtype, self._weights.master_dtype, timeout_s, self._watch)
+        if not self._transport.host:  # which pairs there are, any batch tells
+            self._transport.meet(lower(schedule, self._shape, Batch(1, (1,) * schedule.segments)).messages)
         self._ledger = Ledger(self._weights.is_parameter)
         self._tapes = {
             s: Tape(stage, self._weights.modules, recompute, self._ledger)
@@ -202,6 +206,7 @@ class Pipeline:
     def _run(self, tokens: Tensor, targets: Tensor, training: bool) -> float:
         batch = self._shares.batch(tokens, targets)
         self._divided.check(self.model.shape, batch.segment_lengths)
+        _check_positions(self.model, batch)
         self._last = program = self.program(batch, training)
         counted = int((targets != IGNORED).sum())
         scale = 1.0 / max(counted, 1)
@@ -247,6 +252,15 @@ def _check_segments(model: Model, schedule: Schedule, lengths: tuple[int, ...] |
     if block is not None:
         raise ConfigError(
             f"schedule.segments: {block} is opaque, so what it carries from segment to segment is not known"
+        )
+
+
+def _check_positions(model: Model, batch: Batch) -> None:
+    shape, length = model.shape, sum(batch.segment_lengths)
+    if shape.positions == "learned" and length > shape.context:
+        raise ConfigError(
+            f"tokens: {length} a sequence, and learned positions have room for {shape.context}; "
+            "shorten them or raise model.context"
         )
 
 

@@ -43,6 +43,7 @@ from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.lower import lower
 from helixpipe.schedule.parts import Stage, chain
 from helixpipe.schedule.schedule import Schedule
+from helixpipe.sequence.wire import wire_of
 from helixpipe.shape import Batch, ModelShape
 
 Cut = tuple[int, ...]
@@ -141,7 +142,7 @@ class Parts:
 
 def measure_link(device: torch.device | str) -> Link:
     """Time messages between ranks 0 and 1 of the process group; collective, and the same on all."""
-    wire = torch.device(device) if dist.get_backend() == "nccl" else torch.device("cpu")
+    wire = wire_of(dist.group.WORLD, torch.device(device))
     rank, other = dist.get_rank(), 1 - dist.get_rank()
     points = []
     for nbytes in PING_BYTES if rank < 2 else ():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from helixpipe.errors import RankError
 from helixpipe.runtime.mesh import Group, Mesh
 from helixpipe.runtime.watch import Watch
+from helixpipe.sequence.wire import wire_of
 
 BUCKET_BYTES = 2**25
 
@@ -56,7 +57,7 @@ class Reduction:
 
     def _sum(self, gradients: list[Tensor], group: Group) -> None:
         flat = torch.cat([gradient.flatten() for gradient in gradients])
-        wire = flat.cpu() if dist.get_backend(group) == "gloo" else flat
+        wire = flat.to(wire_of(group, flat.device))
         try:
             dist.all_reduce(wire, group=group)
         except RuntimeError as error:

@@ -20,6 +20,7 @@ from helixpipe.mesh import deal
 from helixpipe.runtime.mesh import Mesh
 from helixpipe.runtime.reduction import buckets
 from helixpipe.runtime.watch import Watch
+from helixpipe.sequence.wire import wire_of
 
 
 class Shards:
@@ -47,7 +48,7 @@ class Shards:
     def _send(self, tensors: list[Tensor], owner: int) -> None:
         assert self._group is not None
         flat = torch.cat([tensor.flatten() for tensor in tensors])
-        wire = flat.cpu() if dist.get_backend(self._group) == "gloo" else flat
+        wire = flat.to(wire_of(self._group, flat.device))
         try:
             dist.broadcast(wire, dist.get_global_rank(self._group, owner), self._group)
         except RuntimeError as error:

@@ -40,9 +40,9 @@ class Shares:
     def batch(self, tokens: Tensor, targets: Tensor) -> Batch:
         """What a micro-batch is, whole: on all cp and tp ranks together. Raises ConfigError."""
         m, dp = self.microbatches, self.mesh.shape.dp
-        if tokens.dim() != 2 or tokens.shape != targets.shape:
+        if tokens.dim() != 2 or tokens.shape != targets.shape or not tokens.numel():
             raise ConfigError(
-                f"tokens {list(tokens.shape)}, targets {list(targets.shape)}: give both as [sequences, tokens]"
+                f"tokens {list(tokens.shape)}, targets {list(targets.shape)}: give both as [sequences, tokens], none 0"
             )
         if tokens.shape[0] % (m * dp):
             over = f" on each of {dp} dp ranks" if dp > 1 else ""

@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from helixpipe.errors import ConfigError, RankError
 from helixpipe.model.layers import MLP, QKV, Proj
 from helixpipe.schedule.parts import Part, Value
+from helixpipe.sequence.wire import wire_of
 from helixpipe.shape import Batch, ModelShape
 
 
@@ -61,13 +62,16 @@ class TensorParallel:
         """Full name of a parameter that is divided -> along which dimension; of the parts on this rank."""
 
     def divide(self, part: Part, module: nn.Module) -> None:
-        """Leave this rank's share of a part's parameters, and let its modules gather and scatter."""
+        """Leave this rank's share of a part's parameters, and let its modules gather and scatter.
+
+        Raises ConfigError for a parameter to be cut that is not inside a module which does.
+        """
         mine = self.local.parameters(part)
         for name, shape in self.whole.parameters(part).items():
             dim = next((d for d, (a, b) in enumerate(zip(shape, mine[name], strict=True)) if a != b), None)
             if dim is None:
                 continue
-            parameter = module.get_parameter(name)
+            parameter = self._known(part, module, name, shape)
             parameter.data = parameter.data.chunk(self.ranks, dim)[self.rank].clone()
             self.cuts[self.whole.parameter_name(part, name)] = dim
         for inner in module.modules():
@@ -77,6 +81,17 @@ class TensorParallel:
                 inner.o.scatter = self.scatter
             if isinstance(inner, MLP):
                 inner.down.scatter = self.scatter
+
+    def _known(self, part: Part, module: nn.Module, name: str, shape: tuple[int, ...]) -> nn.Parameter:
+        """A parameter to be cut."""
+        parameter = dict(module.named_parameters()).get(name)
+        homes = [path and f"{path}." for path, inner in module.named_modules() if isinstance(inner, QKV | MLP | Proj)]
+        if parameter is None or parameter.shape != shape or not name.startswith(tuple(homes)):
+            raise ConfigError(
+                f"mesh.tp: {self.ranks}; {part} is {type(module).__name__}, whose {name} cannot be divided; "
+                "use tp 1, or QKV, Proj and MLP of helixpipe.model.layers in it"
+            )
+        return parameter
 
     def as_whole(self, name: str, mine: Tensor, line: DeviceMesh) -> Tensor:
         """This rank's tensor of a parameter as part of a DTensor over `line`, on the same memory; or itself."""
@@ -98,26 +113,28 @@ class TensorParallel:
 
     def _gathered(self, x: Tensor) -> Tensor:
         wire = self._wire(x)
-        pieces = [torch.empty_like(wire) for _ in range(self.ranks)]
+        pieces = wire.new_empty(self.ranks, *wire.shape)
         with self._named():
-            dist.all_gather(pieces, wire, group=self.group)
-        return torch.cat(pieces, 1).to(x.device)
+            dist.all_gather_into_tensor(pieces.flatten(0, 1), wire, group=self.group)
+        return pieces.movedim(0, 1).flatten(1, 2).to(x.device)  # no copy of one sequence
 
     def _scattered(self, x: Tensor) -> Tensor:
-        pieces = [self._wire(piece) for piece in x.chunk(self.ranks, 1)]
+        pieces = self._wire(x.unflatten(1, (self.ranks, -1)).movedim(1, 0))
         total = torch.empty_like(pieces[0])
         with self._named():
-            dist.reduce_scatter(total, pieces, group=self.group)
+            dist.reduce_scatter_tensor(total, pieces.flatten(0, 1), group=self.group)
         return total.to(x.device)
 
     def _wire(self, x: Tensor) -> Tensor:
-        """As the backend can send it: gloo moves host memory only."""
-        return (x.cpu() if dist.get_backend(self.group) == "gloo" else x).contiguous()
+        """As the backend can send it."""
+        return x.to(wire_of(self.group, x.device)).contiguous()
 
     @contextmanager
     def _named(self) -> Iterator[None]:
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise  # no other rank's doing
         except RuntimeError as error:
             raise RankError(f"lost a rank that divides the same matrices (tp, {self.ranks} ranks)") from error
 

@@ -1,6 +1,6 @@
 """Transport: messages over torch.distributed, with one meaning on gloo and NCCL.
 
-Both sides post a pair's messages in the program's order, so no tags are needed where there are none; gloo
+Every rank posts its messages in the program's order, so no tags are needed where there are none; gloo
 gets them all the same. A send's tensors are let go as soon as it is complete; a receive's buffer is made
 when it is posted and belongs to whoever waits for it.
 """
@@ -8,7 +8,7 @@ when it is posted and belongs to whoever waits for it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helixpipe.errors import RankError
-from helixpipe.runtime.sends import DeviceSends, HostSends, InFlight, SendError
+from helixpipe.runtime.sends import DeviceSends, HostSends, InFlight, SendError, Work
 from helixpipe.runtime.watch import Watch
 from helixpipe.schedule.program import Kind, Message
+from helixpipe.sequence.wire import wire_of
 
 # tensors in one message at most, so that each has a tag of its own
 WIDTH = 64
@@ -41,15 +42,27 @@ class Transport:
         self.dtype, self.gradient_dtype = dtype, gradient_dtype
         self.timeout_s, self.watch = timeout_s, watch
         # gloo moves host memory only: CUDA tensors are staged through it
-        host = group is None or dist.get_backend(group) == "gloo"
-        self._wire = torch.device("cpu") if host else device
-        self._sends = HostSends(timeout_s) if host else DeviceSends()
+        self._wire = wire_of(group, device)
+        self.host = self._wire.type == "cpu"
+        self._sends = HostSends(timeout_s) if self.host else DeviceSends()
         self._receives: dict[int, InFlight] = {}
 
     @property
     def buffer_bytes(self) -> int:
         """Bytes in sends not yet complete and receives not yet taken."""
         return self._sends.nbytes + sum(flight.nbytes for flight in self._receives.values())
+
+    def meet(self, messages: Iterable[Message]) -> None:
+        """Let every pair that will have messages say one word, in one order. Collective.
+
+        NCCL makes a pair's communicator at its first message, and both ranks stand still until the other comes to it.
+        """
+        group = _known(self.group)
+        rank, word = dist.get_rank(group), torch.zeros(1, device=self._wire)
+        for low, high in sorted({(min(m.src, m.dst), max(m.src, m.dst)) for m in messages}):
+            if rank in (low, high):
+                with self._named(f"the first word between ranks {low} and {high}", low + high - rank):
+                    self._complete([group.send([word], high, 0) if rank == low else group.recv([word], low, 0)])
 
     def send(self, message: Message, tensors: Sequence[Tensor]) -> None:
         held = [tensor.to(self._wire).contiguous() for tensor in tensors]
@@ -71,9 +84,7 @@ class Transport:
         """The tensors of a message, once they are here; RankError when they do not come in time."""
         flight = self._receives.pop(message.number)
         with self._named(message, message.src):
-            for work in flight.works:
-                # NCCL orders the stream and returns at once; its own watchdog keeps the time
-                work.wait(timedelta(seconds=self.timeout_s)) if self._wire.type == "cpu" else work.wait()
+            self._complete(flight.works)
         return [tensor.to(self.device) for tensor in flight.tensors]
 
     def finish(self) -> None:
@@ -84,12 +95,19 @@ class Transport:
     def close(self) -> None:
         self._sends.close()
 
+    def _complete(self, works: Sequence[Work]) -> None:
+        for work in works:
+            # NCCL orders the stream and returns at once; its own watchdog keeps the time
+            work.wait(timedelta(seconds=self.timeout_s)) if self.host else work.wait()
+
     @contextmanager
-    def _named(self, message: Message | None, peer: int) -> Iterator[None]:
+    def _named(self, message: Message | str | None, peer: int) -> Iterator[None]:
         """Whatever the backend says of a failure becomes who waited for what, from whom, and what that rank did."""
         begun = time.monotonic()
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise  # no other rank's doing
         except (RuntimeError, SendError) as error:
             if isinstance(error, SendError):
                 message, peer = error.message, error.message.dst

@@ -44,10 +44,14 @@ class Watch:
         return self.names[self.rank]
 
     def told(self, rank: int) -> str:
-        """What a rank last said it was doing, and when."""
-        if self._store is None or not self._store.check([f"watch/{rank}"]):
-            return f"{self.names[rank]} was never heard of"
-        when, line = self._store.get(f"watch/{rank}").decode().split(" ", 1)
+        """What a rank last said it was doing, and when. Raises nothing: it is asked while an error is told."""
+        key = f"watch/{rank}"
+        try:
+            if self._store is None or not self._store.check([key]):
+                return f"{self.names[rank]} was never heard of"
+            when, line = self._store.get(key).decode().split(" ", 1)
+        except RuntimeError:
+            return f"{self.names[rank]} cannot be asked about: the run's store is gone too"
         return f"{self.names[rank]} was last heard of {time.time() - float(when):.0f} s ago, at {line}"
 
     def others(self) -> str:

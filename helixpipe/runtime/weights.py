@@ -14,7 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from helixpipe.model.attention import Attention
 from helixpipe.model.decoder import Model
+from helixpipe.model.kernels import check_head_dim
 from helixpipe.model.linear import add_product
 from helixpipe.runtime.tensor import TensorParallel
 from helixpipe.schedule.parts import Part
@@ -47,6 +49,8 @@ class Weights:
             runs, owns = rank in schedule.ranks_of[s], rank == schedule.owner(s)
             for part in stage.parts if runs or owns else ():
                 module = model.part(part)
+                if any(isinstance(inner, Attention) for inner in module.modules()):
+                    check_head_dim(model.shape.head_dim, device, dtype)
                 if tensor is not None:
                     tensor.divide(part, module)
                 module = module.to(device)

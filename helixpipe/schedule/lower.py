@@ -10,8 +10,9 @@ How messages are ordered, and why that cannot deadlock:
     src   [ producer ]S [        ]                          in a run of the schedule against a clock of our own.
     dst   R [        ] [      ] [ consumer ]                Its receive is posted before the action that runs at
                                                             that time (and one action earlier, against jitter).
-    Between two ranks, both post all their messages in the order of these times. So whatever waits, waits for
-    something earlier in one common order: also where a pair's messages match by order alone (NCCL).
+    Every rank posts all its messages in the order of these times, whoever they go to or come from. So whatever
+    waits, waits for something earlier in one common order: also where a pair's messages match by order alone, where
+    one queue takes them all, and where a post waits for its other end (NCCL).
 """
 
 from __future__ import annotations
@@ -178,7 +179,7 @@ def _early(order: tuple[Action, ...], clock: Times, first: Action) -> tuple[floa
 def _place(
     rank: int, schedule: Schedule, clock: Times, messages: tuple[Message, ...], when: list[tuple[float, int]]
 ) -> tuple[Instruction, ...]:
-    """One rank's instructions: its actions, and between them the messages it posts, each pair's in order."""
+    """One rank's instructions: its actions, and between them the messages it posts, in the order of their numbers."""
     order = schedule.ranks[rank]
     # place settles equal times: an action that takes no time must not seem to end before what it waits for
     ends = [(clock.end[action], clock.place[action]) for action in order]
@@ -186,24 +187,22 @@ def _place(
     slots: list[list[Instruction]] = [[] for _ in range(len(order) + 1)]  # slot i is before action i
     adds: list[list[Instruction]] = [[] for _ in range(len(order) + 1)]
     waits: dict[Action, list[Message]] = {}
-    floor: dict[int, int] = {}  # other rank -> the slot of the pair's last message
+    floor = 0  # the slot of the last message
     posts: list[tuple[int, Message]] = []
     for message in messages:
         if rank not in (message.src, message.dst):
             continue
-        other = message.dst if message.src == rank else message.src
         running = bisect.bisect_right(ends, when[message.number])  # the first action that ends later
         if message.src == rank and message.producer is not None:
             slot = index[message.producer] + 1
         else:
-            slot = max(running - LOOKAHEAD, floor.get(other, 0))
-            slot = min(slot, len(order))
-        floor[other] = max(slot, floor.get(other, 0))
-        posts.append((floor[other], message))
+            slot = running - LOOKAHEAD
+        floor = max(slot, floor)
+        posts.append((floor, message))
         if message.dst == rank and message.consumer is not None:
             waits.setdefault(message.consumer, []).append(message)
         if message.dst == rank and message.consumer is None:
-            adds[min(max(running + 1, floor[other]), len(order))].append(Accumulate(message))
+            adds[min(max(running + 1, floor), len(order))].append(Accumulate(message))
     for slot, message in posts:
         slots[slot].append(Send(message) if message.src == rank else Receive(message))
     program: list[Instruction] = []

@@ -108,10 +108,6 @@ class Program:
     messages: tuple[Message, ...]
     ranks: tuple[tuple[Instruction, ...], ...]
 
-    def owner_of(self) -> dict[str, int]:
-        """Full name of every parameter -> the rank that owns it."""
-        return parameter_owners(self.schedule, self.shape)
-
 
 def parameter_owners(schedule: Schedule, shape: ModelShape) -> dict[str, int]:
     """Full name of every parameter -> the rank that owns it. A tied table belongs to the embedding's rank."""

@@ -40,7 +40,7 @@ class Layout:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f"sequence.layout: '{self.kind}' is not known{nearest(self.kind, KINDS)}")
-        chunks = 2 * self.ring if self.kind == "zigzag" else self.ring
+        chunks = 2 * self.ring if self.kind == "zigzag" and self.ring > 1 else self.ring
         unit = math.lcm(chunks, self.ranks)
         if self.length < 1 or self.length % unit:
             down, up = self.length // unit * unit, -(-max(self.length, 1) // unit) * unit

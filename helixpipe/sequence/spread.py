@@ -129,9 +129,8 @@ class _Backward:
         for batch, tile in self.plan.tiles(steps):
             rows, keys = (batch, ALL, tile.queries), (batch, ALL, tile.keys)
             dq_tile, dk_tile, dv_tile = attention_backward(
-                self.grad[rows], self.q[rows], k[keys], v[keys], self.out[rows], _for_kernel(self.lse[rows], self.q),
-                tile.causal,
-            )  # fmt: skip
+                self.grad[rows], self.q[rows], k[keys], v[keys], self.out[rows], self.lse[rows], tile.causal
+            )
             self.dq.add(rows, dq_tile)
             dk.add(keys, dk_tile)
             dv.add(keys, dv_tile)
@@ -148,7 +147,6 @@ class _Merged:
         self._lse = q.new_empty(0)
 
     def add(self, rows: Index, out: Tensor, lse: Tensor) -> None:
-        lse = lse[..., : out.shape[2]]  # some kernels pad it
         if self._out is None:
             if out.shape == self._q.shape:
                 self._out, self._lse = out.to(self._wide), lse.contiguous()
@@ -190,13 +188,6 @@ def _add(mine: Sequence[Tensor], riding: Passing | None) -> None:
 def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
     """[b, heads, s, d], in memory [b, s, heads, d]"""
     return _heads(torch.zeros(_heads(like).shape, dtype=dtype, device=like.device))
-
-
-def _for_kernel(lse: Tensor, q: Tensor) -> Tensor:
-    """The backward kernels read the log-sum-exp as their forward writes it."""
-    if q.device.type == "cuda" and q.dtype == torch.float32:
-        lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
-    return lse.contiguous()
 
 
 def _heads(t: Tensor) -> Tensor:

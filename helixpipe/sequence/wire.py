@@ -31,6 +31,21 @@ def rank_of(group: Group) -> int:
     return dist.get_rank(group) if group is not None else 0
 
 
+def wire_of(group: Group, device: torch.device) -> torch.device:
+    """Where a group's messages of a device's tensors are made: the device, or the host where gloo serves it.
+
+    Asked of the group's own backend for the device, since a group may have several, or be made without naming any.
+    """
+    host = torch.device("cpu")
+    if group is None or device.type == "cpu":
+        return host
+    try:
+        backend = group._get_backend(device).name()
+    except RuntimeError:  # none that serves this device
+        return host
+    return host if backend == "gloo" else device
+
+
 class Peers:
     """Some ranks of a group in an order, this one among them: a ring, or those that exchange pieces."""
 
@@ -150,8 +165,7 @@ class Sum(torch.autograd.Function):
 
 def _wired(tensor: Tensor, group: Group) -> Tensor:
     """As the backend can send it."""
-    staged = group is not None and dist.get_backend(group) == "gloo"
-    return (tensor.cpu() if staged else tensor).contiguous()
+    return (tensor if group is None else tensor.to(wire_of(group, tensor.device))).contiguous()
 
 
 @contextmanager
@@ -160,6 +174,8 @@ def _named(group: Group, what: str) -> Iterator[None]:
     begun = time.monotonic()
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # no other rank's doing
     except RuntimeError as error:
         waited_s = time.monotonic() - begun
         raise RankError(

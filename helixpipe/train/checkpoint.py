@@ -43,8 +43,9 @@ class Checkpoints:
     ranks.
     """
 
-    def __init__(self, folder: Path, keep: int, group: dist.ProcessGroup | None) -> None:
-        self.folder, self.keep, self.group = folder, keep, group
+    def __init__(self, folder: Path, keep: int, group: dist.ProcessGroup | None, data: tuple[int, ...] = ()) -> None:
+        """`data`: what the run trains on, by its fingerprint."""
+        self.folder, self.keep, self.group, self.data = folder, keep, group, data
         self.rank = 0 if group is None else dist.get_rank(group)
 
     def save(self, state: dict[str, Tensor], step: int, config: Config) -> Path:
@@ -73,7 +74,7 @@ class Checkpoints:
                 raise CheckpointError(_blame(rank, "write", cause)) from None
         sealed = self._together(lambda: self._seal(temporary))
         files = {name: seal for each in sealed for name, seal in each.items()}
-        made = Manifest(step, dataclasses.asdict(config.shape()), to_table(config), files)
+        made = Manifest(step, dataclasses.asdict(config.shape()), to_table(config), files, self.data)
         self._together(lambda: self._finish(temporary, made) if self.rank == 0 else None)
         return self.folder / manifests.folder_name(step)
 

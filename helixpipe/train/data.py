@@ -10,6 +10,7 @@ import bisect
 import itertools
 import os
 import sysconfig
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ _STDLIB_SKIPPED = frozenset({
     "ensurepip", "encodings", "pydoc_data",
 })  # fmt: skip
 _TOKEN_FILES = (".npy", ".bin")
+# so many windows of so many tokens are what data is known by
+_SAMPLES, _SAMPLE_TOKENS = 16, 256
 # token files are searched for ids beyond the vocabulary so far before a run, and batch by batch in it
 _CHECKED_TOKENS = 2**24
 
@@ -81,6 +84,13 @@ class Corpus:
     batch_size: int
     vocabulary: int
     seed: int
+
+    def fingerprint(self) -> tuple[int, int, int]:
+        """Tokens to train on, tokens held out, and a checksum of windows all over the former: what data this is."""
+        count = min(len(self.training), _SAMPLE_TOKENS)
+        room = len(self.training) - count
+        windows = [self.training.read(room * i // (_SAMPLES - 1), count) for i in range(_SAMPLES)]
+        return len(self.training), len(self.held_out), zlib.crc32(np.stack(windows).tobytes())
 
     def batch(self, step: int) -> Batch:
         """The batch of a training step: windows from anywhere, decided by seed and step alone."""

@@ -60,7 +60,7 @@ def prepare(arguments: Sequence[str], warn: Callable[[str], None], ranks: int | 
     config = build_config(merged(base, over))
     if ranks is not None:
         config.mesh_shape().check_ranks(ranks)
-    open_corpus(config)
+    data = open_corpus(config).fingerprint()
     config = _resolved(config, given, checkpoint)
     if manifest and checkpoint:
         manifests.check_shape(manifest, config.shape(), checkpoint)
@@ -69,6 +69,7 @@ def prepare(arguments: Sequence[str], warn: Callable[[str], None], ranks: int | 
                 f"train.steps: {config.train.steps}, and {checkpoint} has done {manifest.step}; raise it to continue"
             )
         _tell_changes(manifest.config, config, warn)
+        _tell_other_data(manifest.data, data, warn)
     return Job(config, checkpoint, manifest.step if manifest else 0)
 
 
@@ -123,12 +124,17 @@ def _resolved(config: Config, given: Arguments, checkpoint: Path | None) -> Conf
             refuse_used(folder)
     else:
         folder = continued or (_RUNS / f"{name}-{(_numbers(name) or [0])[-1] + 1}").resolve()
-    path = str(Path(config.data.path).resolve()) if config.data.path else ""
     return dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, name=name, folder=str(folder), resume=""),
-        data=dataclasses.replace(config.data, path=path),
+        data=dataclasses.replace(config.data, path=_absolute(config.data.path)),
+        schedule=dataclasses.replace(config.schedule, profile=_absolute(config.schedule.profile)),
     )
+
+
+def _absolute(path: str) -> str:
+    """A path that means the same wherever the run is continued; "" stays."""
+    return str(Path(path).resolve()) if path else ""
 
 
 def refuse_used(folder: Path) -> None:
@@ -168,3 +174,11 @@ def _tell_changes(before: Table, config: Config, warn: Callable[[str], None]) ->
     ]
     if changes:
         warn(f"continuing with changes: {', '.join(changes)}")
+
+
+def _tell_other_data(before: tuple[int, ...], now: tuple[int, ...], warn: Callable[[str], None]) -> None:
+    """One line where a continued run trains on other tokens than the one that wrote the checkpoint, if it is known."""
+    if before and before != now:
+        counts = [f"{training:,} tokens and {held_out:,} held out" for training, held_out, _ in (before, now)]
+        what = f"{counts[0]} -> {counts[1]}" if counts[0] != counts[1] else f"{counts[0]}, not the same ones"
+        warn(f"continuing with other data: {what}")

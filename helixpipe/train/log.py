@@ -27,6 +27,7 @@ from helixpipe.predict.replay import replayed
 from helixpipe.predict.timeline import Timeline
 from helixpipe.predict.timeline_text import to_json
 from helixpipe.schedule.program import Program
+from helixpipe.train import manifest as manifests
 from helixpipe.train.job import Job, refuse_used
 from helixpipe.view.html import page
 from helixpipe.view.perfetto import perfetto
@@ -55,6 +56,7 @@ class Log:
         self._progress: Progress | None = None
         self._first_held_out: float | None = None
         self._held_out: float | None = None
+        self._left: list[Path] = []
         self._begun = time.monotonic()
 
     def __enter__(self) -> Log:
@@ -139,6 +141,7 @@ class Log:
             raise HelixpipeError(
                 f"run.folder: '{folder}' cannot be made: {(error.strerror or str(error)).lower()}"
             ) from None
+        self._left = manifests.leave_later(self.job.checkpoints, self.job.step)
         write_text(folder / "config.toml", write_toml(self.job.config))
         write_text(self._metrics, "".join(_metrics_until(self._metrics, self.job.step)))
 
@@ -153,6 +156,9 @@ class Log:
         )
         source = f"from {job.checkpoint}, step {job.step}" if job.checkpoint else "from the start"
         self._say(f"run folder {_short(job.folder)}, {source}")
+        if self._left:
+            names = ", ".join(path.name for path in self._left)
+            self._say(f"later checkpoints are set aside until the next one removes them: {names}")
         if sys.stderr.isatty():
             columns = (
                 TextColumn("step"),

@@ -2,9 +2,10 @@
 
     <run>/checkpoints/
       step-00000100/        whole: renamed to this name when everything in it was on the disk
-        manifest.json       step, model shape, config, and the size and sha256 of every other file
+        manifest.json       step, model shape, config, what data, and the size and sha256 of every other file
         __0_0.distcp ...    tensors, one file a rank (torch.distributed.checkpoint)
         .metadata           which tensor is where
+      .left-step-00000150/  of a course that was left for an earlier checkpoint: removed by the next save
       .step-00000200.tmp/   being written, or left behind by a crash: never read, removed by the next save
 
 No torch here: a checkpoint is found and verified before any rank is started.
@@ -49,6 +50,8 @@ class Manifest:
     """The resolved config of the run that wrote it."""
     files: dict[str, FileSeal]
     """Every other file in the folder."""
+    data: tuple[int, ...] = ()
+    """The fingerprint of what was trained on; of older checkpoints nothing is known."""
 
     def to_json(self) -> str:
         body = dataclasses.asdict(self) | {"format": _FORMAT}
@@ -83,7 +86,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
         if digest != _digest(body):
             raise ValueError
         files = {name: FileSeal(**seal) for name, seal in body["files"].items()}
-        return Manifest(body["step"], body["shape"], body["config"], files)
+        return Manifest(body["step"], body["shape"], body["config"], files, tuple(body.get("data", ())))
     except OSError as error:
         raise CheckpointError(f"{path}: {_reason(error)}; this is no whole checkpoint, choose another") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -158,12 +161,30 @@ def finish(temporary: Path, manifest: Manifest) -> Path:
     return final
 
 
+def leave_later(folder: Path, step: int) -> list[Path]:
+    """Set aside the checkpoints after `step`, from where a run goes on; those that there were. Raises CheckpointError.
+
+    Until the run saves one of its own, the newest is then the one that it came from.
+    """
+    later = [path for path in checkpoints(folder) if int(path.name[5:]) > step]
+    for path in reversed(later):
+        aside = folder / f".left-{path.name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            path.rename(aside)
+        except OSError as error:
+            raise CheckpointError(f"{path}: {_reason(error)}; it cannot be set aside, remove it") from None
+    return later
+
+
 def prune(newest: Path, keep: int) -> None:
     """Keep the newest checkpoint and those before it, `keep` in all. Later ones are of a course this run left."""
     found = checkpoints(newest.parent)
     at = found.index(newest)
     for path in [*found[: max(at + 1 - keep, 0)], *found[at + 1 :]]:
         discard(path)
+    for path in newest.parent.glob(".left-step-*"):
+        shutil.rmtree(path, ignore_errors=True)
     remove_temporaries(newest.parent)
 
 

@@ -9,6 +9,7 @@ import pytest
 from oracle import batch
 from ranks import Ranks
 from test_gradients import Case, mesh_of
+from test_mesh import device_mesh, sized
 from test_split_and_segments import Case as SplitCase
 from test_split_and_segments import schedule_of as by_hand
 
@@ -149,3 +150,33 @@ def test_selective_by_hand() -> None:
     per_layer = 12 * unit + lse + 4 * LENGTH * 4  # and two norms' mean and deviation
     head = 2 * unit + LENGTH * shape.vocabulary * 4 + 2 * LENGTH * 4
     assert none == 4 * per_layer + head
+
+
+SHARED = (24, 20, 20)
+
+
+def segments_shared(method: str, recompute: str) -> list[int]:
+    """On a rank: bytes kept after every action, of segments that two ranks share."""
+    shape = ModelShape(**BASE)
+    schedule = build_schedule("seq1f1b", ranks=1, layers=4, microbatches=2, segments=3)
+    pipeline = Pipeline(
+        Decoder(shape), schedule, device_mesh(sized(dp=2, cp=2)), recompute=recompute, timeout_s=30,
+        segment_lengths=SHARED, context_method=method,
+    )  # fmt: skip
+    pipeline.step(*batch(shape, 4, sum(SHARED)))
+    pipeline.close()
+    return [point.activation_bytes for point in pipeline.timeline().memory[0][1::2]]
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("method", ["ring", "ulysses"])
+def test_keys_and_values_of_shared_segments_keep_themselves_alone(
+    four_ranks: Ranks, method: str, recompute: str
+) -> None:
+    """Guards against views: with Ulysses q, k and v come in one storage, and every kept k, v kept the q beside it."""
+    shape = ModelShape(**BASE)
+    schedule = build_schedule("seq1f1b", ranks=1, layers=4, microbatches=2, segments=3)
+    program = lower(schedule, shape, Batch(1, tuple(length // 2 for length in SHARED)))
+    expected = [ended for _, ended in activation_bytes(program, Keeping(recompute))[0]]
+    for held in four_ranks.run(segments_shared, method, recompute):
+        assert held == pytest.approx(expected, rel=0.02)

@@ -41,6 +41,30 @@ class OwnModel(Decoder):
         return OwnAttention() if part.kind == "attn" else super().part(part)
 
 
+class OwnMLP(nn.Module):
+    """The names and shapes of the library's, and no gather or scatter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(SHAPE.hidden)
+        self.gate, self.up = (nn.Linear(SHAPE.hidden, SHAPE.ffn, bias=False) for _ in range(2))
+        self.down = nn.Linear(SHAPE.ffn, SHAPE.hidden, bias=False)
+
+    def forward(self, y: Tensor) -> Tensor:
+        n = self.norm(y)
+        return y + self.down(self.gate(n) * self.up(n))
+
+
+class OtherMLP(Decoder):
+    def part(self, part: Part) -> nn.Module:
+        return OwnMLP() if part.kind == "mlp" else super().part(part)
+
+
+class OpaqueLayers(Decoder):
+    def part(self, part: Part) -> nn.Module:
+        return nn.Linear(16, 16) if part.kind == "block" else super().part(part)
+
+
 class OwnShape(ModelShape):
     pass
 
@@ -59,6 +83,11 @@ def refused(what: str) -> str:
             model = OwnModel(SHAPE)
         case "shape":
             sizes, model = sized(pp=2, tp=2), Decoder(OwnShape(2, 16, 2, 32, 17))
+        case "mlp":
+            sizes, model = sized(pp=2, tp=2), OtherMLP(SHAPE)
+        case "block":
+            sizes, model = sized(pp=2, tp=2), OpaqueLayers(SHAPE)
+            schedule = build_schedule("1f1b", ranks=2, layers=2, microbatches=2, opaque=(0, 1))
         case "heads":
             sizes, schedule = sized(tp=4), build_schedule("1f1b", ranks=1, layers=2, microbatches=2)
         case "method":
@@ -91,6 +120,16 @@ def refused(what: str) -> str:
         (
             "shape",
             "mesh.tp: 2; the parts of OwnShape cannot be divided, a ModelShape's can: use tp 1, and cp or dp in its place",
+        ),
+        (
+            "mlp",
+            "mesh.tp: 2; mlp.{layer} is OwnMLP, whose gate.weight cannot be divided; "
+            "use tp 1, or QKV, Proj and MLP of helixpipe.model.layers in it",
+        ),
+        (
+            "block",
+            "mesh.tp: 2; block.{layer} is Linear, whose qkv.q.weight cannot be divided; "
+            "use tp 1, or QKV, Proj and MLP of helixpipe.model.layers in it",
         ),
         ("heads", "mesh.tp: 4 ranks do not divide model.heads 2; tp may be 1 or 2"),
         ("method", "mesh.context_method: 'star' is not known; known: ring, ulysses"),

@@ -188,9 +188,11 @@ def runs(schedule: Schedule, orders: Orders) -> bool:
 
 
 def program_of(schedule: Schedule) -> None:
-    """Lower it and run it on a transport with NCCL's rules: raises when it deadlocks."""
+    """Lower it and run it on a transport with NCCL's rules, also where posts block: raises when it deadlocks."""
     lengths = tuple(6 - seg for seg in range(schedule.segments))
-    run_like_nccl(lower(schedule, shape_of(schedule.layers), Batch(1, lengths)))
+    program = lower(schedule, shape_of(schedule.layers), Batch(1, lengths))
+    run_like_nccl(program)
+    run_like_nccl(program, blocking=True)
 
 
 @settings(max_examples=150, deadline=None)

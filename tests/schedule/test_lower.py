@@ -18,7 +18,7 @@ from helixpipe.schedule.check import check
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import flops, lower
 from helixpipe.schedule.parts import Stage, chain
-from helixpipe.schedule.program import Accumulate, Kind, Message, Program, Receive, Run, Send
+from helixpipe.schedule.program import Accumulate, Kind, Message, Program, Receive, Run, Send, parameter_owners
 from helixpipe.schedule.schedule import Schedule
 from helixpipe.shape import SHAPES, Batch, ModelShape
 
@@ -35,15 +35,18 @@ class Mismatch(Exception):
     """The two ends of a pair's queue speak of different messages, or both send."""
 
 
-def run_like_nccl(program: Program) -> list[Action]:
+def run_like_nccl(program: Program, blocking: bool = False) -> list[Action]:
     """Run a program on a transport with NCCL's point-to-point semantics; returns the actions in an order executed.
 
-    Posting returns at once. Each pair of ranks shares one queue: the n-th post of one side meets the n-th
-    post of the other, whatever their direction, no tags; a later one starts after the earlier are done.
+    Each pair of ranks shares one queue: the n-th post of one side meets the n-th post of the other, whatever
+    their direction, no tags; a later one starts after the earlier are done. Posting returns at once; with `blocking`
+    a rank stands at every post until the other end has come to it. That is the most that communicators made at
+    first use, or one stream for all of a rank's messages, can ask.
     """
     posts: dict[tuple[int, int], tuple[deque, deque]] = {}
     done: set[int] = set()
     positions = [0] * len(program.ranks)
+    standing: dict[int, int] = {}  # rank -> number of the message that it has posted and stands at
     executed = []
 
     def post(rank: int, instruction: Send | Receive) -> None:
@@ -65,7 +68,12 @@ def run_like_nccl(program: Program) -> list[Action]:
             while positions[rank] < len(instructions):
                 instruction = instructions[positions[rank]]
                 if isinstance(instruction, Send | Receive):
-                    post(rank, instruction)
+                    number = instruction.message.number
+                    if standing.get(rank) != number:
+                        post(rank, instruction)
+                    if blocking and number not in done:
+                        standing[rank] = number
+                        break
                 else:
                     waits = instruction.waits if isinstance(instruction, Run) else (instruction.message,)
                     if any(message.number not in done for message in waits):
@@ -171,29 +179,31 @@ few = settings(max_examples=120, deadline=None, suppress_health_check=list(Healt
 def test_no_program_deadlocks_on_a_backend_without_tags(schedule: Schedule, tied: bool, seed: int | None) -> None:
     check(schedule)
     program = lowered(schedule, tied, seed)
-    executed = run_like_nccl(program)
-    assert sorted(executed) == sorted(action for order in schedule.ranks for action in order)
+    for blocking in (False, True):
+        executed = run_like_nccl(program, blocking)
+        assert sorted(executed) == sorted(action for order in schedule.ranks for action in order)
 
 
 def test_stages_that_take_no_time_beside_others_do_not_deadlock() -> None:
     """Guards against messages ordered by time alone: beside 10^17 FLOPs an embedding's 1 is lost to rounding."""
     schedule = build_schedule("helix", ranks=8, layers=32, microbatches=32, travel="qkv")
-    run_like_nccl(lower(schedule, SHAPES["7b"], Batch(1, (131072,))))
+    run_like_nccl(lower(schedule, SHAPES["7b"], Batch(1, (131072,))), blocking=True)
 
 
 @few
 @given(st.one_of(family_schedules(), any_schedules()), st.booleans(), seeds)
-def test_both_ranks_of_a_pair_post_in_the_same_order(schedule: Schedule, tied: bool, seed: int | None) -> None:
+def test_every_rank_posts_in_one_common_order(schedule: Schedule, tied: bool, seed: int | None) -> None:
     program = lowered(schedule, tied, seed)
     for message in program.messages:
         assert message.src != message.dst
     posts = [[i for i in instructions if isinstance(i, Send | Receive)] for instructions in program.ranks]
+    for each in posts:
+        assert each == sorted(each, key=lambda i: i.message.number)
     for low in range(len(posts)):
         for high in range(low + 1, len(posts)):
             ours, theirs = _between(posts[low], high), _between(posts[high], low)
             assert [i.message.number for i in ours] == [i.message.number for i in theirs]
             assert all(type(a) is not type(b) for a, b in zip(ours, theirs, strict=True))
-            assert ours == sorted(ours, key=lambda i: i.message.number)
 
 
 def _between(posts: list, other: int) -> list:
@@ -252,7 +262,7 @@ def test_what_is_sent_is_what_crosses_ranks(schedule: Schedule) -> None:
 @given(st.one_of(family_schedules(), any_schedules()), st.booleans())
 def test_weights_travel_once_a_rank_and_step_and_their_gradients_come_home(schedule: Schedule, tied: bool) -> None:
     program = lowered(schedule, tied)
-    owners = program.owner_of()
+    owners = parameter_owners(program.schedule, program.shape)
     there, home = set(), set()
     for message in program.messages:
         if message.kind is Kind.WEIGHTS:
@@ -320,6 +330,7 @@ def test_an_evaluation_runs_the_forwards_alone(schedule: Schedule) -> None:
     program = lowered(forward, tied=True)
     assert {m.kind for m in program.messages} <= {Kind.VALUES, Kind.WEIGHTS}
     run_like_nccl(program)
+    run_like_nccl(program, blocking=True)
 
 
 # The tests above would not notice a wrong order if the transport took any: show that it does not.
@@ -351,6 +362,19 @@ def test_a_receive_posted_after_the_action_that_waits_for_it_does_not_pass() -> 
     instructions.remove(receive)
     with pytest.raises(Deadlock):
         run_like_nccl(_with_rank(program, 1, [*instructions, receive]))
+
+
+def test_a_receive_posted_out_of_its_turn_does_not_pass_where_posts_block() -> None:
+    """Guards against an order kept between the two of each pair alone: three pairs can wait in a circle."""
+    program = lowered(build_schedule("interleaved", ranks=3, layers=6, microbatches=1, stages_per_rank=2))
+    instructions = list(program.ranks[0])
+    receive = next(i for i in instructions if isinstance(i, Receive) and i.message.src == 2)
+    instructions.remove(receive)
+    eager = _with_rank(program, 0, [receive, *instructions])
+    run_like_nccl(program, blocking=True)
+    run_like_nccl(eager)
+    with pytest.raises(Deadlock):
+        run_like_nccl(eager, blocking=True)
 
 
 def test_a_send_that_nobody_receives_does_not_pass() -> None:

@@ -24,6 +24,7 @@ def test_who_holds_what() -> None:
     assert holders("zigzag", 2, 2) == "0000222233331111"
     assert holders("striped", 2, 2) == "0202020213131313"
     assert holders("zigzag", 1) == "0" * 16
+    assert Layout("zigzag", 5, 1).positions(0).tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

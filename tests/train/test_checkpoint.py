@@ -86,6 +86,21 @@ def test_the_newest_are_kept_and_those_of_a_course_left_go(tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
 
 
+def test_a_course_that_is_left_is_not_the_newest_any_more(tmp_path: Path) -> None:
+    """Guards against a crash that returns a run to what it went back from."""
+    for step in (80, 100, 120):
+        save(tmp_path, step)
+    (tmp_path / ".left-step-00000120").mkdir()  # of an earlier time
+    assert [path.name for path in manifest.leave_later(tmp_path, 80)] == ["step-00000100", "step-00000120"]
+    found = manifest.find_newest(tmp_path, pytest.fail)
+    assert found is not None
+    assert found[1].step == 80
+    assert same(load(tmp_path / ".left-step-00000120"), tensors(range(SIZE), 120))
+    assert manifest.leave_later(tmp_path, 80) == []
+    save(tmp_path, 90)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000080", "step-00000090"]
+
+
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     save(tmp_path, 1)
     path = save(tmp_path, 2)

@@ -10,6 +10,7 @@ import pytest
 from helixpipe.config_text import Table, build_config, to_table, write_toml
 from helixpipe.errors import CheckpointError, ConfigError, DataError
 from helixpipe.train import manifest
+from helixpipe.train.data import open_corpus
 from helixpipe.train.job import Job, prepare
 from helixpipe.train.manifest import Manifest
 
@@ -25,7 +26,7 @@ def run(*arguments: str) -> tuple[Job, list[str]]:
     return prepare(arguments, said.append), said
 
 
-def made(folder: str, step: int, over: Table | None = None) -> Path:
+def made(folder: str, step: int, over: Table | None = None, data: tuple[int, ...] = ()) -> Path:
     """A run folder with a checkpoint (of no tensors) at a step."""
     config = build_config(over or {})
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, folder="/moved/since", name="mine"))
@@ -35,7 +36,7 @@ def made(folder: str, step: int, over: Table | None = None) -> Path:
     (temporary / "__0_0.distcp").write_bytes(b"tensors")
     files = {"__0_0.distcp": manifest.seal(temporary / "__0_0.distcp")}
     Path(folder, "config.toml").write_text(write_toml(config))
-    return manifest.finish(temporary, Manifest(step, dataclasses.asdict(config.shape()), to_table(config), files))
+    return manifest.finish(temporary, Manifest(step, dataclasses.asdict(config.shape()), to_table(config), files, data))
 
 
 def test_a_new_run_has_a_folder_of_its_own_number(elsewhere: Path) -> None:
@@ -84,6 +85,43 @@ def test_resume_with_a_path_continues_that_run_in_place_or_as_another(elsewhere:
     job, _ = run("--resume", "a", "--run.folder", "b")
     assert (job.folder, job.checkpoint) == (elsewhere / "b", path)
     assert run("--resume", "--run.folder", "a")[0].checkpoint == path
+
+
+def test_other_data_than_the_checkpoints_is_said_in_one_line(elsewhere: Path) -> None:
+    (elsewhere / "text").write_bytes(bytes(range(256)) * 400)
+    over: Table = {"data": {"path": str(elsewhere / "text")}}
+    training, held_out, checksum = open_corpus(build_config(over)).fingerprint()
+    assert training + held_out == 102_400
+    for i, (data, said) in enumerate({
+        (): [],
+        (training, held_out, checksum): [],
+        (training, held_out, checksum + 1): [
+            f"continuing with other data: {training:,} tokens and {held_out:,} held out, not the same ones"
+        ],
+        (90_000, 1_000, checksum): [
+            "continuing with other data: 90,000 tokens and 1,000 held out -> "
+            f"{training:,} tokens and {held_out:,} held out"
+        ],
+    }.items()):  # fmt: skip
+        made(f"run-{i}", 50, over, data)
+        assert run("--resume", f"run-{i}")[1] == said
+
+
+def test_data_is_known_by_all_of_it(elsewhere: Path) -> None:
+    found = set()
+    for changed in (0, 40_000, 80_000):
+        text = bytearray(range(256)) * 400
+        text[changed : changed + 7_000] = bytes(7_000)
+        (elsewhere / "text").write_bytes(text)
+        found.add(open_corpus(build_config({"data": {"path": "text"}})).fingerprint())
+    assert len(found) == 3
+
+
+def test_paths_mean_the_same_wherever_a_run_is_continued(elsewhere: Path) -> None:
+    (elsewhere / "text").write_bytes(bytes(range(256)) * 400)
+    config = run("--data.path", "text", "--schedule.profile", "mine.json")[0].config
+    assert (config.data.path, config.schedule.profile) == (str(elsewhere / "text"), str(elsewhere / "mine.json"))
+    assert run()[0].config.schedule.profile == ""
 
 
 def test_a_file_or_an_option_goes_before_the_saved_config_and_changes_are_said() -> None:

@@ -76,6 +76,18 @@ def test_a_resumed_run_drops_the_lines_that_come_again(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:4])
 
 
+def test_later_checkpoints_are_set_aside_when_a_run_goes_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (4, 8):
+        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    with Log(job(tmp_path, tmp_path / "checkpoints" / "step-00000004", 4), 0, "cpu"):
+        left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == [".left-step-00000008", "step-00000004"]
+    said = "later checkpoints are set aside until the next one removes them: step-00000008\n"
+    assert said in capsys.readouterr().err
+
+
 def test_other_ranks_say_and_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Log(job(tmp_path / "run"), 1, "cpu") as log:
         log.evaluation(0, 5.5)

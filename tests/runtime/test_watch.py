@@ -1,0 +1,24 @@
+"""Watch: what is told of a rank, also when the store that was asked is gone."""
+
+from __future__ import annotations
+
+import re
+
+import torch.distributed as dist
+
+from helixpipe.errors import RankError
+from helixpipe.runtime.watch import Watch
+
+
+def test_a_store_that_is_gone_does_not_hide_the_error() -> None:
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    watch = Watch(dist.TCPStore("127.0.0.1", server.port, is_master=False), 0, 2)
+    try:
+        assert re.fullmatch(r"rank 0 was last heard of \d+ s ago, at its first step", watch.told(0))
+        assert watch.told(1) == "rank 1 was never heard of"
+        del server
+        gone = "rank 1 cannot be asked about: the run's store is gone too"
+        assert watch.told(1) == gone
+        assert str(watch.placed(RankError("lost a rank"))) == f"rank 0, at its first step, lost a rank; {gone}"
+    finally:
+        watch.close()
