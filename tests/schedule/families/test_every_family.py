@@ -53,8 +53,11 @@ def test_the_docstring_draws_what_the_family_makes(family: str) -> None:
     ranks, layers, microbatches, given = DRAWN[family]
     made = build_schedule(family, ranks=ranks, layers=layers, microbatches=microbatches, **given)
     assert staircase(made).rstrip() == drawn(FAMILIES[family])
-    said = re.search(r"p=(\d+), m=(\d+)", sys.modules[FAMILIES[family].__module__].__doc__)
-    assert (int(said[1]), int(said[2])) == (ranks, microbatches)
+    sizes = {"p": ranks, "m": microbatches}
+    sizes |= {"k": made.segments} if "segments" in options(family) else {}
+    sizes |= {"v": len(made.stages) // ranks} if "stages_per_rank" in options(family) else {}
+    (caption,) = re.findall(r"^ *(p=.*), one column", sys.modules[FAMILIES[family].__module__].__doc__, re.MULTILINE)
+    assert caption == ", ".join(f"{name}={size}" for name, size in sizes.items())
 
 
 def test_every_family_but_helix_is_drawn_here() -> None:
