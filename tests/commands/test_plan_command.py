@@ -43,7 +43,7 @@ def test_what_is_no_pipeline_says_that_it_runs_in_chunks(capsys: pytest.CaptureF
     assert main(f"plan {given} --families 1f1b --memory 0.07".split()) == 0
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not a pipeline: fsdp ")]
     assert len(told) == 1
-    assert ", 0.1 GiB, recompute selective, chunks of 4096: " in told[0]
+    assert " MiB, recompute selective, chunks of 4096: " in told[0]
 
 
 def test_the_config_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
