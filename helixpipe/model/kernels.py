@@ -49,7 +49,7 @@ def attention_backward(
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal)
         return dq, dk, dv
     if q.device.type == "cuda" and q.dtype in HALVES:
-        random = torch.empty(0, dtype=torch.uint64, device=q.device)  # no dropout, so never read
+        random = q.new_empty(0, dtype=torch.uint64)  # no dropout, so never read
         lengths = q.shape[2], k.shape[2]
         dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
             grad, q, k, v, out, lse.contiguous(), None, None, *lengths, 0.0, causal, random, random
@@ -57,7 +57,7 @@ def attention_backward(
         return dq, dk, dv
     whole_k, whole_v = _repeated(q, k), _repeated(q, v)
     if q.device.type == "cuda" and q.dtype == torch.float32:
-        random = torch.empty(0, dtype=torch.int64, device=q.device)
+        random = q.new_empty(0, dtype=torch.int64)
         dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
             grad, q, whole_k, whole_v, None, out, _padded(lse), random, random, 0.0, [True, True, True, False], causal
         )

@@ -115,14 +115,18 @@ class TensorParallel:
         wire = self._wire(x)
         pieces = wire.new_empty(self.ranks, *wire.shape)
         with self._named():
-            dist.all_gather_into_tensor(pieces.flatten(0, 1), wire, group=self.group)
+            # the group's own call: torch 2.13 warns of the older name for it, and older ones lack the newer
+            self.group._allgather_base(pieces.flatten(0, 1), wire).wait()
         return pieces.movedim(0, 1).flatten(1, 2).to(x.device)  # no copy of one sequence
 
     def _scattered(self, x: Tensor) -> Tensor:
         pieces = self._wire(x.unflatten(1, (self.ranks, -1)).movedim(1, 0))
         total = torch.empty_like(pieces[0])
         with self._named():
-            dist.reduce_scatter_tensor(total, pieces.flatten(0, 1), group=self.group)
+            if pieces.device.type == "cpu":  # gloo's for one tensor would sum all of it on every rank
+                dist.reduce_scatter(total, list(pieces), group=self.group)
+            else:
+                self.group._reduce_scatter_base(total, pieces.flatten(0, 1), dist.ReduceScatterOptions()).wait()
         return total.to(x.device)
 
     def _wire(self, x: Tensor) -> Tensor:

@@ -1,25 +1,64 @@
-"""Kernels alike: a log-sum-exp of [b, heads, s], whatever the kernel writes and reads, on devices that are not here."""
+"""Kernels alike: a log-sum-exp of [b, heads, s], whatever the kernel writes and reads."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 
+from helixpipe.model import kernels
 from helixpipe.model.attention import merge
 from helixpipe.model.kernels import _padded, attention_backward, attention_forward
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_shapes_on_an_accelerator(dtype: torch.dtype) -> None:
-    """Guards against a padded log-sum-exp: a segment of 20 and one of 50 could not be merged or differentiated."""
-    with FakeTensorMode():
-        q = torch.empty(2, 4, 20, 32, dtype=dtype, device="cuda")
-        k = v = torch.empty(2, 2, 50, 32, dtype=dtype, device="cuda")
-        out, lse = merge(*attention_forward(q, k[:, :, :20], v[:, :, :20], True), *attention_forward(q, k, v, False))
-        assert lse.shape == (2, 4, 20)
-        dq, dk, dv = attention_backward(out.to(dtype), q, k, v, out.to(dtype), lse, False)
-        assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, v.shape)
+class OnCuda(torch.Tensor):
+    """A tensor that says so and is not."""
+
+    device = property(lambda self: torch.device("cuda"))  # type: ignore[assignment]
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    """As the efficient kernel: a row of the log-sum-exp is a multiple of 32."""
+    out, lse = attention_forward(*(t.as_subclass(Tensor) for t in (q, k, v)), causal=others[-1])
+    padded = torch.full((*lse.shape[:2], -(-lse.shape[2] // 32) * 32), float("inf"))
+    padded[..., : lse.shape[2]] = lse
+    return out.as_subclass(OnCuda), padded.as_subclass(OnCuda)
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: None, out: Tensor, lse: Tensor, *others: object
+) -> Any:
+    assert lse.shape[2] % 32 == 0
+    assert lse[..., q.shape[2] :].isposinf().all()
+    given = [t.as_subclass(Tensor) for t in (grad, q, k, v, out, lse[..., : q.shape[2]])]
+    return *(t.as_subclass(OnCuda) for t in attention_backward(*given, causal=others[-1])), None
+
+
+def test_a_kernel_that_pads_serves_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a padded log-sum-exp: a segment of 20 after one of 30 could not be merged or differentiated."""
+    generator = torch.Generator().manual_seed(0)
+    q, grad = torch.randn(2, 2, 4, 20, 8, generator=generator)
+    k, v = torch.randn(2, 2, 2, 30, 8, generator=generator)
+
+    def segment(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
+        own = k[:, :, :20], v[:, :, :20]
+        out, lse = merge(*attention_forward(q, *own, True), *attention_forward(q, k, v, False))
+        return [lse, *attention_backward(grad, q, k, v, out, lse, False)]
+
+    expected = segment(q, k, v, grad)
+    fake = SimpleNamespace(
+        _scaled_dot_product_flash_attention_for_cpu=kernels.aten._scaled_dot_product_flash_attention_for_cpu,
+        _scaled_dot_product_flash_attention_for_cpu_backward=kernels.aten._scaled_dot_product_flash_attention_for_cpu_backward,
+        _scaled_dot_product_efficient_attention=forward,
+        _scaled_dot_product_efficient_attention_backward=backward,
+    )
+    monkeypatch.setattr(kernels, "aten", fake)
+    found = segment(*(t.as_subclass(OnCuda) for t in (q, k, v, grad)))
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.as_subclass(Tensor), theirs)
 
 
 def test_a_padded_log_sum_exp_weighs_nothing() -> None:

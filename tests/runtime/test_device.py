@@ -47,6 +47,6 @@ def test_a_pipelines_device_is_the_current_one(monkeypatch: pytest.MonkeyPatch) 
         raise Chosen(device)
 
     monkeypatch.setattr(torch.cuda, "set_device", choose)
-    with pytest.raises(Chosen, match="^cuda:1$"):
+    with pytest.raises(Chosen, match=r"^cuda:1$"):
         Pipeline(Decoder(SHAPE), SCHEDULE, device="cuda:1")
     Pipeline(Decoder(SHAPE), SCHEDULE, device="cpu").close()
