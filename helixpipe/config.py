@@ -319,11 +319,7 @@ def _check_together(config: Config) -> None:
     config.mesh_shape().check(shape, lengths)
     if not shape.causal:  # it would see the token it is asked for
         raise ConfigError("model.causal: next-token training needs a causal model; set it to true")
-    if shape.positions == "learned" and train.sequence_length > shape.context:
-        raise ConfigError(
-            f"train.sequence_length: {train.sequence_length} tokens, and learned positions have room for {shape.context}; "
-            "shorten it or raise model.context"
-        )
+    shape.check_length(train.sequence_length)
     if (train.min_learning_rate or 0) > train.learning_rate:
         raise ConfigError(
             f"train.min_learning_rate: {train.min_learning_rate} is above train.learning_rate {train.learning_rate}; lower it"

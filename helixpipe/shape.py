@@ -95,6 +95,14 @@ class ModelShape:
         """Elements of k, and of v, per token."""
         return self.kv_heads * self.head_dim
 
+    def check_length(self, sequence_length: int) -> None:
+        """Raise ConfigError for a sequence longer than learned positions."""
+        if self.positions == "learned" and sequence_length > self.context:
+            raise ConfigError(
+                f"train.sequence_length: {sequence_length} tokens, and learned positions have room for {self.context}; "
+                "shorten it or raise model.context"
+            )
+
     def value_shape(self, value: Value, batch: Batch, segment: int) -> tuple[int, ...]:
         """Shape of a value for one segment: [b, s, h]; q, k and v [b, s, heads, head_dim]; o [b, s, heads * head_dim]."""
         lead = (batch.microbatch_size, batch.segment_lengths[segment])

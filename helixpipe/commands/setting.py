@@ -90,6 +90,7 @@ def setting_from(args: argparse.Namespace) -> Setting:
     """The setting that the flags name; raises ConfigError."""
     profile = None
     shape = named_shape(args.model)
+    shape.check_length(args.sequence_length)
     accelerator = named_accelerator(args.hardware)
     laptop = accelerator.name == "laptop-core"
     dtype = args.dtype or ("float32" if laptop else "bfloat16")

@@ -114,7 +114,12 @@ class Plan:
         for choice in self.fits:
             if choice.is_pipeline:
                 return choice
-        raise ConfigError(self._nothing())
+        raise ConfigError(self.nothing)
+
+    @property
+    def is_answer(self) -> bool:
+        """Whether something fits; what fits may be no pipeline, where one could be made."""
+        return bool(self.fits) and any(choice.is_pipeline for choice in (*self.fits, *self.misses))
 
     @property
     def front(self) -> tuple[Choice, ...]:
@@ -125,7 +130,9 @@ class Plan:
                 found.append(choice)
         return tuple(found)
 
-    def _nothing(self) -> str:
+    @property
+    def nothing(self) -> str:
+        """Why no pipeline fits."""
         memory = f"{self.memory_bytes / 2**30:.1f} GiB"
         nearest = next((choice for choice in self.misses if choice.is_pipeline), None)
         if nearest is None:
@@ -184,13 +191,15 @@ def plan(
 ) -> Plan:
     """Price every candidate. `setting.keeping` gives the precision; recompute and chunks are the candidates' own.
 
-    `only`: families to consider. Raises ConfigError for sizes that cannot be.
+    `only`: families to consider. Raises ConfigError, before it searches, for what no candidate can have.
     """
     for name in only:
         families.options(name)
     if ranks < 1 or microbatches < 1:
         raise ConfigError(f"ranks, microbatches: {ranks}, {microbatches}; give at least 1 of each")
     shape = setting.shape
+    shape.check_length(setting.sequence_length)
+    _ = setting.costs  # what no candidate can be priced by is refused before the search
     asked = candidates(ranks, shape.layers, setting.sequence_length, setting.segment_multiple, shape.causal, only)
     # one schedule at a time, with all its policies: the program is shared
     by_schedule: dict[tuple[Any, ...], list[Candidate]] = {}

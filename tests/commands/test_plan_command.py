@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from helixpipe.cli import main
 from helixpipe.config_text import build_config, read_toml
 
+TINY = "--ranks 4 --microbatches 4 --model tiny --sequence-length 1024 --processes 1"
 SMALL = "--ranks 2 --microbatches 4 --model tiny --sequence-length 1024 --hardware laptop-core --processes 1"
 
 
@@ -84,3 +87,43 @@ def test_bad_input_is_one_line(line: str, message: str, capsys: pytest.CaptureFi
     assert shown.out == ""
     assert len(shown.err.splitlines()) == 1
     assert message in shown.err
+
+
+def test_an_alternative_is_the_answer_where_no_pipeline_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"{TINY} --families gpipe"
+    assert main(["plan", *line.split(), "--json"]) == 0
+    least = {True: math.inf, False: math.inf}
+    for each in json.loads(capsys.readouterr().out):
+        peak = max(rank["peak_bytes"] for rank in each["ranks"])
+        least[each["is_pipeline"]] = min(peak, least[each["is_pipeline"]])
+    line += f" --memory {(least[True] + least[False]) / 2**31}"
+    assert main(["plan", *line.split(), "--svg", str(tmp_path / "a.svg")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3].startswith("memory: no schedule fits 0.0 GiB; the nearest is gpipe, recompute ")
+    assert any(line.startswith("not a pipeline: ") and line.endswith(": fits where no pipeline does") for line in lines)
+    assert "does not fit" in (tmp_path / "a.svg").read_text()
+    assert main(["plan", *line.split(), "--json"]) == 0
+    assert not any(each["is_pipeline"] for each in json.loads(capsys.readouterr().out))
+    assert main(["plan", *line.split(), "--config", str(tmp_path / "a.toml")]) == 2
+    shown = capsys.readouterr()
+    assert "fits where no pipeline does" in shown.out
+    assert shown.err.startswith("helixpipe: error: --memory: no schedule fits")
+    assert not (tmp_path / "a.toml").exists()
+
+
+def test_what_was_refused_is_counted_with_its_commonest_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(f"plan {TINY} --families 1f1b,seq1f1b --cp 2 --segment-multiple 1".split()) == 0
+    told = capsys.readouterr().out.splitlines()[2]
+    assert re.fullmatch(r"refused: \d+; the commonest reason, \d+ times: schedule.segment_multiple: .*", told)
+
+
+def test_what_no_candidate_can_have_is_refused_before_the_search(
+    profile: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("helixpipe.predict.plan._spread", lambda work, processes: pytest.fail("it searched"))
+    assert main(f"plan {TINY} --profile {profile} --tp 2".split()) == 2
+    assert "--profile: measured on one device alone; leave tp and cp at 1" in capsys.readouterr().err
+    assert main(f"plan {TINY} --model gpt2 --sequence-length 4096".split()) == 2
+    assert "learned positions have room for 1024" in capsys.readouterr().err
