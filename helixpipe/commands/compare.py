@@ -109,5 +109,5 @@ def _predicted(
         setting = replace(setting, accelerator=named_accelerator(hardware), link=joined or named_link("free"))
         source = hardware
     else:
-        return replayed(program, measured, setting.keeping), "this step's own action times"
+        return replayed(program, measured, setting), "this step's own action times"
     return priced(program, setting).timeline, source

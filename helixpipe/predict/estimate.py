@@ -251,7 +251,7 @@ def priced(program: Program, setting: Setting) -> Estimate:
         return travels[message.number]
 
     timeline = simulate_program(program, seconds, travel, lambda message: sizes[message.number], keeping)
-    timeline = _per_accelerator(timeline, setting.group)
+    timeline = per_accelerator(timeline, setting.group)
     shards = setting.data_parallel * setting.context_parallel if setting.optimizer == "sharded" else 1
     standing = standing_bytes(schedule, setting.share, keeping, shards)
     return Estimate(setting, schedule, program, seconds, travel, Timeline(timeline.spans, timeline.memory, standing))
@@ -262,7 +262,7 @@ def _all_reduce_s(nbytes: float, ranks: int, link: Link | None) -> float:
     return 2 * (ranks - 1) * link.seconds(nbytes / ranks) if link and ranks > 1 and nbytes else 0.0
 
 
-def _per_accelerator(timeline: Timeline, group: int) -> Timeline:
+def per_accelerator(timeline: Timeline, group: int) -> Timeline:
     """Of the activations of all accelerators of a rank, each holds as much."""
     if group == 1:
         return timeline
