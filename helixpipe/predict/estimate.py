@@ -102,9 +102,10 @@ class Setting:
 
     @cached_property
     def balance(self) -> dict[str, tuple[float, ...]]:
-        """What families balance by: embed and head in layers; F, I and W of a layer.
+        """What families balance by, in forwards of a layer: embed and head; F, I and W of a layer.
 
         In FLOPs where nothing was measured, whatever the accelerator: training, which is told of none, does the same.
+        Rounded here, once, so that plan, simulate and training build one schedule.
         """
         costs = self.profile or Analytic(self.shape, named_accelerator("ideal"))
         recompute = self.keeping.recompute
@@ -117,7 +118,9 @@ class Setting:
         weights = math.fsum(costs.weight_s(part, self.whole, 0) for part in layer_parts(0))
         ends = (Part("embed", 0), Part("head", self.shape.layers))
         embed, head = (costs.forward_s(part, self.whole, 0) for part in ends)
-        return {"ends": (embed / layer, head / layer), "costs": (layer, inputs + again, weights)}
+        found = {"ends": (embed, head), "costs": (layer, inputs + again, weights)}
+        # to three digits, not decimals: where attention is nearly all, W is little but never nothing
+        return {name: tuple(float(f"{each / layer:.3g}") for each in times) for name, times in found.items()}
 
     def batch(self, segments: int) -> Batch:
         """A micro-batch whose sequences are cut into so many segments, of equal cost unless asked otherwise."""

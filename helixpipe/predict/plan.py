@@ -33,7 +33,6 @@ STAGES_PER_RANK = (2, 4, 8)
 EVENNESS = (0.0, 0.5)
 MOST_PIECES = 64
 """Segments times stages a rank: more pieces gain nothing and cost a start each."""
-BALANCE = ("costs", "ends")
 
 
 class Candidate(NamedTuple):
@@ -271,15 +270,14 @@ def estimate_candidate(
     made = Made() if made is None else made
     # some families are ordered by what their actions cost, most are cut by what embed and head do
     own = families.options(candidate.family)
-    costs = tuple(tuple(round(each, 3) for each in setting.balance[name]) for name in BALANCE if name in own)
-    if costs not in made.schedules:
-        given = dict(zip((name for name in BALANCE if name in own), costs, strict=True))
-        made.schedules[costs] = setting.build(candidate.family, ranks, microbatches, **(given | options))
-    schedule = made.schedules[costs]
+    balance = tuple(value for name, value in setting.balance.items() if name in own)
+    if balance not in made.schedules:
+        made.schedules[balance] = setting.build(candidate.family, ranks, microbatches, **options)
+    schedule = made.schedules[balance]
     batch = setting.batch(schedule.segments)
-    if (costs, batch) not in made.programs:
-        made.programs[costs, batch] = lower(schedule, setting.shape, batch)
-    return priced(made.programs[costs, batch], setting)
+    if (balance, batch) not in made.programs:
+        made.programs[balance, batch] = lower(schedule, setting.shape, batch)
+    return priced(made.programs[balance, batch], setting)
 
 
 def _own(setting: Setting, candidate: Candidate) -> Setting:

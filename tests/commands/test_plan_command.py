@@ -11,6 +11,10 @@ import pytest
 
 from helixpipe.cli import main
 from helixpipe.config_text import build_config, read_toml
+from helixpipe.predict.estimate import Setting
+from helixpipe.predict.plan import estimate_candidate, plan
+from helixpipe.schedule.families import FAMILIES
+from helixpipe.shape import SHAPES
 
 TINY = "--ranks 4 --microbatches 4 --model tiny --sequence-length 1024 --processes 1"
 SMALL = "--ranks 2 --microbatches 4 --model tiny --sequence-length 1024 --hardware laptop-core --processes 1"
@@ -127,3 +131,18 @@ def test_what_no_candidate_can_have_is_refused_before_the_search(
     assert "--profile: measured on one device alone; leave tp and cp at 1" in capsys.readouterr().err
     assert main(f"plan {TINY} --model gpt2 --sequence-length 4096".split()) == 2
     assert "learned positions have room for 1024" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_the_config_builds_the_very_schedule_that_was_priced(family: str, tmp_path: Path) -> None:
+    """For a model so small that a pass takes less than a millisecond."""
+    path = tmp_path / "a.toml"
+    line = f"--ranks 2 --microbatches 4 --model tiny --sequence-length 1024 --processes 1 --families {family}"
+    assert main(["plan", *line.split(), "--config", str(path)]) == 0
+    config = build_config(read_toml(path))
+    schedule = config.build_schedule()
+    found = plan(Setting(SHAPES["tiny"], 1024), 2, 4, math.inf, (family,))
+    assert not [reason for reason in found.refused.values() if "costs" in reason]
+    priced = estimate_candidate(Setting(SHAPES["tiny"], 1024), 2, 4, found.best.candidate)
+    assert schedule == priced.schedule
+    assert config.setting().batch(schedule.segments) == priced.program.batch

@@ -245,3 +245,12 @@ def test_a_profile_prices_one_device() -> None:
 def test_evenness_beyond_its_range() -> None:
     with pytest.raises(ConfigError, match=r"^schedule.evenness: 2; give 0 \(computation-wise\) to 1 \(even\)$"):
         replace(LONG, evenness=2.0).segment_lengths(4)
+
+
+def test_what_families_balance_by_is_counted_in_layers() -> None:
+    """F, I and W of a layer are ratios, and none is nothing: for a tiny model, and where attention is nearly all."""
+    for setting in (Setting(TINY, 64), replace(LONG, sequence_length=2**24)):
+        forward, inputs, weights = setting.balance["costs"]
+        assert forward == 1
+        assert inputs > 1 > weights > 0
+    assert LONG.balance["ends"] == (0, pytest.approx(0, abs=1e-6))
