@@ -34,7 +34,7 @@ def compare(given: list[str]) -> int:
     parser.add_argument("run", metavar="RUN", help="a run folder")
     parser.add_argument("--profile", metavar="FILE", help="predict from measured part costs, of helixpipe profile")
     parser.add_argument("--hardware", metavar="NAME", help="or from an accelerator's rates")
-    parser.add_argument("--link", metavar="NAME", help="between ranks [the profile's; else free]")
+    parser.add_argument("--link", metavar="NAME", help="between ranks, with one of these [the profile's; else free]")
     add_picture_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.read(given)
@@ -94,6 +94,8 @@ def _predicted(
     """The step as it should have been, and what that was computed from."""
     if profile is not None and hardware is not None:
         raise ConfigError("profile, hardware: both are given; choose one")
+    if link is not None and profile is None and hardware is None:
+        raise ConfigError("link: messages of a replay take no time; give --profile or --hardware with it")
     setting = config.setting()
     schedule = config.build_schedule()
     program = lower(schedule, setting.shape, setting.batch(schedule.segments))

@@ -48,6 +48,8 @@ def plan(given: list[str]) -> int:
         memory_bytes = setting.accelerator.memory_bytes * (1 - RESERVE) if args.memory is None else args.memory * 2**30
         if not memory_bytes > 0:
             raise ConfigError(f"memory: {args.memory:g} GiB; give more than 0")
+        if args.processes < 0:
+            raise ConfigError(f"processes: {args.processes}; give at least 1, or 0 for one a core")
         only = tuple(args.families.split(",")) if args.families else ()
         begun = time.monotonic()
         processes = args.processes or min(8, os.cpu_count() or 1)

@@ -141,7 +141,7 @@ class Setting:
         if self.partition == "even":
             return even(self.sequence_length, segments, self.segment_multiple)
         if self.profile is not None:
-            return from_costs(self.sequence_length, segments, self._segment_s, self.segment_multiple)
+            return from_costs(self.sequence_length, segments, self._segment_s, self.segment_multiple, self.evenness)
         recompute = self.keeping.recompute
         return for_shape(self.shape, self.sequence_length, segments, self.segment_multiple, recompute, self.evenness)
 

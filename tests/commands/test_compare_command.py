@@ -73,6 +73,8 @@ def test_from_an_accelerator_with_a_page(run: Path, tmp_path: Path, capsys: pyte
         (lambda run: None, "--hardware h1000", "--hardware: 'h1000' is not known; did you mean 'h100'?"),
         (lambda run: None, "--hardware h100 --profile p.json", "profile, hardware: both are given; choose one"),
         (lambda run: None, "--profile p.json", "p.json"),
+        (lambda run: None, "--link infiniband",
+         "--link: messages of a replay take no time; give --profile or --hardware with it"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(

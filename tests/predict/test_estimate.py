@@ -8,6 +8,7 @@ import pytest
 
 import helixpipe as hp
 from helixpipe.errors import ConfigError
+from helixpipe.predict.cost import PartCosts
 from helixpipe.predict.estimate import Setting, estimate, estimate_family
 from helixpipe.predict.hardware import Link, named_accelerator, named_link
 from helixpipe.predict.keeping import Keeping
@@ -202,15 +203,18 @@ def test_the_face() -> None:
     assert longer.makespan_s > 2 * timeline.makespan_s * 0.9
 
 
-def test_segments_are_cut_by_cost_and_moved_towards_even() -> None:
-    cut = LONG.segment_lengths(8)
-    moved = replace(LONG, evenness=0.5).segment_lengths(8)
-    even = replace(LONG, partition="even").segment_lengths(8)
+@pytest.mark.parametrize("profile", [None, LONG.costs])
+def test_segments_are_cut_by_cost_and_moved_towards_even(profile: PartCosts | None) -> None:
+    """By FLOPs, and by what a profile has measured."""
+    setting = replace(LONG, profile=profile)
+    cut = setting.segment_lengths(8)
+    moved = replace(setting, evenness=0.5).segment_lengths(8)
+    even = replace(setting, partition="even").segment_lengths(8)
     assert cut[0] > moved[0] > even[0] == 131072 // 8
     assert cut[-1] < moved[-1] < even[-1]
-    assert replace(LONG, evenness=1.0).segment_lengths(8) == even
+    assert replace(setting, evenness=1.0).segment_lengths(8) == even
     assert {sum(lengths) for lengths in (cut, moved, even)} == {131072}
-    assert LONG.batch(1) == Batch(1, (131072,))
+    assert setting.batch(1) == Batch(1, (131072,))
 
 
 @pytest.mark.parametrize(
@@ -245,6 +249,8 @@ def test_a_profile_prices_one_device() -> None:
 def test_evenness_beyond_its_range() -> None:
     with pytest.raises(ConfigError, match=r"^schedule.evenness: 2; give 0 \(computation-wise\) to 1 \(even\)$"):
         replace(LONG, evenness=2.0).segment_lengths(4)
+    with pytest.raises(ConfigError, match=r"^schedule.evenness: 2; give 0"):
+        replace(LONG, evenness=2.0, profile=LONG.costs).segment_lengths(4)
 
 
 def test_what_families_balance_by_is_counted_in_layers() -> None:
@@ -253,4 +259,3 @@ def test_what_families_balance_by_is_counted_in_layers() -> None:
         forward, inputs, weights = setting.balance["costs"]
         assert forward == 1
         assert inputs > 1 > weights > 0
-    assert LONG.balance["ends"] == (0, pytest.approx(0, abs=1e-6))

@@ -153,6 +153,11 @@ def test_a_missing_file_is_named() -> None:
             {"model": {"heads": 3}},
             "model.heads: 3 heads do not divide hidden size 128; choose a divisor or set model.head_dim",
         ),
+        ({"model": {"kv_heads": -1}}, "model.kv_heads: -1; give at least 0"),
+        ({"model": {"head_dim": -32}}, "model.head_dim: -32; give at least 0"),
+        ({"model": {"context": -1}}, "model.context: -1; give at least 0"),
+        ({"model": {"norm_eps": -1e-5}}, "model.norm_eps: -1e-05; give at least 0"),
+        ({"model": {"rope_base": 0.0}}, "model.rope_base: 0; give more than 0"),
         ({"model": {"causal": False}}, "model.causal: next-token training needs a causal model; set it to true"),
         ({"schedule": {"family": "helx"}}, "schedule.family: 'helx' is not known; did you mean 'helix'?"),
         (
