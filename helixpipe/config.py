@@ -89,8 +89,8 @@ class ScheduleConfig:
     """interleaved: stages on a rank."""
     group: int | None = None
     """interleaved: micro-batches (or segments of them) that take a stage together; 0 is the fewest that feed all ranks."""
-    partition: Literal["computation_wise", "even"] = "computation_wise"
-    """How a sequence is cut into segments: of as much computation each, or of as many tokens."""
+    partition: Literal["auto", "computation_wise", "even"] = "auto"
+    """How a sequence is cut into segments: of as much computation each, or of as many tokens; auto is the family's own."""
     evenness: float = 0.0
     """How far computation-wise cuts are moved towards even ones, 0 to 1: 0.5 saves memory and costs little time."""
     profile: str = ""
@@ -241,7 +241,7 @@ class Config:
         if schedule.profile:
             profile = Profile.load(schedule.profile)
             profile.check_fits(shape, dtype=runtime.dtype)
-        return Setting(
+        found = Setting(
             shape,
             self.train.sequence_length,
             keeping=Keeping(runtime.recompute, ELEMENT_BYTES[runtime.dtype], runtime.mlp_chunk, runtime.head_chunk),
@@ -257,6 +257,7 @@ class Config:
             layout=self.mesh.layout,
             optimizer=self.mesh.optimizer,
         )
+        return found.of_family(schedule.family)
 
     def segment_lengths(self, schedule: Schedule) -> tuple[int, ...] | None:
         """Tokens of each segment; None when sequences stay whole."""

@@ -175,7 +175,6 @@ def _config(choice: Choice, args: argparse.Namespace, dtype: str) -> Config:
         "model": {"name": args.model},
         "schedule": {
             "family": candidate.family, "ranks": args.ranks, "microbatches": args.microbatches, **options,
-            "partition": "even" if candidate.family == "slimpipe" else "computation_wise",
             "evenness": candidate.evenness, "segment_multiple": args.segment_multiple, "profile": args.profile or "",
         },
         "mesh": {"dp": args.data_parallel, "cp": args.context_parallel, "tp": args.tensor_parallel, "optimizer": args.optimizer},

@@ -53,7 +53,8 @@ class Setting:
     """Pipelines side by side, each with micro-batches of its own; gradients are summed once a step, over `link`."""
     profile: PartCosts | None = None
     """Measured costs, in place of the accelerator's rates."""
-    partition: str = "computation_wise"
+    partition: str = "auto"
+    """computation_wise, even, or auto: the family's own (`of_family`), computation_wise where none is known."""
     evenness: float = 0.0
     segment_multiple: int = MULTIPLE
     context_method: str = "ring"
@@ -122,6 +123,10 @@ class Setting:
         # to three digits, not decimals: where attention is nearly all, W is little but never nothing
         return {name: tuple(float(f"{each / layer:.3g}") for each in times) for name, times in found.items()}
 
+    def of_family(self, family: str) -> Setting:
+        """With the family's own partition, unless one was asked for."""
+        return self if self.partition != "auto" else replace(self, partition=families.default_partition(family))
+
     def batch(self, segments: int) -> Batch:
         """A micro-batch whose sequences are cut into so many segments, of equal cost unless asked otherwise."""
         lengths = self.segment_lengths(segments)
@@ -139,6 +144,10 @@ class Setting:
         if segments == 1:
             return (self.sequence_length,)
         if self.partition == "even":
+            if self.evenness:
+                raise ConfigError(
+                    f"schedule.evenness: {self.evenness:g} moves cuts of equal computation, and these are even; leave it at 0"
+                )
             return even(self.sequence_length, segments, self.segment_multiple)
         if self.profile is not None:
             return from_costs(self.sequence_length, segments, self._segment_s, self.segment_multiple, self.evenness)
@@ -239,6 +248,7 @@ def estimate(schedule: Schedule, setting: Setting) -> Estimate:
 
 def estimate_family(setting: Setting, family: str, ranks: int, microbatches: int, **options: Any) -> Estimate:
     """Build, lower as training does, and price."""
+    setting = setting.of_family(family)
     schedule = setting.build(family, ranks, microbatches, **options)
     return priced(lower(schedule, setting.shape, setting.batch(schedule.segments)), setting)
 

@@ -170,7 +170,8 @@ def candidates(
             given = dict(options)
             if given.get("segments", 1) * given.get("stages_per_rank", 1) > MOST_PIECES:
                 continue
-            evenness = EVENNESS if "segments" in grid and family != "slimpipe" else (0.0,)
+            by_cost = "segments" in grid and families.default_partition(family) != "even"
+            evenness = EVENNESS if by_cost else (0.0,)
             found += [Candidate(family, options, *each) for each in itertools.product(evenness, RECOMPUTE, chunks)]
     return found
 
@@ -285,8 +286,7 @@ def _own(setting: Setting, candidate: Candidate) -> Setting:
     keeping = replace(
         setting.keeping, recompute=candidate.recompute, mlp_chunk=candidate.chunk, head_chunk=candidate.chunk
     )
-    partition = "even" if candidate.family == "slimpipe" else setting.partition
-    return replace(setting, keeping=keeping, evenness=candidate.evenness, partition=partition)
+    return replace(setting, keeping=keeping, evenness=candidate.evenness).of_family(candidate.family)
 
 
 def _alternatives(setting: Setting, ranks: int, microbatches: int) -> list[Choice]:

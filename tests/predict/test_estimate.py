@@ -15,6 +15,7 @@ from helixpipe.predict.keeping import Keeping
 from helixpipe.predict.standing import owned_and_visiting, standing_bytes
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
+from helixpipe.schedule.partition import even
 from helixpipe.schedule.parts import Part
 from helixpipe.schedule.program import Run
 from helixpipe.schedule.schedule import Schedule
@@ -209,11 +210,11 @@ def test_segments_are_cut_by_cost_and_moved_towards_even(profile: PartCosts | No
     setting = replace(LONG, profile=profile)
     cut = setting.segment_lengths(8)
     moved = replace(setting, evenness=0.5).segment_lengths(8)
-    even = replace(setting, partition="even").segment_lengths(8)
-    assert cut[0] > moved[0] > even[0] == 131072 // 8
-    assert cut[-1] < moved[-1] < even[-1]
-    assert replace(setting, evenness=1.0).segment_lengths(8) == even
-    assert {sum(lengths) for lengths in (cut, moved, even)} == {131072}
+    evenly = replace(setting, partition="even").segment_lengths(8)
+    assert cut[0] > moved[0] > evenly[0] == 131072 // 8
+    assert cut[-1] < moved[-1] < evenly[-1]
+    assert replace(setting, evenness=1.0).segment_lengths(8) == evenly
+    assert {sum(lengths) for lengths in (cut, moved, evenly)} == {131072}
     assert setting.batch(1) == Batch(1, (131072,))
 
 
@@ -244,6 +245,18 @@ def test_a_profile_prices_one_device() -> None:
     assert setting.segment_lengths(4) == LONG.segment_lengths(4)  # in seconds of one device at a rate, as by FLOPs
     with pytest.raises(ConfigError, match=r"^profile: measured on one device alone; leave tp and cp at 1$"):
         estimate_family(setting, "1f1b", 2, 2)
+
+
+def test_the_partition_is_the_familys_own_unless_asked_otherwise() -> None:
+    setting = replace(LONG, sequence_length=4096)
+    lengths = {
+        family: estimate_family(setting, family, 2, 2, segments=4).program.batch.segment_lengths
+        for family in ("slimpipe", "seq1f1b_interleaved")
+    }
+    assert lengths["slimpipe"] == even(4096, 4) != lengths["seq1f1b_interleaved"]
+    for asked in ("even", "computation_wise"):
+        for family in lengths:
+            assert replace(setting, partition=asked).of_family(family).partition == asked
 
 
 def test_evenness_beyond_its_range() -> None:

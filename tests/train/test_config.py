@@ -13,6 +13,7 @@ import pytest
 from helixpipe.config import Config, ModelConfig
 from helixpipe.config_text import build_config, merged, parse_arguments, read_toml, to_table, write_toml
 from helixpipe.errors import ConfigError
+from helixpipe.schedule.partition import even
 from helixpipe.shape import SHAPES, ModelShape
 from helixpipe.train import main
 
@@ -76,6 +77,18 @@ def test_segments_are_cut_by_computation_or_evenly(partition: str, lengths: tupl
     config = build_config(table)
     assert config.segment_lengths(config.build_schedule()) == lengths
     assert Config().segment_lengths(Config().build_schedule()) is None
+
+
+def test_slimpipe_cuts_evenly_unless_asked_otherwise() -> None:
+    table = {"schedule": {"family": "slimpipe", "segments": 4}, "train": {"sequence_length": 4096}}
+    config = build_config(table)
+    assert config.segment_lengths(config.build_schedule()) == even(4096, 4)
+    asked = build_config({**table, "schedule": {**table["schedule"], "partition": "computation_wise"}})
+    assert asked.segment_lengths(asked.build_schedule()) == asked.setting().segment_lengths(4) != even(4096, 4)
+    with pytest.raises(
+        ConfigError, match=r"^schedule.evenness: 0.5 moves cuts of equal computation, and these are even"
+    ):
+        build_config({**table, "schedule": {**table["schedule"], "evenness": 0.5}})
 
 
 @pytest.mark.parametrize(
