@@ -182,6 +182,14 @@ def test_a_missing_file_is_named() -> None:
             "schedule.ranks: 4 layers cannot fill 6 stages; use at most 4 ranks",
         ),
         (
+            {"schedule": {"family": "interleaved", "stages_per_rank": 3}},
+            "schedule.stages_per_rank: 4 layers cannot fill 2 ranks of 3 stages each; use at most 2",
+        ),
+        (
+            {"schedule": {"family": "interleaved", "ranks": 6, "stages_per_rank": 2}},
+            "schedule.ranks: 4 layers cannot fill 6 ranks of 2 stages each; use at most 2 ranks",
+        ),
+        (
             {"schedule": {"family": "seq1f1b", "segments": 9}, "train": {"sequence_length": 8}},
             "schedule.segments: 9 segments of a sequence of 8 tokens; give at most 8",
         ),
