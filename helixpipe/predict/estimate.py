@@ -25,7 +25,7 @@ from helixpipe.schedule import families
 from helixpipe.schedule.action import Action
 from helixpipe.schedule.check import check
 from helixpipe.schedule.lower import lower
-from helixpipe.schedule.partition import MULTIPLE, even, for_shape, from_costs
+from helixpipe.schedule.partition import MULTIPLE, even, for_shape, from_costs, refuse_bidirectional
 from helixpipe.schedule.parts import Part, chain, layer_parts
 from helixpipe.schedule.program import Message, Program
 from helixpipe.schedule.schedule import Schedule
@@ -141,6 +141,7 @@ class Setting:
         shape.check(self.shape, lengths)
 
     def segment_lengths(self, segments: int) -> tuple[int, ...]:
+        refuse_bidirectional(self.shape, segments)
         if segments == 1:
             return (self.sequence_length,)
         if self.partition == "even":

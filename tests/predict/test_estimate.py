@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -257,6 +258,16 @@ def test_the_partition_is_the_familys_own_unless_asked_otherwise() -> None:
     for asked in ("even", "computation_wise"):
         for family in lengths:
             assert replace(setting, partition=asked).of_family(family).partition == asked
+
+
+@pytest.mark.parametrize("change", [{}, {"partition": "even"}, {"profile": LONG.costs}])
+def test_segments_need_causal_attention_however_they_are_cut(change: dict[str, Any]) -> None:
+    shape = replace(TINY, causal=False)
+    schedule = build_schedule("seq1f1b", ranks=2, layers=4, microbatches=2, segments=2)
+    with pytest.raises(ConfigError, match=r"^schedule.segments: 2 segments need causal attention"):
+        hp.simulate(schedule, shape, sequence_length=1024, **change)
+    whole = build_schedule("1f1b", ranks=2, layers=4, microbatches=2)
+    assert hp.simulate(whole, shape, sequence_length=1024, **change).makespan_s > 0
 
 
 def test_evenness_beyond_its_range() -> None:
