@@ -233,18 +233,26 @@ class Config:
         layers = setting.shape.layers
         return families.build_schedule(family, ranks=ranks, layers=layers, microbatches=microbatches, **given)
 
-    def setting(self) -> Setting:
-        """What predictions need to know of this run; of the machine, only its profile."""
+    def setting(self, device: str = "") -> Setting:
+        """What predictions need to know of this run; of the machine, only its profile.
+
+        `device`: what the run came to use, where that is known; `runtime.device` when not given, and auto then counts as
+        cpu.
+        """
         runtime, schedule = self.runtime, self.schedule
         shape = self.shape()
-        profile = None
+        profile, fused_rms = None, (device or runtime.device).startswith("cuda")
         if schedule.profile:
             profile = Profile.load(schedule.profile)
             profile.check_fits(shape, dtype=runtime.dtype)
+            fused_rms = fused_rms or profile.fused_rms
+        keeping = Keeping(
+            runtime.recompute, ELEMENT_BYTES[runtime.dtype], runtime.mlp_chunk, runtime.head_chunk, fused_rms
+        )
         found = Setting(
             shape,
             self.train.sequence_length,
-            keeping=Keeping(runtime.recompute, ELEMENT_BYTES[runtime.dtype], runtime.mlp_chunk, runtime.head_chunk),
+            keeping=keeping,
             microbatch_size=self.train.microbatch_size,
             tensor_parallel=self.mesh.tp,
             context_parallel=self.mesh.cp,

@@ -88,6 +88,15 @@ def _rows(predicted: Timeline, measured: Timeline) -> list[dict[str, Any]]:
     return rows
 
 
+def _device(config: Config) -> str:
+    """What the run computed on, if that was here."""
+    if config.runtime.device != "auto":
+        return config.runtime.device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _predicted(
     config: Config, measured: Timeline, profile: str | None, hardware: str | None, link: str | None
 ) -> tuple[Timeline, str]:
@@ -96,19 +105,25 @@ def _predicted(
         raise ConfigError("profile, hardware: both are given; choose one")
     if link is not None and profile is None and hardware is None:
         raise ConfigError("link: messages of a replay take no time; give --profile or --hardware with it")
-    setting = config.setting()
+    setting = config.setting(_device(config))
     schedule = config.build_schedule()
     program = lower(schedule, setting.shape, setting.batch(schedule.segments))
     joined = None if link is None else named_link(link)
     if profile is not None:
         costs = Profile.load(profile)
         costs.check_fits(setting.shape, dtype=config.runtime.dtype)
-        setting, source = (
-            replace(setting, profile=costs, link=joined or costs.link or named_link("free")),
-            f"the profile {profile}",
-        )
+        keeping = replace(setting.keeping, fused_rms=costs.fused_rms)
+        setting = replace(setting, profile=costs, keeping=keeping, link=joined or costs.link or named_link("free"))
+        source = f"the profile {profile}"
     elif hardware is not None:
-        setting = replace(setting, accelerator=named_accelerator(hardware), link=joined or named_link("free"))
+        accelerator = named_accelerator(hardware)
+        setting = replace(
+            setting,
+            accelerator=accelerator,
+            keeping=replace(setting.keeping, fused_rms=accelerator.fused_rms),
+            link=joined or named_link("free"),
+            tensor_link=named_link(accelerator.tensor_link),
+        )
         source = hardware
     else:
         return replayed(program, measured, setting), "this step's own action times"

@@ -58,7 +58,7 @@ def add_setting_flags(parser: Parser) -> None:
     own.add_argument(
         "--tp", "--tensor-parallel", dest="tensor_parallel", type=number, default=1, metavar="T", help=tensor
     )
-    own.add_argument("--tensor-link", metavar="NAME", help="between these [nvlink; free with ideal]")
+    own.add_argument("--tensor-link", metavar="NAME", help="between these [the hardware's own]")
     context = "such groups that share its sequences, by ring attention over --link [1]"
     own.add_argument(
         "--cp", "--context-parallel", dest="context_parallel", type=number, default=1, metavar="C", help=context
@@ -87,16 +87,14 @@ def setting_from(args: argparse.Namespace) -> Setting:
     shape = named_shape(args.model)
     shape.check_length(args.sequence_length)
     accelerator = named_accelerator(args.hardware)
-    laptop = accelerator.name == "laptop-core"
-    dtype = args.dtype or ("float32" if laptop else "bfloat16")
-    link = args.link or {"ideal": "free", "laptop-core": "loopback"}.get(accelerator.name, "infiniband")
-    joined = named_link(link)
+    dtype = args.dtype or ("float32" if accelerator.name == "laptop-core" else "bfloat16")
+    joined, fused_rms = named_link(args.link or accelerator.link), accelerator.fused_rms
     if args.profile is not None:
         profile = Profile.load(args.profile)
         dtype = args.dtype or profile.dtype
         profile.check_fits(shape, dtype=dtype)
         joined = named_link(args.link) if args.link else profile.link or named_link("free")
-    inside = args.tensor_link or ("free" if accelerator.name == "ideal" else "nvlink")
+        fused_rms = profile.fused_rms
     recompute, evenness = getattr(args, "recompute", "none"), getattr(args, "evenness", 0.0)
     mlp_chunk, head_chunk = getattr(args, "mlp_chunk", 0), getattr(args, "head_chunk", 0)
     choices: tuple[tuple[str, str, Collection[str]], ...] = (
@@ -109,7 +107,7 @@ def setting_from(args: argparse.Namespace) -> Setting:
             raise ConfigError(f"{name}: '{value}' is not known; known: {', '.join(known)}")
     if min(mlp_chunk, head_chunk) < 0:
         raise ConfigError("mlp_chunk, head_chunk: below 0; give tokens, or 0 for all at once")
-    keeping = Keeping(recompute, ELEMENT_BYTES[dtype], mlp_chunk, head_chunk, fused_rms=not laptop)
+    keeping = Keeping(recompute, ELEMENT_BYTES[dtype], mlp_chunk, head_chunk, fused_rms)
     return Setting(
         shape,
         args.sequence_length,
@@ -118,7 +116,7 @@ def setting_from(args: argparse.Namespace) -> Setting:
         keeping,
         args.microbatch_size,
         args.tensor_parallel,
-        named_link(inside),
+        named_link(args.tensor_link or accelerator.tensor_link),
         args.context_parallel,
         args.data_parallel,
         profile,

@@ -300,5 +300,5 @@ def simulate(
     shape = named_shape(model) if isinstance(model, str) else model
     accelerator = named_accelerator(hardware) if isinstance(hardware, str) else hardware
     joined = named_link(link) if isinstance(link, str) else link
-    keeping = more.pop("keeping", Keeping(recompute, 2))
+    keeping = more.pop("keeping", Keeping(recompute, 2, fused_rms=accelerator.fused_rms))
     return estimate(schedule, Setting(shape, sequence_length, accelerator, joined, keeping, **more)).timeline

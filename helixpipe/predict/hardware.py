@@ -32,6 +32,12 @@ class Accelerator:
     """The share of `memory_bytes_per_s` that norms, activations and residual adds reach."""
     launch_s: float = 20e-6
     """What starting a part costs, whatever its size: about five kernels of 4 us. Short segments pay it most."""
+    link: str = "infiniband"
+    """What joins pipeline ranks where no link is named: one of LINKS."""
+    tensor_link: str = "nvlink"
+    """The same of the accelerators of one rank, which are in one node."""
+    fused_rms: bool = True
+    """Whether torch has a fused RMSNorm for it: see `Keeping.fused_rms`."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,12 @@ ACCELERATORS: dict[str, Accelerator] = {
     for accelerator in (
         Accelerator(
             "ideal", _TERA, math.inf, math.inf, "every FLOP at one rate and nothing else: only ratios speak",
-            1.0, 1.0, 1.0, 1.0, 0.0,
+            1.0, 1.0, 1.0, 1.0, 0.0, link="free", tensor_link="free",
         ),
         Accelerator(
             "laptop-core", 60e9, 8 * _GIB, 10 * _GIGA,
             "one AVX2 core at float32; an order of magnitude, measure yours with helixpipe profile", 0.8, 0.35, 0.35, 0.7, 100e-6,
+            link="loopback", tensor_link="loopback", fused_rms=False,
         ),
         Accelerator(
             "h20", 148 * _TERA, 96 * _GIGA, 4000 * _GIGA,
@@ -69,10 +76,11 @@ ACCELERATORS: dict[str, Accelerator] = {
         Accelerator(
             "a100", 312 * _TERA, 80 * _GIGA, 2039 * _GIGA,
             "NVIDIA A100 80GB SXM data sheet: 312 TFLOPS, 80 GB HBM2e at 2039 GB/s", 0.70, 0.60, 0.50,
+            tensor_link="nvlink-a100",
         ),
         Accelerator(
             "a800", 312 * _TERA, 80 * _GIGA, 2039 * _GIGA,
-            "NVIDIA A800 80GB SXM: an A100 with NVLink at 400 GB/s", 0.70, 0.60, 0.50,
+            "NVIDIA A800 80GB SXM: an A100 with NVLink at 400 GB/s", 0.70, 0.60, 0.50, tensor_link="nvlink-a800",
         ),
         Accelerator(
             "h100", 989 * _TERA, 80 * _GIGA, 3350 * _GIGA,
@@ -85,6 +93,7 @@ ACCELERATORS: dict[str, Accelerator] = {
         Accelerator(
             "b200", 2250 * _TERA, 192 * _GIGA, 8000 * _GIGA,
             "NVIDIA B200 (HGX) data sheet: 2.25 PFLOPS dense, 192 GB HBM3e at 8 TB/s", 0.60, 0.50, 0.40,
+            tensor_link="nvlink-b200",
         ),
     )
 }  # fmt: skip

@@ -26,6 +26,17 @@ IDEAL = Analytic(SHAPE, named_accelerator("ideal"))
 SLOW = Accelerator("slow", 100.0, 1e9, 10.0, "made up", 0.5, 0.25, 0.2, 1.0, 0.0)
 
 
+def test_every_accelerator_names_links_that_are_known() -> None:
+    own = {name: (each.link, each.tensor_link, each.fused_rms) for name, each in ACCELERATORS.items()}
+    assert all(link in LINKS and inside in LINKS for link, inside, _ in own.values())
+    assert own["ideal"] == ("free", "free", True)
+    assert own["laptop-core"] == ("loopback", "loopback", False)
+    inside = {name: tensor_link for name, (_, tensor_link, _) in own.items()}
+    assert [inside[name] for name in ("a100", "a800", "h100", "b200")] == [
+        "nvlink-a100", "nvlink-a800", "nvlink", "nvlink-b200",
+    ]  # fmt: skip
+
+
 def test_ideal_prices_every_flop_alike() -> None:
     for part in chain(2):
         forward, backward = SHAPE.forward_flops(part, BATCH, 0), SHAPE.backward_flops(part, BATCH, 0)

@@ -205,6 +205,15 @@ def test_the_face() -> None:
     assert longer.makespan_s > 2 * timeline.makespan_s * 0.9
 
 
+def test_the_face_keeps_what_the_accelerator_keeps() -> None:
+    schedule = hp.build_schedule("1f1b", ranks=2, layers=4, microbatches=2)
+    peaks = {
+        name: hp.simulate(schedule, model="tiny", hardware=name, recompute="none").peak_activation_bytes[0]
+        for name in ("h100", "laptop-core")
+    }
+    assert peaks["h100"] < peaks["laptop-core"]
+
+
 @pytest.mark.parametrize("profile", [None, LONG.costs])
 def test_segments_are_cut_by_cost_and_moved_towards_even(profile: PartCosts | None) -> None:
     """By FLOPs, and by what a profile has measured."""

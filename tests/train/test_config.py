@@ -58,6 +58,13 @@ def test_the_command_line_goes_before_the_file(tmp_path: Path) -> None:
     assert config.schedule.folds == 1
 
 
+@pytest.mark.parametrize(("device", "used", "fused"), [
+    ("cpu", "", False), ("cuda", "", True), ("auto", "", False), ("auto", "cuda:1", True), ("auto", "cpu", False),
+])  # fmt: skip
+def test_an_rms_norm_is_fused_on_cuda(device: str, used: str, fused: bool) -> None:
+    assert build_config({"runtime": {"device": device}}).setting(used).keeping.fused_rms is fused
+
+
 def test_another_family_does_not_inherit_options() -> None:
     base = {"schedule": {"family": "helix", "folds": 1, "ranks": 4}}
     assert merged(base, {"schedule": {"family": "1f1b"}}) == {"schedule": {"family": "1f1b", "ranks": 4}}
