@@ -122,6 +122,8 @@ def test_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (f"1f1b {SMALL} --hardware h20o", "--hardware: 'h20o' is not known; did you mean 'h20'?"),
         (f"1f1b {SMALL} --link nvlnk", "--link: 'nvlnk' is not known; did you mean 'nvlink'?"),
         (f"1f1b {SMALL} --dtype fp8", "--dtype: 'fp8' is not known; known: bfloat16, float32, float64"),
+        (f"1f1b {SMALL} --hardware h100 --dtype float64",
+         "float64: h100 has no rate for it; measure with helixpipe profile --dtype float64, or use ideal"),
         (f"1f1b {SMALL} --optimizer adam", "--optimizer: 'adam' is not known; known: replicated, sharded"),
         (f"1f1b {SMALL} --recompute half", "--recompute: 'half' is not known; known: none, selective, full"),
         (f"1f1b {SMALL} --segments 2", "--segments: not an option of 1f1b, which has --opaque, --ends, but of terapipe"),

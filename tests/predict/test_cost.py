@@ -37,6 +37,27 @@ def test_every_accelerator_names_links_that_are_known() -> None:
     ]  # fmt: skip
 
 
+def test_float32_has_a_rate_of_its_own() -> None:
+    mlp = Part("mlp", 0)
+    for name, times in (("h100", 989 / 67), ("a100", 16), ("laptop-core", 1), ("ideal", 1)):
+        accelerator = replace(named_accelerator(name), launch_s=0.0, memory_bytes_per_s=float("inf"))
+        half, single = (Analytic(SHAPE, accelerator, size) for size in (2, 4))
+        assert single.weight_s(mlp, BATCH, 0) == pytest.approx(times * half.weight_s(mlp, BATCH, 0))
+        assert single.forward_s(mlp, BATCH, 0) == pytest.approx(times * half.forward_s(mlp, BATCH, 0))
+
+
+def test_a_precision_without_a_rate_is_refused() -> None:
+    told = "float64: {} has no rate for it; measure with helixpipe profile --dtype float64, or use ideal"
+    for name in ACCELERATORS.keys() - {"ideal"}:
+        with pytest.raises(ConfigError) as caught:
+            Analytic(SHAPE, named_accelerator(name), 8)
+        assert str(caught.value) == told.format(name)
+    wide = Analytic(SHAPE, named_accelerator("ideal"), 8)
+    assert wide.weight_s(Part("mlp", 0), BATCH, 0) == IDEAL.weight_s(Part("mlp", 0), BATCH, 0)
+    with pytest.raises(ConfigError, match=r"^float32: slow has no rate for it"):
+        Analytic(SHAPE, SLOW, 4)
+
+
 def test_ideal_prices_every_flop_alike() -> None:
     for part in chain(2):
         forward, backward = SHAPE.forward_flops(part, BATCH, 0), SHAPE.backward_flops(part, BATCH, 0)
