@@ -89,8 +89,8 @@ class ScheduleConfig:
     """interleaved: stages on a rank."""
     group: int | None = None
     """interleaved: micro-batches (or segments of them) that take a stage together; 0 is the fewest that feed all ranks."""
-    partition: Literal["computation_wise", "even"] = "computation_wise"
-    """How a sequence is cut into segments: of as much computation each, or of as many tokens."""
+    partition: Literal["auto", "computation_wise", "even"] = "auto"
+    """How a sequence is cut into segments: of as much computation each, or of as many tokens; auto is the family's own."""
     evenness: float = 0.0
     """How far computation-wise cuts are moved towards even ones, 0 to 1: 0.5 saves memory and costs little time."""
     profile: str = ""
@@ -233,18 +233,26 @@ class Config:
         layers = setting.shape.layers
         return families.build_schedule(family, ranks=ranks, layers=layers, microbatches=microbatches, **given)
 
-    def setting(self) -> Setting:
-        """What predictions need to know of this run; of the machine, only its profile."""
+    def setting(self, device: str = "") -> Setting:
+        """What predictions need to know of this run; of the machine, only its profile.
+
+        `device`: what the run came to use, where that is known; `runtime.device` when not given, and auto then counts as
+        cpu.
+        """
         runtime, schedule = self.runtime, self.schedule
         shape = self.shape()
-        profile = None
+        profile, fused_rms = None, (device or runtime.device).startswith("cuda")
         if schedule.profile:
             profile = Profile.load(schedule.profile)
             profile.check_fits(shape, dtype=runtime.dtype)
-        return Setting(
+            fused_rms = fused_rms or profile.fused_rms
+        keeping = Keeping(
+            runtime.recompute, ELEMENT_BYTES[runtime.dtype], runtime.mlp_chunk, runtime.head_chunk, fused_rms
+        )
+        found = Setting(
             shape,
             self.train.sequence_length,
-            keeping=Keeping(runtime.recompute, ELEMENT_BYTES[runtime.dtype], runtime.mlp_chunk, runtime.head_chunk),
+            keeping=keeping,
             microbatch_size=self.train.microbatch_size,
             tensor_parallel=self.mesh.tp,
             context_parallel=self.mesh.cp,
@@ -257,6 +265,7 @@ class Config:
             layout=self.mesh.layout,
             optimizer=self.mesh.optimizer,
         )
+        return found.of_family(schedule.family)
 
     def segment_lengths(self, schedule: Schedule) -> tuple[int, ...] | None:
         """Tokens of each segment; None when sequences stay whole."""
@@ -319,11 +328,7 @@ def _check_together(config: Config) -> None:
     config.mesh_shape().check(shape, lengths)
     if not shape.causal:  # it would see the token it is asked for
         raise ConfigError("model.causal: next-token training needs a causal model; set it to true")
-    if shape.positions == "learned" and train.sequence_length > shape.context:
-        raise ConfigError(
-            f"train.sequence_length: {train.sequence_length} tokens, and learned positions have room for {shape.context}; "
-            "shorten it or raise model.context"
-        )
+    shape.check_length(train.sequence_length)
     if (train.min_learning_rate or 0) > train.learning_rate:
         raise ConfigError(
             f"train.min_learning_rate: {train.min_learning_rate} is above train.learning_rate {train.learning_rate}; lower it"

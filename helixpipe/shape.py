@@ -32,6 +32,13 @@ class Batch:
         return self.microbatch_size * self.segment_lengths[segment]
 
 
+# field -> the least it may be; kv_heads and head_dim of 0 follow from the others
+_AT_LEAST = {
+    "layers": 1, "hidden": 1, "heads": 1, "ffn": 1, "vocabulary": 1, "kv_heads": 0, "head_dim": 0, "context": 0,
+    "norm_eps": 0,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """A decoder: every size and every choice. Subclass it to describe a model of your own."""
@@ -64,9 +71,11 @@ class ModelShape:
     causal: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("layers", "hidden", "heads", "ffn", "vocabulary"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name}: {getattr(self, name)}; give at least 1")
+        for name, least in _AT_LEAST.items():
+            if not getattr(self, name) >= least:
+                raise ConfigError(f"model.{name}: {getattr(self, name)}; give at least {least}")
+        if not self.rope_base > 0:
+            raise ConfigError(f"model.rope_base: {self.rope_base:g}; give more than 0")
         object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
         if not self.head_dim and self.hidden % self.heads:
             raise ConfigError(
@@ -94,6 +103,14 @@ class ModelShape:
     def kv_size(self) -> int:
         """Elements of k, and of v, per token."""
         return self.kv_heads * self.head_dim
+
+    def check_length(self, sequence_length: int) -> None:
+        """Raise ConfigError for a sequence longer than learned positions."""
+        if self.positions == "learned" and sequence_length > self.context:
+            raise ConfigError(
+                f"train.sequence_length: {sequence_length} tokens, and learned positions have room for {self.context}; "
+                "shorten it or raise model.context"
+            )
 
     def value_shape(self, value: Value, batch: Batch, segment: int) -> tuple[int, ...]:
         """Shape of a value for one segment: [b, s, h]; q, k and v [b, s, heads, head_dim]; o [b, s, heads * head_dim]."""

@@ -34,7 +34,7 @@ def compare(given: list[str]) -> int:
     parser.add_argument("run", metavar="RUN", help="a run folder")
     parser.add_argument("--profile", metavar="FILE", help="predict from measured part costs, of helixpipe profile")
     parser.add_argument("--hardware", metavar="NAME", help="or from an accelerator's rates")
-    parser.add_argument("--link", metavar="NAME", help="between ranks [the profile's; else free]")
+    parser.add_argument("--link", metavar="NAME", help="between ranks, with one of these [the profile's; else free]")
     add_picture_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.read(given)
@@ -88,26 +88,43 @@ def _rows(predicted: Timeline, measured: Timeline) -> list[dict[str, Any]]:
     return rows
 
 
+def _device(config: Config) -> str:
+    """What the run computed on, if that was here."""
+    if config.runtime.device != "auto":
+        return config.runtime.device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _predicted(
     config: Config, measured: Timeline, profile: str | None, hardware: str | None, link: str | None
 ) -> tuple[Timeline, str]:
     """The step as it should have been, and what that was computed from."""
     if profile is not None and hardware is not None:
         raise ConfigError("profile, hardware: both are given; choose one")
-    setting = config.setting()
+    if link is not None and profile is None and hardware is None:
+        raise ConfigError("link: messages of a replay take no time; give --profile or --hardware with it")
+    setting = config.setting(_device(config))
     schedule = config.build_schedule()
     program = lower(schedule, setting.shape, setting.batch(schedule.segments))
     joined = None if link is None else named_link(link)
     if profile is not None:
         costs = Profile.load(profile)
         costs.check_fits(setting.shape, dtype=config.runtime.dtype)
-        setting, source = (
-            replace(setting, profile=costs, link=joined or costs.link or named_link("free")),
-            f"the profile {profile}",
-        )
+        keeping = replace(setting.keeping, fused_rms=costs.fused_rms)
+        setting = replace(setting, profile=costs, keeping=keeping, link=joined or costs.link or named_link("free"))
+        source = f"the profile {profile}"
     elif hardware is not None:
-        setting = replace(setting, accelerator=named_accelerator(hardware), link=joined or named_link("free"))
+        accelerator = named_accelerator(hardware)
+        setting = replace(
+            setting,
+            accelerator=accelerator,
+            keeping=replace(setting.keeping, fused_rms=accelerator.fused_rms),
+            link=joined or named_link("free"),
+            tensor_link=named_link(accelerator.tensor_link),
+        )
         source = hardware
     else:
-        return replayed(program, measured, setting.keeping), "this step's own action times"
+        return replayed(program, measured, setting), "this step's own action times"
     return priced(program, setting).timeline, source

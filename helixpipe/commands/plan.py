@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from typing import Any
 
 from helixpipe.commands.setting import (
@@ -47,21 +48,25 @@ def plan(given: list[str]) -> int:
         memory_bytes = setting.accelerator.memory_bytes * (1 - RESERVE) if args.memory is None else args.memory * 2**30
         if not memory_bytes > 0:
             raise ConfigError(f"memory: {args.memory:g} GiB; give more than 0")
+        if args.processes < 0:
+            raise ConfigError(f"processes: {args.processes}; give at least 1, or 0 for one a core")
         only = tuple(args.families.split(",")) if args.families else ()
         begun = time.monotonic()
         processes = args.processes or min(8, os.cpu_count() or 1)
         found = search(setting, args.ranks, args.microbatches, memory_bytes, only, processes, _progress)
-        best = found.best
         taken_s = time.monotonic() - begun
-        config = _config(best, args, dtype_of(setting))
+        if not found.is_answer:
+            _ = found.best  # raises, and says why
+    if args.json:
+        print(json.dumps([_as_json(choice) for choice in found.fits]))
+    else:
+        print("\n".join(_table(found, setting, args, taken_s)))
+    # an answer that is no pipeline is told above; it has no config
     if args.svg is not None:
         write_text(args.svg, picture(found, _title(args)))
     if args.config is not None:
-        write_text(args.config, write_toml(config))
-    if args.json:
-        print(json.dumps([_as_json(choice) for choice in found.fits]))
-        return 0
-    print("\n".join(_table(found, setting, args, taken_s)))
+        with as_flags():
+            write_text(args.config, write_toml(_config(found.best, args, dtype_of(setting))))
     return 0
 
 
@@ -97,11 +102,14 @@ def _table(found: Plan, setting: Setting, args: argparse.Namespace, taken_s: flo
         f"{args.model}, {args.microbatches} micro-batches of {args.microbatch_size} x {args.sequence_length:,} tokens on "
         f"{args.ranks} ranks{group}; {machine}, {memory}, link {setting.link.name}",
         f"{len(found.fits)} of {len(found.fits) + len(found.misses)} fit; priced in {taken_s:.0f} s",
+        *_refused(found),
         "",
-        f"{'':>4} {'step':>9}  {'of ideal':>8}  {'bubble':>6}  {'fullest rank':>12}  schedule",
     ]
     front = set(map(id, found.front))
     pipelines = [choice for choice in found.fits if choice.is_pipeline]
+    if not pipelines:
+        return [*lines, found.nothing, *_not_pipelines(found)]
+    lines.append(f"{'':>4} {'step':>9}  {'of ideal':>8}  {'bubble':>6}  {'fullest rank':>12}  schedule")
     for place, choice in enumerate(pipelines, start=1):
         if place > args.top and id(choice) not in front:
             continue
@@ -110,23 +118,36 @@ def _table(found: Plan, setting: Setting, args: argparse.Namespace, taken_s: flo
             f"{place:>3}{mark} {duration(choice.makespan_s):>9}  {choice.makespan_s / choice.ideal_s:>8.3f}  "
             f"{choice.bubble_ratio:>6.1%}  {gibibytes(choice.peak_bytes):>12}  {choice}"
         )
-    lines += ["", "* no pipeline that fits is better in both time and memory"]
-    return lines + _not_pipelines(found)
+    return [*lines, "", "* no pipeline that fits is better in both time and memory", *_not_pipelines(found)]
+
+
+def _refused(found: Plan) -> list[str]:
+    """How many candidates cannot be, and why most of them."""
+    if not found.refused:
+        return []
+    [(reason, count)] = Counter(found.refused.values()).most_common(1)
+    return [f"refused: {len(found.refused)}; the commonest reason, {count} times: {reason}"]
 
 
 def _not_pipelines(found: Plan) -> list[str]:
     """The best of each alternative, beside the best pipeline."""
     lines = []
+    best = next((choice for choice in found.fits if choice.is_pipeline), None)
     for name in dict.fromkeys(c.candidate.family for c in (*found.fits, *found.misses) if not c.is_pipeline):
         fitting = next((c for c in found.fits if c.candidate.family == name), None)
         if fitting is None:
             lines.append(f"not a pipeline: {name} does not fit")
             continue
-        times = found.best.makespan_s / fitting.makespan_s
-        verdict = f"{times:.2f} times as fast as the best pipeline" if times > 1 else f"{1 / times:.2f} times as long"
         told = f"{duration(fitting.makespan_s)}, {gibibytes(fitting.peak_bytes)}, {fitting.candidate.kept}"
-        lines.append(f"not a pipeline: {name} {told}: {verdict}")
+        lines.append(f"not a pipeline: {name} {told}: {_verdict(fitting, best)}")
     return lines
+
+
+def _verdict(alternative: Choice, best: Choice | None) -> str:
+    if best is None:
+        return "fits where no pipeline does"
+    times = best.makespan_s / alternative.makespan_s
+    return f"{times:.2f} times as fast as the best pipeline" if times > 1 else f"{1 / times:.2f} times as long"
 
 
 def _as_json(choice: Choice) -> dict[str, Any]:
@@ -154,7 +175,6 @@ def _config(choice: Choice, args: argparse.Namespace, dtype: str) -> Config:
         "model": {"name": args.model},
         "schedule": {
             "family": candidate.family, "ranks": args.ranks, "microbatches": args.microbatches, **options,
-            "partition": "even" if candidate.family == "slimpipe" else "computation_wise",
             "evenness": candidate.evenness, "segment_multiple": args.segment_multiple, "profile": args.profile or "",
         },
         "mesh": {"dp": args.data_parallel, "cp": args.context_parallel, "tp": args.tensor_parallel, "optimizer": args.optimizer},

@@ -37,6 +37,9 @@ def family_parser(command: str, about: str, epilog: str = "") -> Parser:
     parser.add_argument(
         "--evenness", type=decimal, default=0.0, metavar="E", help="segments: 0 equal cost, 1 equal length [0]"
     )
+    chunk = "tokens at a time through the MLP, over cp and tp [0: all]"
+    parser.add_argument("--mlp-chunk", type=number, default=0, metavar="N", help=chunk)
+    parser.add_argument("--head-chunk", type=number, default=0, metavar="N", help="the same for head and loss [0: all]")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     add_family_options(parser)
     return parser
@@ -55,7 +58,7 @@ def add_setting_flags(parser: Parser) -> None:
     own.add_argument(
         "--tp", "--tensor-parallel", dest="tensor_parallel", type=number, default=1, metavar="T", help=tensor
     )
-    own.add_argument("--tensor-link", metavar="NAME", help="between these [nvlink; free with ideal]")
+    own.add_argument("--tensor-link", metavar="NAME", help="between these [the hardware's own]")
     context = "such groups that share its sequences, by ring attention over --link [1]"
     own.add_argument(
         "--cp", "--context-parallel", dest="context_parallel", type=number, default=1, metavar="C", help=context
@@ -66,14 +69,6 @@ def add_setting_flags(parser: Parser) -> None:
         "--optimizer", default="replicated", metavar="O", help="its state: replicated, or sharded over dp x cp"
     )
     own.add_argument("--dtype", metavar="D", help=f"{', '.join(ELEMENT_BYTES)} [bfloat16; float32 with laptop-core]")
-    own.add_argument(
-        "--mlp-chunk",
-        type=number,
-        default=0,
-        metavar="N",
-        help="tokens at a time through the MLP, over cp and tp [0: all]",
-    )
-    own.add_argument("--head-chunk", type=number, default=0, metavar="N", help="the same for head and loss [0: all]")
     own.add_argument(
         "--segment-multiple",
         type=number,
@@ -90,30 +85,29 @@ def setting_from(args: argparse.Namespace) -> Setting:
     """The setting that the flags name; raises ConfigError."""
     profile = None
     shape = named_shape(args.model)
+    shape.check_length(args.sequence_length)
     accelerator = named_accelerator(args.hardware)
-    laptop = accelerator.name == "laptop-core"
-    dtype = args.dtype or ("float32" if laptop else "bfloat16")
-    link = args.link or {"ideal": "free", "laptop-core": "loopback"}.get(accelerator.name, "infiniband")
-    joined = named_link(link)
+    dtype = args.dtype or ("float32" if accelerator.name == "laptop-core" else "bfloat16")
+    joined, fused_rms = named_link(args.link or accelerator.link), accelerator.fused_rms
     if args.profile is not None:
         profile = Profile.load(args.profile)
         dtype = args.dtype or profile.dtype
         profile.check_fits(shape, dtype=dtype)
         joined = named_link(args.link) if args.link else profile.link or named_link("free")
-    inside = args.tensor_link or ("free" if accelerator.name == "ideal" else "nvlink")
+        fused_rms = profile.fused_rms
+    recompute, evenness = getattr(args, "recompute", "none"), getattr(args, "evenness", 0.0)
+    mlp_chunk, head_chunk = getattr(args, "mlp_chunk", 0), getattr(args, "head_chunk", 0)
     choices: tuple[tuple[str, str, Collection[str]], ...] = (
         ("dtype", dtype, ELEMENT_BYTES),
-        ("recompute", getattr(args, "recompute", "none"), RECOMPUTE),
+        ("recompute", recompute, RECOMPUTE),
         ("optimizer", args.optimizer, OPTIMIZERS),
     )
     for name, value, known in choices:
         if value not in known:
             raise ConfigError(f"{name}: '{value}' is not known; known: {', '.join(known)}")
-    if min(args.mlp_chunk, args.head_chunk) < 0:
+    if min(mlp_chunk, head_chunk) < 0:
         raise ConfigError("mlp_chunk, head_chunk: below 0; give tokens, or 0 for all at once")
-    keeping = Keeping(
-        getattr(args, "recompute", "none"), ELEMENT_BYTES[dtype], args.mlp_chunk, args.head_chunk, fused_rms=not laptop
-    )
+    keeping = Keeping(recompute, ELEMENT_BYTES[dtype], mlp_chunk, head_chunk, fused_rms)
     return Setting(
         shape,
         args.sequence_length,
@@ -122,11 +116,11 @@ def setting_from(args: argparse.Namespace) -> Setting:
         keeping,
         args.microbatch_size,
         args.tensor_parallel,
-        named_link(inside),
+        named_link(args.tensor_link or accelerator.tensor_link),
         args.context_parallel,
         args.data_parallel,
         profile,
-        evenness=getattr(args, "evenness", 0.0),
+        evenness=evenness,
         segment_multiple=args.segment_multiple,
         optimizer=args.optimizer,
     )

@@ -58,6 +58,9 @@ class Analytic:
     context_link: Link | None = None
     """The same of a context-parallel group."""
 
+    def __post_init__(self) -> None:
+        self.accelerator.rate(self.element_bytes)  # refused now rather than at the first part
+
     def forward_s(self, part: Part, batch: Batch, segment: int) -> float:
         flops = self.shape.forward_flops(part, batch, segment)
         return self._seconds(part, flops, batch, segment, backward=False)
@@ -69,7 +72,7 @@ class Analytic:
     def weight_s(self, part: Part, batch: Batch, segment: int) -> float:
         flops = self.shape.weight_flops(part, batch, segment)
         group = self.tensor_parallel * self.context_parallel
-        rate = self.accelerator.flops_per_s * self.accelerator.matmul_efficiency * group
+        rate = self.accelerator.rate(self.element_bytes) * self.accelerator.matmul_efficiency * group
         return flops / rate + (self.accelerator.launch_s if flops else 0.0)
 
     def _seconds(self, part: Part, flops: float, batch: Batch, segment: int, backward: bool) -> float:
@@ -78,7 +81,7 @@ class Analytic:
         if part.kind == "attn":
             reached = device.attention_backward_efficiency if backward else device.attention_efficiency
         moved_bytes = self._moved_elements(part) * batch.tokens(segment) * self.element_bytes * (2 if backward else 1)
-        compute_s = flops / (device.flops_per_s * reached)
+        compute_s = flops / (device.rate(self.element_bytes) * reached)
         moved_s = moved_bytes / (device.memory_bytes_per_s * device.memory_efficiency)
         taken_s = (compute_s + moved_s) / (self.tensor_parallel * self.context_parallel)
         if part.kind == "attn":

@@ -25,7 +25,7 @@ from helixpipe.schedule import families
 from helixpipe.schedule.action import Action
 from helixpipe.schedule.check import check
 from helixpipe.schedule.lower import lower
-from helixpipe.schedule.partition import MULTIPLE, even, for_shape, from_costs
+from helixpipe.schedule.partition import MULTIPLE, even, for_shape, from_costs, refuse_bidirectional
 from helixpipe.schedule.parts import Part, chain, layer_parts
 from helixpipe.schedule.program import Message, Program
 from helixpipe.schedule.schedule import Schedule
@@ -53,7 +53,8 @@ class Setting:
     """Pipelines side by side, each with micro-batches of its own; gradients are summed once a step, over `link`."""
     profile: PartCosts | None = None
     """Measured costs, in place of the accelerator's rates."""
-    partition: str = "computation_wise"
+    partition: str = "auto"
+    """computation_wise, even, or auto: the family's own (`of_family`), computation_wise where none is known."""
     evenness: float = 0.0
     segment_multiple: int = MULTIPLE
     context_method: str = "ring"
@@ -102,9 +103,10 @@ class Setting:
 
     @cached_property
     def balance(self) -> dict[str, tuple[float, ...]]:
-        """What families balance by: embed and head in layers; F, I and W of a layer.
+        """What families balance by, in forwards of a layer: embed and head; F, I and W of a layer.
 
         In FLOPs where nothing was measured, whatever the accelerator: training, which is told of none, does the same.
+        Rounded here, once, so that plan, simulate and training build one schedule.
         """
         costs = self.profile or Analytic(self.shape, named_accelerator("ideal"))
         recompute = self.keeping.recompute
@@ -117,7 +119,13 @@ class Setting:
         weights = math.fsum(costs.weight_s(part, self.whole, 0) for part in layer_parts(0))
         ends = (Part("embed", 0), Part("head", self.shape.layers))
         embed, head = (costs.forward_s(part, self.whole, 0) for part in ends)
-        return {"ends": (embed / layer, head / layer), "costs": (layer, inputs + again, weights)}
+        found = {"ends": (embed, head), "costs": (layer, inputs + again, weights)}
+        # to three digits, not decimals: where attention is nearly all, W is little but never nothing
+        return {name: tuple(float(f"{each / layer:.3g}") for each in times) for name, times in found.items()}
+
+    def of_family(self, family: str) -> Setting:
+        """With the family's own partition, unless one was asked for."""
+        return self if self.partition != "auto" else replace(self, partition=families.default_partition(family))
 
     def batch(self, segments: int) -> Batch:
         """A micro-batch whose sequences are cut into so many segments, of equal cost unless asked otherwise."""
@@ -133,12 +141,17 @@ class Setting:
         shape.check(self.shape, lengths)
 
     def segment_lengths(self, segments: int) -> tuple[int, ...]:
+        refuse_bidirectional(self.shape, segments)
         if segments == 1:
             return (self.sequence_length,)
         if self.partition == "even":
+            if self.evenness:
+                raise ConfigError(
+                    f"schedule.evenness: {self.evenness:g} moves cuts of equal computation, and these are even; leave it at 0"
+                )
             return even(self.sequence_length, segments, self.segment_multiple)
         if self.profile is not None:
-            return from_costs(self.sequence_length, segments, self._segment_s, self.segment_multiple)
+            return from_costs(self.sequence_length, segments, self._segment_s, self.segment_multiple, self.evenness)
         recompute = self.keeping.recompute
         return for_shape(self.shape, self.sequence_length, segments, self.segment_multiple, recompute, self.evenness)
 
@@ -236,6 +249,7 @@ def estimate(schedule: Schedule, setting: Setting) -> Estimate:
 
 def estimate_family(setting: Setting, family: str, ranks: int, microbatches: int, **options: Any) -> Estimate:
     """Build, lower as training does, and price."""
+    setting = setting.of_family(family)
     schedule = setting.build(family, ranks, microbatches, **options)
     return priced(lower(schedule, setting.shape, setting.batch(schedule.segments)), setting)
 
@@ -251,7 +265,7 @@ def priced(program: Program, setting: Setting) -> Estimate:
         return travels[message.number]
 
     timeline = simulate_program(program, seconds, travel, lambda message: sizes[message.number], keeping)
-    timeline = _per_accelerator(timeline, setting.group)
+    timeline = per_accelerator(timeline, setting.group)
     shards = setting.data_parallel * setting.context_parallel if setting.optimizer == "sharded" else 1
     standing = standing_bytes(schedule, setting.share, keeping, shards)
     return Estimate(setting, schedule, program, seconds, travel, Timeline(timeline.spans, timeline.memory, standing))
@@ -262,7 +276,7 @@ def _all_reduce_s(nbytes: float, ranks: int, link: Link | None) -> float:
     return 2 * (ranks - 1) * link.seconds(nbytes / ranks) if link and ranks > 1 and nbytes else 0.0
 
 
-def _per_accelerator(timeline: Timeline, group: int) -> Timeline:
+def per_accelerator(timeline: Timeline, group: int) -> Timeline:
     """Of the activations of all accelerators of a rank, each holds as much."""
     if group == 1:
         return timeline
@@ -286,5 +300,5 @@ def simulate(
     shape = named_shape(model) if isinstance(model, str) else model
     accelerator = named_accelerator(hardware) if isinstance(hardware, str) else hardware
     joined = named_link(link) if isinstance(link, str) else link
-    keeping = more.pop("keeping", Keeping(recompute, 2))
+    keeping = more.pop("keeping", Keeping(recompute, 2, fused_rms=accelerator.fused_rms))
     return estimate(schedule, Setting(shape, sequence_length, accelerator, joined, keeping, **more)).timeline

@@ -1,8 +1,9 @@
 """Accelerators and links, as data with their sources.
 
-Rates are the makers' own, dense, for bfloat16; what kernels reach of them are the stated efficiencies. Where no
-measurement of ours is behind an efficiency it is a common value of well-tuned training, and it is said. A profile
-of the machine itself (`predict.profile`) is better than any of this.
+Rates are the makers' own, dense, for bfloat16 and for IEEE float32, which torch multiplies in by default (TF32 is
+not meant); what kernels reach of them are the stated efficiencies. Where no measurement of ours is behind an
+efficiency it is a common value of well-tuned training, and it is said. A profile of the machine itself
+(`predict.profile`) is better than any of this.
 """
 
 from __future__ import annotations
@@ -32,6 +33,26 @@ class Accelerator:
     """The share of `memory_bytes_per_s` that norms, activations and residual adds reach."""
     launch_s: float = 20e-6
     """What starting a part costs, whatever its size: about five kernels of 4 us. Short segments pay it most."""
+    float32_flops_per_s: float | None = None
+    """The same at IEEE float32. Of precisions without a rate nothing is predicted."""
+    float64_flops_per_s: float | None = None
+    link: str = "infiniband"
+    """What joins pipeline ranks where no link is named: one of LINKS."""
+    tensor_link: str = "nvlink"
+    """The same of the accelerators of one rank, which are in one node."""
+    fused_rms: bool = True
+    """Whether torch has a fused RMSNorm for it: see `Keeping.fused_rms`."""
+
+    def rate(self, element_bytes: int) -> float:
+        """FLOPs a second on elements of so many bytes; raises ConfigError where none is stated."""
+        rates = {2: self.flops_per_s, 4: self.float32_flops_per_s, 8: self.float64_flops_per_s}
+        found = rates.get(element_bytes)
+        if found is None:
+            dtype = f"float{8 * element_bytes}"
+            raise ConfigError(
+                f"{dtype}: {self.name} has no rate for it; measure with helixpipe profile --dtype {dtype}, or use ideal"
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -56,35 +77,42 @@ ACCELERATORS: dict[str, Accelerator] = {
         Accelerator(
             "ideal", _TERA, math.inf, math.inf, "every FLOP at one rate and nothing else: only ratios speak",
             1.0, 1.0, 1.0, 1.0, 0.0,
+            float32_flops_per_s=_TERA, float64_flops_per_s=_TERA, link="free", tensor_link="free",
         ),
         Accelerator(
             "laptop-core", 60e9, 8 * _GIB, 10 * _GIGA,
             "one AVX2 core at float32; an order of magnitude, measure yours with helixpipe profile", 0.8, 0.35, 0.35, 0.7, 100e-6,
+            float32_flops_per_s=60e9, link="loopback", tensor_link="loopback", fused_rms=False,
         ),
         Accelerator(
             "h20", 148 * _TERA, 96 * _GIGA, 4000 * _GIGA,
-            "NVIDIA H20, public specifications: 148 TFLOPS, 96 GB HBM3 at 4.0 TB/s; slow to compute for its memory, so "
-            "that kernels come closer to its peak", 0.85, 0.75, 0.65,
+            "NVIDIA H20, public specifications: 148 TFLOPS, 44 at float32, 96 GB HBM3 at 4.0 TB/s; slow to compute for "
+            "its memory, so that kernels come closer to its peak", 0.85, 0.75, 0.65, float32_flops_per_s=44 * _TERA,
         ),
         Accelerator(
             "a100", 312 * _TERA, 80 * _GIGA, 2039 * _GIGA,
-            "NVIDIA A100 80GB SXM data sheet: 312 TFLOPS, 80 GB HBM2e at 2039 GB/s", 0.70, 0.60, 0.50,
+            "NVIDIA A100 80GB SXM data sheet: 312 TFLOPS, 19.5 at float32, 80 GB HBM2e at 2039 GB/s", 0.70, 0.60, 0.50,
+            float32_flops_per_s=19.5 * _TERA, tensor_link="nvlink-a100",
         ),
         Accelerator(
             "a800", 312 * _TERA, 80 * _GIGA, 2039 * _GIGA,
             "NVIDIA A800 80GB SXM: an A100 with NVLink at 400 GB/s", 0.70, 0.60, 0.50,
+            float32_flops_per_s=19.5 * _TERA, tensor_link="nvlink-a800",
         ),
         Accelerator(
             "h100", 989 * _TERA, 80 * _GIGA, 3350 * _GIGA,
-            "NVIDIA H100 SXM data sheet: 989 TFLOPS dense, 80 GB HBM3 at 3.35 TB/s", 0.65, 0.60, 0.45,
+            "NVIDIA H100 SXM data sheet: 989 TFLOPS dense, 67 at float32, 80 GB HBM3 at 3.35 TB/s", 0.65, 0.60, 0.45,
+            float32_flops_per_s=67 * _TERA,
         ),
         Accelerator(
             "h200", 989 * _TERA, 141 * _GIGA, 4800 * _GIGA,
-            "NVIDIA H200 SXM data sheet: 989 TFLOPS dense, 141 GB HBM3e at 4.8 TB/s", 0.65, 0.60, 0.45,
+            "NVIDIA H200 SXM data sheet: 989 TFLOPS dense, 67 at float32, 141 GB HBM3e at 4.8 TB/s", 0.65, 0.60, 0.45,
+            float32_flops_per_s=67 * _TERA,
         ),
         Accelerator(
             "b200", 2250 * _TERA, 192 * _GIGA, 8000 * _GIGA,
-            "NVIDIA B200 (HGX) data sheet: 2.25 PFLOPS dense, 192 GB HBM3e at 8 TB/s", 0.60, 0.50, 0.40,
+            "NVIDIA B200 (HGX) data sheet: 2.25 PFLOPS dense, 75 TFLOPS at float32, 192 GB HBM3e at 8 TB/s", 0.60, 0.50, 0.40,
+            float32_flops_per_s=75 * _TERA, tensor_link="nvlink-b200",
         ),
     )
 }  # fmt: skip

@@ -33,7 +33,6 @@ STAGES_PER_RANK = (2, 4, 8)
 EVENNESS = (0.0, 0.5)
 MOST_PIECES = 64
 """Segments times stages a rank: more pieces gain nothing and cost a start each."""
-BALANCE = ("costs", "ends")
 
 
 class Candidate(NamedTuple):
@@ -114,7 +113,12 @@ class Plan:
         for choice in self.fits:
             if choice.is_pipeline:
                 return choice
-        raise ConfigError(self._nothing())
+        raise ConfigError(self.nothing)
+
+    @property
+    def is_answer(self) -> bool:
+        """Whether something fits; what fits may be no pipeline, where one could be made."""
+        return bool(self.fits) and any(choice.is_pipeline for choice in (*self.fits, *self.misses))
 
     @property
     def front(self) -> tuple[Choice, ...]:
@@ -125,7 +129,9 @@ class Plan:
                 found.append(choice)
         return tuple(found)
 
-    def _nothing(self) -> str:
+    @property
+    def nothing(self) -> str:
+        """Why no pipeline fits."""
         memory = f"{self.memory_bytes / 2**30:.1f} GiB"
         nearest = next((choice for choice in self.misses if choice.is_pipeline), None)
         if nearest is None:
@@ -164,7 +170,8 @@ def candidates(
             given = dict(options)
             if given.get("segments", 1) * given.get("stages_per_rank", 1) > MOST_PIECES:
                 continue
-            evenness = EVENNESS if "segments" in grid and family != "slimpipe" else (0.0,)
+            by_cost = "segments" in grid and families.default_partition(family) != "even"
+            evenness = EVENNESS if by_cost else (0.0,)
             found += [Candidate(family, options, *each) for each in itertools.product(evenness, RECOMPUTE, chunks)]
     return found
 
@@ -184,13 +191,15 @@ def plan(
 ) -> Plan:
     """Price every candidate. `setting.keeping` gives the precision; recompute and chunks are the candidates' own.
 
-    `only`: families to consider. Raises ConfigError for sizes that cannot be.
+    `only`: families to consider. Raises ConfigError, before it searches, for what no candidate can have.
     """
     for name in only:
         families.options(name)
     if ranks < 1 or microbatches < 1:
         raise ConfigError(f"ranks, microbatches: {ranks}, {microbatches}; give at least 1 of each")
     shape = setting.shape
+    shape.check_length(setting.sequence_length)
+    _ = setting.costs  # what no candidate can be priced by is refused before the search
     asked = candidates(ranks, shape.layers, setting.sequence_length, setting.segment_multiple, shape.causal, only)
     # one schedule at a time, with all its policies: the program is shared
     by_schedule: dict[tuple[Any, ...], list[Candidate]] = {}
@@ -262,15 +271,14 @@ def estimate_candidate(
     made = Made() if made is None else made
     # some families are ordered by what their actions cost, most are cut by what embed and head do
     own = families.options(candidate.family)
-    costs = tuple(tuple(round(each, 3) for each in setting.balance[name]) for name in BALANCE if name in own)
-    if costs not in made.schedules:
-        given = dict(zip((name for name in BALANCE if name in own), costs, strict=True))
-        made.schedules[costs] = setting.build(candidate.family, ranks, microbatches, **(given | options))
-    schedule = made.schedules[costs]
+    balance = tuple(value for name, value in setting.balance.items() if name in own)
+    if balance not in made.schedules:
+        made.schedules[balance] = setting.build(candidate.family, ranks, microbatches, **options)
+    schedule = made.schedules[balance]
     batch = setting.batch(schedule.segments)
-    if (costs, batch) not in made.programs:
-        made.programs[costs, batch] = lower(schedule, setting.shape, batch)
-    return priced(made.programs[costs, batch], setting)
+    if (balance, batch) not in made.programs:
+        made.programs[balance, batch] = lower(schedule, setting.shape, batch)
+    return priced(made.programs[balance, batch], setting)
 
 
 def _own(setting: Setting, candidate: Candidate) -> Setting:
@@ -278,8 +286,7 @@ def _own(setting: Setting, candidate: Candidate) -> Setting:
     keeping = replace(
         setting.keeping, recompute=candidate.recompute, mlp_chunk=candidate.chunk, head_chunk=candidate.chunk
     )
-    partition = "even" if candidate.family == "slimpipe" else setting.partition
-    return replace(setting, keeping=keeping, evenness=candidate.evenness, partition=partition)
+    return replace(setting, keeping=keeping, evenness=candidate.evenness).of_family(candidate.family)
 
 
 def _alternatives(setting: Setting, ranks: int, microbatches: int) -> list[Choice]:

@@ -67,6 +67,13 @@ class Profile:
     timings: tuple[Timing, ...]
     link: Link | None = None
     """Between two ranks of this machine; None where there is only one device."""
+    device_type: str = "cpu"
+    """cpu or cuda."""
+
+    @property
+    def fused_rms(self) -> bool:
+        """Whether the device has a fused RMSNorm: see `Keeping.fused_rms`."""
+        return self.device_type == "cuda"
 
     def __post_init__(self) -> None:
         for kind, name in CURVES:
@@ -144,7 +151,7 @@ class Profile:
     def to_json(self) -> str:
         """JSON, a line for each timing."""
         facts: dict[str, Any] = {"format": FORMAT, "shape": _fields(self.shape)}
-        facts |= {name: getattr(self, name) for name in ("device", "dtype", "threads", "ranks", "torch")}
+        facts |= {name: getattr(self, name) for name in ("device", "device_type", "dtype", "threads", "ranks", "torch")}
         facts["link"] = self.link and _fields(self.link)
         lines = [f"  {json.dumps(name)}: {json.dumps(value)},\n" for name, value in facts.items()]
         rows = ",\n".join(f"    {json.dumps(timing)}" for timing in self.timings)
@@ -159,7 +166,8 @@ class Profile:
             raise ConfigError(f"not JSON ({error}); helixpipe profile writes these files") from None
         if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
             raise ConfigError(f'not a profile: no "format": "{FORMAT}"; helixpipe profile writes these files')
-        kinds = {"device": str, "dtype": str, "torch": str, "threads": int, "ranks": int}
+        found.setdefault("device_type", "cpu")  # a file from before it was told
+        kinds = {"device": str, "device_type": str, "dtype": str, "torch": str, "threads": int, "ranks": int}
         given = _checked(found, "", {"shape": dict, "link": dict, "timings": list} | kinds, may_be_null=("link",))
         given["shape"] = ModelShape(**_checked(given["shape"], "shape.", _kinds(ModelShape)))
         if given["link"] is not None:

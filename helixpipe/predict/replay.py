@@ -5,15 +5,18 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 
-from helixpipe.predict.keeping import Keeping
+from helixpipe.predict.estimate import Setting, per_accelerator
 from helixpipe.predict.simulate import simulate_program
 from helixpipe.predict.timeline import Timeline
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.program import Program
 
 
-def replayed(program: Program, measured: Timeline, keeping: Keeping) -> Timeline:
-    """Each action takes the median of its stage, pass and segment over all micro-batches; messages are free."""
+def replayed(program: Program, measured: Timeline, setting: Setting) -> Timeline:
+    """Each action takes the median of its stage, pass and segment over all micro-batches; messages are free.
+
+    Bytes are those of one accelerator of a rank, which is what a run measures.
+    """
     taken: dict[tuple[int, Pass, int], list[float]] = defaultdict(list)
     for spans in measured.spans:
         for span in spans:
@@ -24,4 +27,4 @@ def replayed(program: Program, measured: Timeline, keeping: Keeping) -> Timeline
     def seconds(action: Action) -> float:
         return medians.get((action.stage, action.kind, action.segment), 0.0)
 
-    return simulate_program(program, seconds, keeping=keeping)
+    return per_accelerator(simulate_program(program, seconds, keeping=setting.keeping), setting.group)

@@ -123,7 +123,8 @@ class Parts:
         timings = tuple(Timing(*which, statistics.median(each)) for which, each in seconds.items())
         name, version = str(self.dtype).removeprefix("torch."), torch.__version__.split("+")[0]
         threads = torch.get_num_threads()
-        return Profile(self.asked, device_name(self.device), name, threads, 1, version, timings)
+        device = device_name(self.device)
+        return Profile(self.asked, device, name, threads, 1, version, timings, device_type=self.device.type)
 
     def _schedule(self, segments: int) -> Schedule:
         stages = range(len(self.stages))

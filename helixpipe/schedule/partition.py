@@ -53,8 +53,7 @@ def computation_wise(
     Equal cost makes the first segments the longest, and these are what a rank keeps most of. `evenness` moves every
     boundary that share of its way to the even ones: 0.5 costs little time and saves half of that memory.
     """
-    if not 0 <= evenness <= 1:
-        raise ConfigError(f"schedule.evenness: {evenness:g}; give 0 (computation-wise) to 1 (even)")
+    _check_evenness(evenness)
     if not (min(linear, quadratic) >= 0 < linear + quadratic < math.inf):
         raise ConfigError(
             f"schedule.partition: linear cost {linear:g} and quadratic cost {quadratic:g}; give two from 0 up, not both 0"
@@ -63,8 +62,7 @@ def computation_wise(
     costs = [whole * i / segments for i in range(1, segments)]
     # the usual formula, written so that it holds without a quadratic part and does not subtract equals
     bounds = [2 * cost / (linear + math.sqrt(linear**2 + 4 * quadratic * cost)) for cost in costs]
-    moved = [bound + evenness * (length * i / segments - bound) for i, bound in enumerate(bounds, start=1)]
-    return _rounded(moved, length, segments, multiple)
+    return _rounded(_moved(bounds, length, evenness), length, segments, multiple)
 
 
 def for_shape(
@@ -95,13 +93,16 @@ def for_shape(
     return computation_wise(length, segments, linear, quadratic, multiple, evenness)
 
 
-def from_costs(length: int, segments: int, seconds: Seconds, multiple: int = MULTIPLE) -> tuple[int, ...]:
-    """The dearest segment as cheap as can be, under measured costs.
+def from_costs(
+    length: int, segments: int, seconds: Seconds, multiple: int = MULTIPLE, evenness: float = 0.0
+) -> tuple[int, ...]:
+    """The dearest segment as cheap as can be, under measured costs; `evenness` as in `computation_wise`.
 
     Bisects what the dearest may cost: under a bound, every segment takes all tokens that stay within it.
     """
     _check(length, segments, multiple)
-    best = _rounded([length * i / segments for i in range(1, segments)], length, segments, multiple)
+    _check_evenness(evenness)
+    best = even(length, segments, multiple)
     low, high = 0.0, max(_costs(best, seconds))
     for _ in range(BISECTIONS):
         bound = (low + high) / 2
@@ -110,7 +111,7 @@ def from_costs(length: int, segments: int, seconds: Seconds, multiple: int = MUL
             low = bound
         else:
             best, high = found, max(_costs(found, seconds))
-    return best
+    return _rounded(_moved(list(itertools.accumulate(best[:-1])), length, evenness), length, segments, multiple)
 
 
 def pipelined(
@@ -160,6 +161,17 @@ def _check(length: int, segments: int, multiple: int) -> None:
             f"schedule.segments: {segments} segments of at least {multiple} tokens are more than the sequence's {length}; "
             f"give at most {max(1, length // multiple)} segments, or a schedule.segment_multiple of at most {length // segments}"
         )
+
+
+def _check_evenness(evenness: float) -> None:
+    if not 0 <= evenness <= 1:
+        raise ConfigError(f"schedule.evenness: {evenness:g}; give 0 (computation-wise) to 1 (even)")
+
+
+def _moved(bounds: Sequence[float], length: int, evenness: float) -> list[float]:
+    """Every boundary moved that share of its way to the even one."""
+    segments = len(bounds) + 1
+    return [bound + evenness * (length * i / segments - bound) for i, bound in enumerate(bounds, start=1)]
 
 
 def _rounded(bounds: Sequence[float], length: int, segments: int, multiple: int) -> tuple[int, ...]:

@@ -227,6 +227,10 @@ def _check_vocabulary(pieces: Sequence[Piece], vocabulary: int) -> None:
         if vocabulary < 256:
             raise DataError(f"model.vocabulary: {vocabulary}; bytes of text need 256")
         return
+    if vocabulary > 2**16 and any(piece.dtype == "uint16" and piece.path.endswith(".bin") for piece in pieces):
+        raise DataError(
+            f"data.dtype: uint16 cannot hold the tokens of a vocabulary of {vocabulary}; write them as uint32 and set it to that"
+        )
     left = _CHECKED_TOKENS
     for piece in pieces:
         count = min(left, piece.tokens)

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator
 from html import escape
 
+from helixpipe.errors import ConfigError
 from helixpipe.predict.plan import Choice, Plan
 from helixpipe.view.palette import oklch
 
@@ -26,10 +27,9 @@ SLOWEST = 2.0
 
 def picture(plan: Plan, title: str) -> str:
     """The drawing. Hovering over a dot tells its choice. Raises ConfigError for a plan that nothing fits."""
-    fastest = plan.best.makespan_s
-    everyone = [
-        c for c in (*plan.fits, *plan.misses) if c.makespan_s <= SLOWEST * min(fastest, plan.fits[0].makespan_s)
-    ]
+    if not plan.fits:
+        raise ConfigError(plan.nothing)
+    everyone = [c for c in (*plan.fits, *plan.misses) if c.makespan_s <= SLOWEST * plan.fits[0].makespan_s]
     drawing = _Drawing(plan, everyone)
     body = "\n".join([*drawing.axes(), *drawing.limit(), *drawing.dots(), *drawing.front(), *drawing.legend()])
     return (
@@ -101,6 +101,8 @@ class _Drawing:
         """The front's line, and a ring round each of its choices."""
         front = [choice for choice in self.plan.front if choice.makespan_s <= self.most_s]
         points = [(self.x(choice.peak_bytes), self.y(choice.makespan_s)) for choice in front]
+        if not points:
+            return
         yield f'<path d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in points)}" fill="none" stroke="#222" stroke-width="1.2"/>'
         for number, (x, y) in enumerate(points, start=1):
             yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6.5" fill="none" stroke="#222" stroke-width="1.4"/>'

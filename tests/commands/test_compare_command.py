@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,8 @@ def test_from_an_accelerator_with_a_page(run: Path, tmp_path: Path, capsys: pyte
         (lambda run: None, "--hardware h1000", "--hardware: 'h1000' is not known; did you mean 'h100'?"),
         (lambda run: None, "--hardware h100 --profile p.json", "profile, hardware: both are given; choose one"),
         (lambda run: None, "--profile p.json", "p.json"),
+        (lambda run: None, "--link infiniband",
+         "--link: messages of a replay take no time; give --profile or --hardware with it"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(
@@ -83,3 +86,18 @@ def test_bad_input_is_one_line(
     assert shown.out == ""
     assert len(shown.err.splitlines()) == 1
     assert message in shown.err
+
+
+@pytest.mark.timeout(120)
+def test_bytes_are_one_accelerators_share_on_a_mesh(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two pipeline ranks of two context ranks each: predicted as what one process holds, which is what it measures."""
+    folder = tmp_path / "run"
+    line = "--schedule.family 1f1b --schedule.ranks 2 --schedule.microbatches 2 --mesh.cp 2 --train.steps 1"
+    line += " --train.evaluate_every 0 --data.held_out 0 --run.timeline_step 1 --run.checkpoint_every 0"
+    assert main(["train", *line.split(), "--run.folder", str(folder)]) == 0
+    for flags in ("", "--hardware laptop-core"):
+        capsys.readouterr()
+        assert main(["compare", str(folder), *flags.split(), "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)["numbers"]
+        ratios = [row["ratio"] for row in told if row["name"] == "peak_activation_bytes"]
+        assert ratios == pytest.approx([1, 1], rel=0.05)

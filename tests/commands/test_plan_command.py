@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
 
 from helixpipe.cli import main
 from helixpipe.config_text import build_config, read_toml
+from helixpipe.predict.estimate import Setting
+from helixpipe.predict.plan import estimate_candidate, plan
+from helixpipe.schedule.families import FAMILIES
+from helixpipe.shape import SHAPES
 
+TINY = "--ranks 4 --microbatches 4 --model tiny --sequence-length 1024 --processes 1"
 SMALL = "--ranks 2 --microbatches 4 --model tiny --sequence-length 1024 --hardware laptop-core --processes 1"
 
 
@@ -74,6 +81,8 @@ def test_the_config_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (f"{SMALL} --memory -3", "--memory: -3 GiB; give more than 0"),
         (f"{SMALL} --families 1f2b", "FAMILY: '1f2b' is not known; did you mean '1f1b'?"),
         (f"{SMALL} --ranks 0", "ranks, microbatches: 0, 4; give at least 1 of each"),
+        (f"{SMALL} --processes -1", "--processes: -1; give at least 1, or 0 for one a core"),
+        (f"{SMALL} --mlp-chunk 512", "'--mlp-chunk' is not an option of helixpipe plan"),
         (f"{SMALL} --ranks 64 --families 1f1b", "no schedule can be made for this: schedule.ranks: 4 layers cannot fill 64"),
         (f"{SMALL} --hardware h101", "--hardware: 'h101' is not known; did you mean 'h100'?"),
     ],
@@ -84,3 +93,58 @@ def test_bad_input_is_one_line(line: str, message: str, capsys: pytest.CaptureFi
     assert shown.out == ""
     assert len(shown.err.splitlines()) == 1
     assert message in shown.err
+
+
+def test_an_alternative_is_the_answer_where_no_pipeline_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"{TINY} --families gpipe"
+    assert main(["plan", *line.split(), "--json"]) == 0
+    least = {True: math.inf, False: math.inf}
+    for each in json.loads(capsys.readouterr().out):
+        peak = max(rank["peak_bytes"] for rank in each["ranks"])
+        least[each["is_pipeline"]] = min(peak, least[each["is_pipeline"]])
+    line += f" --memory {(least[True] + least[False]) / 2**31}"
+    assert main(["plan", *line.split(), "--svg", str(tmp_path / "a.svg")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3].startswith("memory: no schedule fits 0.0 GiB; the nearest is gpipe, recompute ")
+    assert any(line.startswith("not a pipeline: ") and line.endswith(": fits where no pipeline does") for line in lines)
+    assert "does not fit" in (tmp_path / "a.svg").read_text()
+    assert main(["plan", *line.split(), "--json"]) == 0
+    assert not any(each["is_pipeline"] for each in json.loads(capsys.readouterr().out))
+    assert main(["plan", *line.split(), "--config", str(tmp_path / "a.toml")]) == 2
+    shown = capsys.readouterr()
+    assert "fits where no pipeline does" in shown.out
+    assert shown.err.startswith("helixpipe: error: --memory: no schedule fits")
+    assert not (tmp_path / "a.toml").exists()
+
+
+def test_what_was_refused_is_counted_with_its_commonest_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(f"plan {TINY} --families 1f1b,seq1f1b --cp 2 --segment-multiple 1".split()) == 0
+    told = capsys.readouterr().out.splitlines()[2]
+    assert re.fullmatch(r"refused: \d+; the commonest reason, \d+ times: schedule.segment_multiple: .*", told)
+
+
+def test_what_no_candidate_can_have_is_refused_before_the_search(
+    profile: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("helixpipe.predict.plan._spread", lambda work, processes: pytest.fail("it searched"))
+    assert main(f"plan {TINY} --profile {profile} --tp 2".split()) == 2
+    assert "--profile: measured on one device alone; leave tp and cp at 1" in capsys.readouterr().err
+    assert main(f"plan {TINY} --model gpt2 --sequence-length 4096".split()) == 2
+    assert "learned positions have room for 1024" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_the_config_builds_the_very_schedule_that_was_priced(family: str, tmp_path: Path) -> None:
+    """For a model so small that a pass takes less than a millisecond."""
+    path = tmp_path / "a.toml"
+    line = f"--ranks 2 --microbatches 4 --model tiny --sequence-length 1024 --processes 1 --families {family}"
+    assert main(["plan", *line.split(), "--config", str(path)]) == 0
+    config = build_config(read_toml(path))
+    schedule = config.build_schedule()
+    found = plan(Setting(SHAPES["tiny"], 1024), 2, 4, math.inf, (family,))
+    assert not [reason for reason in found.refused.values() if "costs" in reason]
+    priced = estimate_candidate(Setting(SHAPES["tiny"], 1024), 2, 4, found.best.candidate)
+    assert schedule == priced.schedule
+    assert config.setting().batch(schedule.segments) == priced.program.batch

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from helixpipe.cli import main
+from helixpipe.predict.profile import Profile
 
 LONG = "--ranks 8 --microbatches 16 --model 7b --sequence-length 131072"
 SMALL = "--ranks 2 --microbatches 4 --model tiny --sequence-length 1024"
@@ -42,6 +44,25 @@ def test_hardware_link_and_policy_change_the_answer(capsys: pytest.CaptureFixtur
     assert full["ranks"][0]["peak_activation_bytes"] < h200["ranks"][0]["peak_activation_bytes"] / 5
     wired = asked(capsys, f"helix {LONG} --hardware h200 --link ethernet")
     assert wired["makespan_s"] > asked(capsys, f"helix {LONG} --hardware h200")["makespan_s"]
+
+
+def test_the_tensor_link_is_the_accelerators_own(capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"1f1b {LONG} --hardware a100 --tp 8"
+    own = asked(capsys, line)["makespan_s"]
+    assert own == asked(capsys, f"{line} --tensor-link nvlink-a100")["makespan_s"]
+    assert own > asked(capsys, f"{line} --tensor-link nvlink")["makespan_s"]
+
+
+def test_an_rms_norm_keeps_less_where_it_is_fused(profile: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the accelerator, or by the device that a profile is of."""
+    line = f"1f1b {SMALL} --dtype float32 --recompute none --link free"
+    cuda = profile.with_name("cuda.json")
+    replace(Profile.load(profile), device_type="cuda").save(cuda)
+    fused, plain, of_cpu, of_cuda = (
+        asked(capsys, f"{line} {more}")["ranks"][0]["peak_activation_bytes"]
+        for more in ("", "--hardware laptop-core", f"--profile {profile}", f"--hardware laptop-core --profile {cuda}")
+    )
+    assert fused == of_cuda < plain == of_cpu
 
 
 def test_segments_are_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,6 +122,8 @@ def test_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (f"1f1b {SMALL} --hardware h20o", "--hardware: 'h20o' is not known; did you mean 'h20'?"),
         (f"1f1b {SMALL} --link nvlnk", "--link: 'nvlnk' is not known; did you mean 'nvlink'?"),
         (f"1f1b {SMALL} --dtype fp8", "--dtype: 'fp8' is not known; known: bfloat16, float32, float64"),
+        (f"1f1b {SMALL} --hardware h100 --dtype float64",
+         "float64: h100 has no rate for it; measure with helixpipe profile --dtype float64, or use ideal"),
         (f"1f1b {SMALL} --optimizer adam", "--optimizer: 'adam' is not known; known: replicated, sharded"),
         (f"1f1b {SMALL} --recompute half", "--recompute: 'half' is not known; known: none, selective, full"),
         (f"1f1b {SMALL} --segments 2", "--segments: not an option of 1f1b, which has --opaque, --ends, but of terapipe"),

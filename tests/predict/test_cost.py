@@ -26,6 +26,38 @@ IDEAL = Analytic(SHAPE, named_accelerator("ideal"))
 SLOW = Accelerator("slow", 100.0, 1e9, 10.0, "made up", 0.5, 0.25, 0.2, 1.0, 0.0)
 
 
+def test_every_accelerator_names_links_that_are_known() -> None:
+    own = {name: (each.link, each.tensor_link, each.fused_rms) for name, each in ACCELERATORS.items()}
+    assert all(link in LINKS and inside in LINKS for link, inside, _ in own.values())
+    assert own["ideal"] == ("free", "free", True)
+    assert own["laptop-core"] == ("loopback", "loopback", False)
+    inside = {name: tensor_link for name, (_, tensor_link, _) in own.items()}
+    assert [inside[name] for name in ("a100", "a800", "h100", "b200")] == [
+        "nvlink-a100", "nvlink-a800", "nvlink", "nvlink-b200",
+    ]  # fmt: skip
+
+
+def test_float32_has_a_rate_of_its_own() -> None:
+    mlp = Part("mlp", 0)
+    for name, times in (("h100", 989 / 67), ("a100", 16), ("laptop-core", 1), ("ideal", 1)):
+        accelerator = replace(named_accelerator(name), launch_s=0.0, memory_bytes_per_s=float("inf"))
+        half, single = (Analytic(SHAPE, accelerator, size) for size in (2, 4))
+        assert single.weight_s(mlp, BATCH, 0) == pytest.approx(times * half.weight_s(mlp, BATCH, 0))
+        assert single.forward_s(mlp, BATCH, 0) == pytest.approx(times * half.forward_s(mlp, BATCH, 0))
+
+
+def test_a_precision_without_a_rate_is_refused() -> None:
+    told = "float64: {} has no rate for it; measure with helixpipe profile --dtype float64, or use ideal"
+    for name in ACCELERATORS.keys() - {"ideal"}:
+        with pytest.raises(ConfigError) as caught:
+            Analytic(SHAPE, named_accelerator(name), 8)
+        assert str(caught.value) == told.format(name)
+    wide = Analytic(SHAPE, named_accelerator("ideal"), 8)
+    assert wide.weight_s(Part("mlp", 0), BATCH, 0) == IDEAL.weight_s(Part("mlp", 0), BATCH, 0)
+    with pytest.raises(ConfigError, match=r"^float32: slow has no rate for it"):
+        Analytic(SHAPE, SLOW, 4)
+
+
 def test_ideal_prices_every_flop_alike() -> None:
     for part in chain(2):
         forward, backward = SHAPE.forward_flops(part, BATCH, 0), SHAPE.backward_flops(part, BATCH, 0)

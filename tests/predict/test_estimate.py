@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 import helixpipe as hp
 from helixpipe.errors import ConfigError
+from helixpipe.predict.cost import PartCosts
 from helixpipe.predict.estimate import Setting, estimate, estimate_family
 from helixpipe.predict.hardware import Link, named_accelerator, named_link
 from helixpipe.predict.keeping import Keeping
 from helixpipe.predict.standing import owned_and_visiting, standing_bytes
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
+from helixpipe.schedule.partition import even
 from helixpipe.schedule.parts import Part
 from helixpipe.schedule.program import Run
 from helixpipe.schedule.schedule import Schedule
@@ -202,15 +205,27 @@ def test_the_face() -> None:
     assert longer.makespan_s > 2 * timeline.makespan_s * 0.9
 
 
-def test_segments_are_cut_by_cost_and_moved_towards_even() -> None:
-    cut = LONG.segment_lengths(8)
-    moved = replace(LONG, evenness=0.5).segment_lengths(8)
-    even = replace(LONG, partition="even").segment_lengths(8)
-    assert cut[0] > moved[0] > even[0] == 131072 // 8
-    assert cut[-1] < moved[-1] < even[-1]
-    assert replace(LONG, evenness=1.0).segment_lengths(8) == even
-    assert {sum(lengths) for lengths in (cut, moved, even)} == {131072}
-    assert LONG.batch(1) == Batch(1, (131072,))
+def test_the_face_keeps_what_the_accelerator_keeps() -> None:
+    schedule = hp.build_schedule("1f1b", ranks=2, layers=4, microbatches=2)
+    peaks = {
+        name: hp.simulate(schedule, model="tiny", hardware=name, recompute="none").peak_activation_bytes[0]
+        for name in ("h100", "laptop-core")
+    }
+    assert peaks["h100"] < peaks["laptop-core"]
+
+
+@pytest.mark.parametrize("profile", [None, LONG.costs])
+def test_segments_are_cut_by_cost_and_moved_towards_even(profile: PartCosts | None) -> None:
+    """By FLOPs, and by what a profile has measured."""
+    setting = replace(LONG, profile=profile)
+    cut = setting.segment_lengths(8)
+    moved = replace(setting, evenness=0.5).segment_lengths(8)
+    evenly = replace(setting, partition="even").segment_lengths(8)
+    assert cut[0] > moved[0] > evenly[0] == 131072 // 8
+    assert cut[-1] < moved[-1] < evenly[-1]
+    assert replace(setting, evenness=1.0).segment_lengths(8) == evenly
+    assert {sum(lengths) for lengths in (cut, moved, evenly)} == {131072}
+    assert setting.batch(1) == Batch(1, (131072,))
 
 
 @pytest.mark.parametrize(
@@ -242,6 +257,38 @@ def test_a_profile_prices_one_device() -> None:
         estimate_family(setting, "1f1b", 2, 2)
 
 
+def test_the_partition_is_the_familys_own_unless_asked_otherwise() -> None:
+    setting = replace(LONG, sequence_length=4096)
+    lengths = {
+        family: estimate_family(setting, family, 2, 2, segments=4).program.batch.segment_lengths
+        for family in ("slimpipe", "seq1f1b_interleaved")
+    }
+    assert lengths["slimpipe"] == even(4096, 4) != lengths["seq1f1b_interleaved"]
+    for asked in ("even", "computation_wise"):
+        for family in lengths:
+            assert replace(setting, partition=asked).of_family(family).partition == asked
+
+
+@pytest.mark.parametrize("change", [{}, {"partition": "even"}, {"profile": LONG.costs}])
+def test_segments_need_causal_attention_however_they_are_cut(change: dict[str, Any]) -> None:
+    shape = replace(TINY, causal=False)
+    schedule = build_schedule("seq1f1b", ranks=2, layers=4, microbatches=2, segments=2)
+    with pytest.raises(ConfigError, match=r"^schedule.segments: 2 segments need causal attention"):
+        hp.simulate(schedule, shape, sequence_length=1024, **change)
+    whole = build_schedule("1f1b", ranks=2, layers=4, microbatches=2)
+    assert hp.simulate(whole, shape, sequence_length=1024, **change).makespan_s > 0
+
+
 def test_evenness_beyond_its_range() -> None:
     with pytest.raises(ConfigError, match=r"^schedule.evenness: 2; give 0 \(computation-wise\) to 1 \(even\)$"):
         replace(LONG, evenness=2.0).segment_lengths(4)
+    with pytest.raises(ConfigError, match=r"^schedule.evenness: 2; give 0"):
+        replace(LONG, evenness=2.0, profile=LONG.costs).segment_lengths(4)
+
+
+def test_what_families_balance_by_is_counted_in_layers() -> None:
+    """F, I and W of a layer are ratios, and none is nothing: for a tiny model, and where attention is nearly all."""
+    for setting in (Setting(TINY, 64), replace(LONG, sequence_length=2**24)):
+        forward, inputs, weights = setting.balance["costs"]
+        assert forward == 1
+        assert inputs > 1 > weights > 0

@@ -13,6 +13,7 @@ import pytest
 from helixpipe.config import Config, ModelConfig
 from helixpipe.config_text import build_config, merged, parse_arguments, read_toml, to_table, write_toml
 from helixpipe.errors import ConfigError
+from helixpipe.schedule.partition import even
 from helixpipe.shape import SHAPES, ModelShape
 from helixpipe.train import main
 
@@ -57,6 +58,13 @@ def test_the_command_line_goes_before_the_file(tmp_path: Path) -> None:
     assert config.schedule.folds == 1
 
 
+@pytest.mark.parametrize(("device", "used", "fused"), [
+    ("cpu", "", False), ("cuda", "", True), ("auto", "", False), ("auto", "cuda:1", True), ("auto", "cpu", False),
+])  # fmt: skip
+def test_an_rms_norm_is_fused_on_cuda(device: str, used: str, fused: bool) -> None:
+    assert build_config({"runtime": {"device": device}}).setting(used).keeping.fused_rms is fused
+
+
 def test_another_family_does_not_inherit_options() -> None:
     base = {"schedule": {"family": "helix", "folds": 1, "ranks": 4}}
     assert merged(base, {"schedule": {"family": "1f1b"}}) == {"schedule": {"family": "1f1b", "ranks": 4}}
@@ -76,6 +84,18 @@ def test_segments_are_cut_by_computation_or_evenly(partition: str, lengths: tupl
     config = build_config(table)
     assert config.segment_lengths(config.build_schedule()) == lengths
     assert Config().segment_lengths(Config().build_schedule()) is None
+
+
+def test_slimpipe_cuts_evenly_unless_asked_otherwise() -> None:
+    table = {"schedule": {"family": "slimpipe", "segments": 4}, "train": {"sequence_length": 4096}}
+    config = build_config(table)
+    assert config.segment_lengths(config.build_schedule()) == even(4096, 4)
+    asked = build_config({**table, "schedule": {**table["schedule"], "partition": "computation_wise"}})
+    assert asked.segment_lengths(asked.build_schedule()) == asked.setting().segment_lengths(4) != even(4096, 4)
+    with pytest.raises(
+        ConfigError, match=r"^schedule.evenness: 0.5 moves cuts of equal computation, and these are even"
+    ):
+        build_config({**table, "schedule": {**table["schedule"], "evenness": 0.5}})
 
 
 @pytest.mark.parametrize(
@@ -153,6 +173,11 @@ def test_a_missing_file_is_named() -> None:
             {"model": {"heads": 3}},
             "model.heads: 3 heads do not divide hidden size 128; choose a divisor or set model.head_dim",
         ),
+        ({"model": {"kv_heads": -1}}, "model.kv_heads: -1; give at least 0"),
+        ({"model": {"head_dim": -32}}, "model.head_dim: -32; give at least 0"),
+        ({"model": {"context": -1}}, "model.context: -1; give at least 0"),
+        ({"model": {"norm_eps": -1e-5}}, "model.norm_eps: -1e-05; give at least 0"),
+        ({"model": {"rope_base": 0.0}}, "model.rope_base: 0; give more than 0"),
         ({"model": {"causal": False}}, "model.causal: next-token training needs a causal model; set it to true"),
         ({"schedule": {"family": "helx"}}, "schedule.family: 'helx' is not known; did you mean 'helix'?"),
         (
@@ -162,6 +187,14 @@ def test_a_missing_file_is_named() -> None:
         (
             {"schedule": {"family": "1f1b", "ranks": 6}},
             "schedule.ranks: 4 layers cannot fill 6 stages; use at most 4 ranks",
+        ),
+        (
+            {"schedule": {"family": "interleaved", "stages_per_rank": 3}},
+            "schedule.stages_per_rank: 4 layers cannot fill 2 ranks of 3 stages each; use at most 2",
+        ),
+        (
+            {"schedule": {"family": "interleaved", "ranks": 6, "stages_per_rank": 2}},
+            "schedule.ranks: 4 layers cannot fill 6 ranks of 2 stages each; use at most 2 ranks",
         ),
         (
             {"schedule": {"family": "seq1f1b", "segments": 9}, "train": {"sequence_length": 8}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -191,6 +192,22 @@ def test_data_that_cannot_be_trained_on_is_one_line(tmp_path: Path, make: object
     with pytest.raises(DataError) as caught:
         corpus(path)
     assert str(caught.value) == "data.path: " + message.replace("{}", str(path))
+
+
+def test_uint16_cannot_hold_the_tokens_of_a_large_vocabulary(tmp_path: Path) -> None:
+    np.zeros(4000, np.uint16).tofile(tmp_path / "a.bin")
+    table: dict[str, dict[str, Any]] = {
+        "data": {"path": str(tmp_path)}, "model": {"vocabulary": 2**16}, "train": {"sequence_length": 16},
+    }  # fmt: skip
+    assert open_corpus(build_config(table))
+    table["model"]["vocabulary"] += 1
+    with pytest.raises(DataError) as caught:
+        open_corpus(build_config(table))
+    assert str(caught.value) == (
+        "data.dtype: uint16 cannot hold the tokens of a vocabulary of 65537; write them as uint32 and set it to that"
+    )
+    table["data"]["dtype"] = "uint32"
+    assert open_corpus(build_config(table))
 
 
 def test_bytes_need_a_vocabulary_of_256(tmp_path: Path) -> None:

@@ -46,6 +46,15 @@ FAMILIES: dict[str, Callable[..., Schedule]] = {
 }
 
 
+EVEN_SEGMENTS = ("slimpipe",)
+"""Families whose segments are of one length by definition."""
+
+
+def default_partition(family: str) -> str:
+    """How a family's sequences are cut where nothing else is asked for: `even` or `computation_wise`."""
+    return "even" if family in EVEN_SEGMENTS else "computation_wise"
+
+
 def options(family: str) -> tuple[str, ...]:
     """The options of a family beyond ranks, layers and micro-batches."""
     if family not in FAMILIES:

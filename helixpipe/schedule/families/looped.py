@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from helixpipe.errors import ConfigError
 from helixpipe.schedule.action import Action, Pass
-from helixpipe.schedule.families.split import split_layers
+from helixpipe.schedule.families.split import most_stages, split_layers
 from helixpipe.schedule.families.units import Unit, backward_units, forward_units, take_turns
 from helixpipe.schedule.parts import Stage
 from helixpipe.schedule.schedule import Schedule
@@ -30,10 +30,11 @@ def looped(
     """The v*p stages; raises ConfigError where layers cannot fill them."""
     if stages_per_rank < 1:
         raise ConfigError(f"schedule.stages_per_rank: {stages_per_rank}; give at least 1")
-    if ranks <= layers < ranks * stages_per_rank and not any(ends):
+    most = most_stages(layers, ends)
+    if ranks <= most < ranks * stages_per_rank:
         raise ConfigError(
             f"schedule.stages_per_rank: {layers} layers cannot fill {ranks} ranks of {stages_per_rank} stages each; "
-            f"use at most {layers // ranks}"
+            f"use at most {most // ranks}"
         )
     return split_layers(layers, ranks, opaque, ends, stages_per_rank)
 

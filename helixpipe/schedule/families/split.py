@@ -34,6 +34,11 @@ def split_layers(
     return tuple(Stage(parts) for parts in cut(chain(layers, opaque), before))
 
 
+def most_stages(layers: int, ends: Sequence[float]) -> int:
+    """How many stages so many layers fill: an end that weighs something may be one without any."""
+    return layers + sum(end > 0 for end in ends)
+
+
 def _count_of(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 

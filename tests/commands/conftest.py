@@ -1,0 +1,23 @@
+"""What tests of several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from helixpipe.predict.profile import CURVES, PASSES, Profile, Timing
+from helixpipe.shape import SHAPES
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Path:
+    """A profile of the tiny model: attention's cost grows with what is before it, all else with the tokens."""
+    timings = tuple(
+        Timing(kind, PASSES[name], length, context, 1e-6 * length * (1 + (context + length if kind == "attn" else 0)))
+        for kind, name in CURVES
+        for length, context in ((256, 0), (512, 0), (1024, 0), (512, 512), (256, 768))
+    )
+    path = tmp_path / "profile.json"
+    Profile(SHAPES["tiny"], "made up", "float32", 1, 2, "2.9", timings).save(path)
+    return path
