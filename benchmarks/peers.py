@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helixpipe.model.decoder import Decoder
-from helixpipe.model.layers import MLP
 from helixpipe.model.linear import Linear
 from helixpipe.schedule.parts import Part, chain
 from helixpipe.shape import ModelShape
@@ -39,15 +38,6 @@ def _start(rank: int, ranks: int, port: int, function: Callable[..., Any], args:
     dist.destroy_process_group()
 
 
-class PlainMLP(MLP):
-    """The same MLP as one writes it in torch."""
-
-    def whole(self, x: Tensor, *others: Tensor) -> Tensor:
-        n = self.norm(x)
-        inner = F.gelu(self.up(n)) if self.gate is None else F.silu(self.gate(n)) * self.up(n)
-        return x + self.down(inner)  # type: ignore[no-any-return]
-
-
 class PlainParts(nn.Module):
     """A run of whole layers as one plain module; embed at the front and head at the end when it has them.
 
@@ -62,8 +52,6 @@ class PlainParts(nn.Module):
         self.shape, self.layers = shape, layers
         self.parts = nn.ModuleDict({str(part).replace(".", "_"): decoder.part(part) for part in mine})
         for module in self.modules():
-            if isinstance(module, MLP):
-                module.__class__ = PlainMLP
             if isinstance(module, Linear):
                 module.__class__ = nn.Linear  # the peer runs torch's own
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from helixpipe.model.attention import Attention
 from helixpipe.model.chunked import chunked, chunked_sum, shard_chunk
-from helixpipe.model.linear import Linear, same
+from helixpipe.model.linear import Linear, activated, same
 from helixpipe.shape import ModelShape
 
 IGNORED = -100
@@ -127,8 +127,8 @@ class MLP(nn.Module):
     def whole(self, x: Tensor, *others: Tensor) -> Tensor:
         n = self.gather(self.norm(x))
         if self.gate is None:
-            return x + self.down.activated(F.gelu, self.up(n))
-        return x + self.down.activated(_swiglu, self.gate(n), self.up(n))
+            return x + activated(self.down, F.gelu, self.up(n))
+        return x + activated(self.down, _swiglu, self.gate(n), self.up(n))
 
 
 class Head(nn.Module):

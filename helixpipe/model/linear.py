@@ -131,3 +131,11 @@ class Linear(nn.Linear):
         if self.scatter is None:
             return y
         return self.scatter(y) if self.bias is None else self.scatter(y) + self.bias
+
+
+def activated(linear: nn.Module, activation: Activation, *inputs: Tensor) -> Tensor:
+    """linear(activation(*inputs)); what is activated is not kept, unless the layer is someone's own."""
+    if isinstance(linear, Linear):
+        return linear.activated(activation, *inputs)
+    found: Tensor = linear(activation(*inputs))
+    return found
