@@ -126,5 +126,5 @@ def _predicted(
         )
         source = hardware
     else:
-        return replayed(program, measured, setting), "this step's own action times"
+        return replayed(schedule, measured, setting), "this step's own action times"
     return priced(program, setting).timeline, source

@@ -9,13 +9,15 @@ from helixpipe.predict.estimate import Setting, per_accelerator
 from helixpipe.predict.simulate import simulate_program
 from helixpipe.predict.timeline import Timeline
 from helixpipe.schedule.action import Action, Pass
-from helixpipe.schedule.program import Program
+from helixpipe.schedule.lower import lower
+from helixpipe.schedule.schedule import Schedule
 
 
-def replayed(program: Program, measured: Timeline, setting: Setting) -> Timeline:
+def replayed(schedule: Schedule, measured: Timeline, setting: Setting) -> Timeline:
     """Each action takes the median of its stage, pass and segment over all micro-batches; messages are free.
 
-    Bytes are those of one accelerator of a rank, which is what a run measures.
+    Bytes are those of one accelerator of a rank, which is what a run measures. So the program is that of whole
+    segments, and not the one of a rank's share that ran.
     """
     taken: dict[tuple[int, Pass, int], list[float]] = defaultdict(list)
     for spans in measured.spans:
@@ -27,4 +29,5 @@ def replayed(program: Program, measured: Timeline, setting: Setting) -> Timeline
     def seconds(action: Action) -> float:
         return medians.get((action.stage, action.kind, action.segment), 0.0)
 
+    program = lower(schedule, setting.shape, setting.batch(schedule.segments))
     return per_accelerator(simulate_program(program, seconds, keeping=setting.keeping), setting.group)

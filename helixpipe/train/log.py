@@ -116,7 +116,7 @@ class Log:
         title = (
             f"{schedule.family}, {schedule.ranks} ranks, {schedule.microbatches} micro-batches: step {step}, measured"
         )
-        predicted = replayed(program, timeline, config.setting(self.device))
+        predicted = replayed(program.schedule, timeline, config.setting(self.device))
         stages = tuple(map(str, program.schedule.stages))
         facts = [("predicted", "from this step's own action times, messages free"), ("device", self.device)]
         both = {"predicted": predicted, "measured": timeline}

@@ -13,6 +13,7 @@ from helixpipe.predict.cost import PartCosts
 from helixpipe.predict.estimate import Setting, estimate, estimate_family
 from helixpipe.predict.hardware import Link, named_accelerator, named_link
 from helixpipe.predict.keeping import Keeping
+from helixpipe.predict.replay import replayed
 from helixpipe.predict.standing import owned_and_visiting, standing_bytes
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
@@ -183,6 +184,16 @@ def test_tensor_parallel_ranks_sum_gradients_of_what_they_do_not_divide() -> Non
     assert estimate(schedule, setting).reduction_s == pytest.approx(2 * 0.5 * whole * 4 / 1e10)
     both = estimate(schedule, replace(setting, data_parallel=4))
     assert both.reduction_s == pytest.approx((2 * 0.75 * divided + 2 * 7 / 8 * whole) * 4 / 1e9)
+
+
+def test_a_replay_has_the_bytes_of_one_accelerator() -> None:
+    setting = replace(LONG, shape=TINY, sequence_length=64, tensor_parallel=2, context_parallel=2)
+    found = estimate_family(setting, "1f1b", 2, 4)
+    again = replayed(found.schedule, found.timeline, setting)
+    assert again.peak_activation_bytes == found.timeline.peak_activation_bytes
+    alone = estimate_family(replace(setting, tensor_parallel=1, context_parallel=1), "1f1b", 2, 4).timeline
+    for shared, whole in zip(again.peak_activation_bytes, alone.peak_activation_bytes, strict=True):
+        assert whole / 4 < shared < whole / 3
 
 
 def test_a_slow_link_makes_a_step_longer() -> None:
