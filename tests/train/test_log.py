@@ -17,7 +17,7 @@ from helixpipe.schedule.action import Action
 from helixpipe.schedule.lower import lower
 from helixpipe.schedule.parts import Stage, chain
 from helixpipe.schedule.schedule import Schedule
-from helixpipe.shape import Batch, ModelShape
+from helixpipe.shape import Batch
 from helixpipe.train.job import Job
 from helixpipe.train.log import Log, StepRecord
 
@@ -25,8 +25,10 @@ TIMELINE = Timeline(
     ((Span(Action.parse("0F0"), 0.0, 1.0),), (Span(Action.parse("1F0"), 1.0, 2.0),)),
     ((MemoryPoint(0.0, 3 << 20),), (MemoryPoint(1.0, 5 << 20),)),
 )
-SCHEDULE = Schedule((Stage(chain(1)[:4]), Stage(chain(1)[4:])), ((Action.parse("0F0"),), (Action.parse("1F0"),)))
-PROGRAM = lower(SCHEDULE, ModelShape(layers=1, hidden=4, heads=1, ffn=4, vocabulary=5), Batch(1, (2,)))
+SHAPE = Config().shape()
+PARTS = chain(SHAPE.layers)
+SCHEDULE = Schedule((Stage(PARTS[:4]), Stage(PARTS[4:])), ((Action.parse("0F0"),), (Action.parse("1F0"),)))
+PROGRAM = lower(SCHEDULE, SHAPE, Batch(1, (2,)))
 RECORD = StepRecord(1, 2.5, 0.75, 1e-3, 2.0, TIMELINE)
 
 
