@@ -21,9 +21,13 @@ from helixpipe.model.linear import Linear
 from helixpipe.schedule.parts import Part, chain
 from helixpipe.shape import ModelShape
 
+# glibc gives large freed blocks back to the system, and whoever runs next pays for faulting them in again: kept instead
+ALLOCATOR = dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(2**40))
+
 
 def launch(ranks: int, function: Callable[..., Any], *args: Any) -> None:
-    """function(rank, *args) on local ranks, one thread and one core each."""
+    """function(rank, *args) on local ranks, one thread and one core each, who keep the memory they free."""
+    os.environ.update(ALLOCATOR)  # read by each rank's C library as it starts
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     mp.spawn(_start, (ranks, store.port, function, args), nprocs=ranks)
 
@@ -94,18 +98,53 @@ def interleaved(contenders: dict[str, Callable[[], Any]], rounds: int, warmup: i
     names = list(contenders)
     for turn in range(-warmup, rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            dist.barrier()
-            begun = time.perf_counter()
-            contenders[name]()
-            dist.barrier()
+            took = timed(contenders[name])
             if turn >= 0:
-                seconds[name].append(time.perf_counter() - begun)
+                seconds[name].append(took)
     return seconds
+
+
+def interleaved_beside(
+    reference: Callable[[], Any], contenders: dict[str, Callable[[], Any]], rounds: int, every: int = 3
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """As `interleaved`, with a reference timed before and after each `every` contenders: machines drift within a round.
+
+    Returns the contenders' seconds, and for each of them the reference's, the mean of the two around it.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    beside: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for turn in range(rounds):
+        start = turn * every % len(names)
+        order = names[start:] + names[:start]
+        before = timed(reference)
+        for group in (order[i : i + every] for i in range(0, len(order), every)):
+            for name in group:
+                seconds[name].append(timed(contenders[name]))
+            after = timed(reference)
+            for name in group:
+                beside[name].append((before + after) / 2)
+            before = after
+    return seconds, beside
+
+
+def timed(step: Callable[[], Any]) -> float:
+    """Seconds of a step of all ranks, between barriers."""
+    dist.barrier()
+    begun = time.perf_counter()
+    step()
+    dist.barrier()
+    return time.perf_counter() - begun
 
 
 def ratio(seconds: dict[str, list[float]], of: str, over: str) -> tuple[float, float, float]:
     """Median, least and most of the paired ratios."""
-    ratios = [a / b for a, b in zip(seconds[of], seconds[over], strict=True)]
+    return paired(seconds[of], seconds[over])
+
+
+def paired(seconds: list[float], over: list[float]) -> tuple[float, float, float]:
+    """Median, least and most of the ratios, round by round."""
+    ratios = [a / b for a, b in zip(seconds, over, strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)
 
 

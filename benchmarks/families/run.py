@@ -1,8 +1,9 @@
 """Every family of ours beside torch's schedules, in one interleaved run. `python benchmarks/families/run.py`
 
 2 ranks, one core and one thread each; attention-heavy; the same model, weights and data. For each: time over the
-perfect two-way split (each rank half of the micro-batches, no messages), and the most bytes of activations that
-autograd kept at one time on each rank, counted by storage in the same way for all, in a step that is not timed.
+perfect two-way split (each rank half of the micro-batches, no messages; timed before and after every third schedule),
+and the most bytes of activations that autograd kept at one time on each rank, counted by storage in the same way for
+all, in a step that is not timed. Ours and torch's of one name run one after the other.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch.distributed as dist
 import torch.distributed.pipelining as theirs
-from peers import PlainParts, interleaved, launch, machine, mean_loss, ratio, split_step
+from peers import PlainParts, interleaved_beside, launch, machine, mean_loss, paired, split_step
 from torch.distributed.pipelining.schedules import ScheduleZBVZeroBubble
 
 from helixpipe.model.decoder import Decoder
@@ -154,36 +155,44 @@ def worker(rank: int, args: argparse.Namespace) -> None:
     m = args.microbatches
     data = tuple(torch.randint(256, (m, args.length), generator=generator) for _ in range(2))
     names = [n for n in OURS if OURS[n][0] in FAMILIES and not (OURS[n][0] == "dualpipe_v" and m < 2 * RANKS)]
-    names = [n for n in [*names, *TORCH] if not args.only or any(word in n for word in args.only.split(","))]
+    beside = [each for n in names for each in ([n, SAME[n]] if n in SAME else [n])]
+    names = [*beside, *(n for n in TORCH if n not in beside)]
+    names = [n for n in names if not args.only or any(word in n for word in args.only.split(","))]
     contenders = {n: (our_contender if n in OURS else torch_contender)(shape, m, *data, n) for n in names}
-    contenders[SPLIT] = split_contender(shape, *data)
+    split = split_contender(shape, *data)
     peaks: dict[str, list[int]] = {}
-    for name, contender in contenders.items():
+    for name, contender in {**contenders, SPLIT: split}.items():
         everyone = [torch.zeros(1, dtype=torch.int64) for _ in range(RANKS)]
         dist.all_gather(everyone, torch.tensor([contender.peak_bytes()]))
         peaks[name] = [int(each) for each in everyone]
-    seconds = interleaved({name: c.step for name, c in contenders.items()}, args.rounds, warmup=0)
+    steps = {name: contender.step for name, contender in contenders.items()}
+    seconds, splits = interleaved_beside(split.step, steps, args.rounds)
     if rank:
         return
-    result = summary(args, shape, seconds, peaks)
+    result = summary(args, shape, seconds, splits, peaks)
     print(json.dumps(result, indent=2) if args.json else table(result))
 
 
 def summary(
-    args: argparse.Namespace, shape: ModelShape, seconds: dict[str, list[float]], peaks: dict[str, list[int]]
+    args: argparse.Namespace,
+    shape: ModelShape,
+    seconds: dict[str, list[float]],
+    splits: dict[str, list[float]],
+    peaks: dict[str, list[int]],
 ) -> dict[str, Any]:
     flops = dict.fromkeys(("attn", "rest"), 0.0)
     for part in chain(shape.layers):
         flops["attn" if part.kind == "attn" else "rest"] += shape.forward_flops(part, Batch(1, (args.length,)), 0)
-    rows = {}
-    for name in seconds:
-        middle, low, high = ratio(seconds, name, SPLIT)
+    rows: dict[str, dict[str, Any]] = {}
+    for name, split in {**splits, SPLIT: [each for some in splits.values() for each in some]}.items():
+        took = seconds.get(name, split)
+        middle, low, high = paired(took, split)
         rows[name] = {
-            "median_s": statistics.median(seconds[name]), "over_perfect_split": middle, "range": [low, high],
+            "median_s": statistics.median(took), "over_perfect_split": middle, "range": [low, high],
             "peak_activation_bytes": peaks[name],
         }  # fmt: skip
         if name in SAME and SAME[name] in seconds:
-            rows[name]["over_same_of_torch"] = ratio(seconds, name, SAME[name])[0]
+            rows[name]["over_same_of_torch"] = paired(took, seconds[SAME[name]])[0]
     keys = ("layers", "hidden", "heads", "length", "microbatches", "rounds")
     share = flops["attn"] / sum(flops.values())
     return {"machine": machine(), **{k: getattr(args, k) for k in keys}, "attention_share": share, "rows": rows}
