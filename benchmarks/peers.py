@@ -116,7 +116,7 @@ def interleaved_beside(
     names = list(contenders)
     for turn in range(rounds):
         start = turn * every % len(names)
-        order = names[start:] + names[:start]
+        order = (names[start:] + names[:start])[:: -1 if turn % 2 else 1]  # of two neighbours, each is first as often
         before = timed(reference)
         for group in (order[i : i + every] for i in range(0, len(order), every)):
             for name in group:
