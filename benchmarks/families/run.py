@@ -157,7 +157,9 @@ def worker(rank: int, args: argparse.Namespace) -> None:
     names = [n for n in OURS if OURS[n][0] in FAMILIES and not (OURS[n][0] == "dualpipe_v" and m < 2 * RANKS)]
     beside = [each for n in names for each in ([n, SAME[n]] if n in SAME else [n])]
     names = [*beside, *(n for n in TORCH if n not in beside)]
-    names = [n for n in names if not args.only or any(word in n for word in args.only.split(","))]
+    if args.only:
+        words = args.only.split(",")
+        names = [n for n in names if any(word == n if word in names else word in n for word in words)]
     contenders = {n: (our_contender if n in OURS else torch_contender)(shape, m, *data, n) for n in names}
     split = split_contender(shape, *data)
     peaks: dict[str, list[int]] = {}
@@ -225,6 +227,6 @@ if __name__ == "__main__":
         ("rounds", 5),
     ):
         parser.add_argument(f"--{flag}", type=int, default=default)
-    parser.add_argument("--only", default="", help="words, comma separated: contenders whose name has one")
+    parser.add_argument("--only", default="", help="comma separated: names of contenders, or words that are in theirs")
     parser.add_argument("--json", action="store_true")
     launch(RANKS, worker, parser.parse_args())
