@@ -3,7 +3,7 @@
 2 ranks, one core and one thread each; attention-heavy; the same model, weights and data. For each: time over the
 perfect two-way split (each rank half of the micro-batches, no messages; timed before and after every third schedule),
 and the most bytes of activations that autograd kept at one time on each rank, counted by storage in the same way for
-all, in a step that is not timed. Ours and torch's of one name run one after the other.
+all, in a step that is not timed. Ours and torch's of one name run one after the other, but in rounds that begin between.
 """
 
 from __future__ import annotations
