@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -105,26 +105,22 @@ def interleaved(contenders: dict[str, Callable[[], Any]], rounds: int, warmup: i
 
 
 def interleaved_beside(
-    reference: Callable[[], Any], contenders: dict[str, Callable[[], Any]], rounds: int, every: int = 3
+    reference: Callable[[], Any], contenders: dict[str, Callable[[], Any]], groups: Iterable[Sequence[str]]
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """As `interleaved`, with a reference timed before and after each `every` contenders: machines drift within a round.
+    """Seconds of each time a contender's name comes, with a reference timed before and after each group: machines drift.
 
-    Returns the contenders' seconds, and for each of them the reference's, the mean of the two around it.
+    Returns the contenders' seconds, and for each of them the reference's, the mean of the two around its group.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     beside: dict[str, list[float]] = {name: [] for name in contenders}
-    names = list(contenders)
-    for turn in range(rounds):
-        start = turn * every % len(names)
-        order = (names[start:] + names[:start])[:: -1 if turn % 2 else 1]  # of two neighbours, each is first as often
-        before = timed(reference)
-        for group in (order[i : i + every] for i in range(0, len(order), every)):
-            for name in group:
-                seconds[name].append(timed(contenders[name]))
-            after = timed(reference)
-            for name in group:
-                beside[name].append((before + after) / 2)
-            before = after
+    before = timed(reference)
+    for group in groups:
+        for name in group:
+            seconds[name].append(timed(contenders[name]))
+        after = timed(reference)
+        for name in group:
+            beside[name].append((before + after) / 2)
+        before = after
     return seconds, beside
 
 

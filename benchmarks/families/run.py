@@ -1,9 +1,10 @@
 """Every family of ours beside torch's schedules, in one interleaved run. `python benchmarks/families/run.py`
 
 2 ranks, one core and one thread each; attention-heavy; the same model, weights and data. For each: time over the
-perfect two-way split (each rank half of the micro-batches, no messages; timed before and after every third schedule),
+perfect two-way split (each rank half of the micro-batches, no messages; timed before and after every few schedules),
 and the most bytes of activations that autograd kept at one time on each rank, counted by storage in the same way for
-all, in a step that is not timed. Ours and torch's of one name run one after the other, but in rounds that begin between.
+all, in a step that is not timed. Ours and torch's of one name run in every round, as ours, torch's, torch's, ours, and
+`seq1f1b_interleaved` twice, which is to be fast in little memory; the rest in every third.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "v_min": ("v_min", {}),
     "dualpipe_v": ("dualpipe_v", {}),
     "seq1f1b": ("seq1f1b", {"segments": 8}),
-    "seq1f1b_interleaved": ("seq1f1b_interleaved", {"segments": 6, "stages_per_rank": 2}),
+    "seq1f1b_interleaved": ("seq1f1b_interleaved", {"segments": 5, "stages_per_rank": 2}),
+    "seq1f1b_interleaved, k=6": ("seq1f1b_interleaved", {"segments": 6, "stages_per_rank": 2}),
     "seq1f1b_interleaved, k=8, evenness 0.3": (
         "seq1f1b_interleaved",
         {"segments": 8, "stages_per_rank": 2, "evenness": 0.3},
@@ -71,6 +73,8 @@ TORCH: dict[str, tuple[Any, int, bool]] = {
 SAME = {
     "1f1b": "torch 1F1B", "interleaved": "torch Interleaved1F1B", "zb_v": "torch ZBVZeroBubble",
 }  # fmt: skip
+LEAN = "seq1f1b_interleaved"
+"""The one that is to be fast in little memory."""
 
 
 @dataclass
@@ -155,8 +159,7 @@ def worker(rank: int, args: argparse.Namespace) -> None:
     m = args.microbatches
     data = tuple(torch.randint(256, (m, args.length), generator=generator) for _ in range(2))
     names = [n for n in OURS if OURS[n][0] in FAMILIES and not (OURS[n][0] == "dualpipe_v" and m < 2 * RANKS)]
-    beside = [each for n in names for each in ([n, SAME[n]] if n in SAME else [n])]
-    names = [*beside, *(n for n in TORCH if n not in beside)]
+    names += TORCH
     if args.only:
         words = args.only.split(",")
         names = [n for n in names if any(word == n if word in names else word in n for word in words)]
@@ -168,11 +171,26 @@ def worker(rank: int, args: argparse.Namespace) -> None:
         dist.all_gather(everyone, torch.tensor([contender.peak_bytes()]))
         peaks[name] = [int(each) for each in everyone]
     steps = {name: contender.step for name, contender in contenders.items()}
-    seconds, splits = interleaved_beside(split.step, steps, args.rounds)
+    seconds, splits = interleaved_beside(split.step, steps, groups(names, args.rounds))
     if rank:
         return
     result = summary(args, shape, seconds, splits, peaks)
     print(json.dumps(result, indent=2) if args.json else table(result))
+
+
+def groups(names: list[str], rounds: int) -> Iterator[list[str]]:
+    """Who runs between two timings of the split, for all rounds.
+
+    What is compared most closely, twice in every round: ours and torch's of one name, and the lean one against the split.
+    Of the others each every third round. The order turns from round to round.
+    """
+    close = [[ours, peer, peer, ours] for ours, peer in SAME.items() if ours in names and peer in names]
+    close += [[LEAN, LEAN]] * (LEAN in names)
+    others = [name for name in names if not any(name in group for group in close)]
+    for turn in range(rounds):
+        mine = others[turn % 3 :: 3]
+        order = close + [mine[i : i + 3] for i in range(0, len(mine), 3)]
+        yield from order[turn % len(order) :] + order[: turn % len(order)]
 
 
 def summary(
@@ -191,7 +209,7 @@ def summary(
         middle, low, high = paired(took, split)
         rows[name] = {
             "median_s": statistics.median(took), "over_perfect_split": middle, "range": [low, high],
-            "peak_activation_bytes": peaks[name],
+            "times": len(took), "peak_activation_bytes": peaks[name],
         }  # fmt: skip
         if name in SAME and SAME[name] in seconds:
             rows[name]["over_same_of_torch"] = paired(took, seconds[SAME[name]])[0]
@@ -205,14 +223,16 @@ def table(result: dict[str, Any]) -> str:
         f"{result['machine']}. L={result['layers']} h={result['hidden']} s={result['length']} m={result['microbatches']}, "
         f"attention {result['attention_share']:.0%} of forward FLOPs, {result['rounds']} rounds",
         "",
-        "| schedule | over the perfect split | range | over torch's same | peak activations, MiB, rank 0 and 1 |",
-        "| --- | --- | --- | --- | --- |",
+        "| schedule | over the perfect split | range | times | over torch's same | peak activations, MiB, rank 0 and 1 |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in sorted(result["rows"].items(), key=lambda item: float(item[1]["over_perfect_split"])):
         low, high = row["range"]
         peaks = ", ".join(f"{peak / 2**20:.0f}" for peak in row["peak_activation_bytes"])
         same = f"{row['over_same_of_torch']:.3f}" if "over_same_of_torch" in row else ""
-        lines.append(f"| {name} | {row['over_perfect_split']:.3f} | {low:.3f} to {high:.3f} | {same} | {peaks} |")
+        lines.append(
+            f"| {name} | {row['over_perfect_split']:.3f} | {low:.3f} to {high:.3f} | {row['times']} | {same} | {peaks} |"
+        )
     return "\n".join(lines)
 
 
@@ -229,4 +249,7 @@ if __name__ == "__main__":
         parser.add_argument(f"--{flag}", type=int, default=default)
     parser.add_argument("--only", default="", help="comma separated: names of contenders, or words that are in theirs")
     parser.add_argument("--json", action="store_true")
-    launch(RANKS, worker, parser.parse_args())
+    arguments = parser.parse_args()
+    if arguments.rounds < 3:
+        parser.error(f"--rounds {arguments.rounds}: at least 3, as some run in every third only")
+    launch(RANKS, worker, arguments)
