@@ -219,6 +219,8 @@ def summary(
 
 
 def table(result: dict[str, Any]) -> str:
+    """Each ratio as the median of pairs, and in brackets as the ratio of the two medians."""
+    rows = result["rows"]
     lines = [
         f"{result['machine']}. L={result['layers']} h={result['hidden']} s={result['length']} m={result['microbatches']}, "
         f"attention {result['attention_share']:.0%} of forward FLOPs, {result['rounds']} rounds",
@@ -226,13 +228,17 @@ def table(result: dict[str, Any]) -> str:
         "| schedule | over the perfect split | range | times | over torch's same | peak activations, MiB, rank 0 and 1 |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for name, row in sorted(result["rows"].items(), key=lambda item: float(item[1]["over_perfect_split"])):
+
+    def both(name: str, pairs: str, over: str) -> str:
+        of_medians = rows[name]["median_s"] / rows[over]["median_s"]
+        return f"{rows[name][pairs]:.3f} ({of_medians:.3f})"
+
+    for name, row in sorted(rows.items(), key=lambda item: float(item[1]["over_perfect_split"])):
         low, high = row["range"]
         peaks = ", ".join(f"{peak / 2**20:.0f}" for peak in row["peak_activation_bytes"])
-        same = f"{row['over_same_of_torch']:.3f}" if "over_same_of_torch" in row else ""
-        lines.append(
-            f"| {name} | {row['over_perfect_split']:.3f} | {low:.3f} to {high:.3f} | {row['times']} | {same} | {peaks} |"
-        )
+        split = both(name, "over_perfect_split", SPLIT)
+        same = both(name, "over_same_of_torch", SAME[name]) if "over_same_of_torch" in row else ""
+        lines.append(f"| {name} | {split} | {low:.3f} to {high:.3f} | {row['times']} | {same} | {peaks} |")
     return "\n".join(lines)
 
 
