@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
@@ -115,11 +116,14 @@ def interleaved_beside(
     beside: dict[str, list[float]] = {name: [] for name in contenders}
     before = timed(reference)
     for group in groups:
-        for name in group:
-            seconds[name].append(timed(contenders[name]))
+        took = [timed(contenders[name]) for name in group]
         after = timed(reference)
-        for name in group:
+        for name, each in zip(group, took, strict=True):
+            seconds[name].append(each)
             beside[name].append((before + after) / 2)
+        if dist.get_rank() == 0:  # runs take hours
+            said = "".join(f"{name} {each:.2f} s, " for name, each in zip(group, took, strict=True))
+            print(f"reference {before:.2f} s, {said}reference {after:.2f} s", file=sys.stderr, flush=True)
         before = after
     return seconds, beside
 

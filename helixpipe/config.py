@@ -17,6 +17,7 @@ from helixpipe.predict.estimate import Setting
 from helixpipe.predict.keeping import Keeping
 from helixpipe.predict.profile import Profile
 from helixpipe.schedule import families
+from helixpipe.schedule.partition import check_cut, refuse_bidirectional
 from helixpipe.schedule.schedule import Schedule
 from helixpipe.shape import ModelShape, named_shape
 
@@ -229,6 +230,9 @@ class Config:
                     f"schedule.{key}: {family} has no such option, {', '.join(having)} has; remove the key"
                 )
         setting = self.setting()
+        if asked.segments is not None and asked.segments > 1:  # far too many would take minutes to build first
+            refuse_bidirectional(setting.shape, asked.segments)
+            check_cut(setting.sequence_length, asked.segments, setting.segment_multiple)
         given |= {key: value for key, value in setting.balance.items() if key in families.options(family)}
         layers = setting.shape.layers
         return families.build_schedule(family, ranks=ranks, layers=layers, microbatches=microbatches, **given)

@@ -163,6 +163,7 @@ def worker(rank: int, args: argparse.Namespace) -> None:
     if args.only:
         words = args.only.split(",")
         names = [n for n in names if any(word == n if word in names else word in n for word in words)]
+    OURS[LEAN][1]["segments"] = args.segments
     contenders = {n: (our_contender if n in OURS else torch_contender)(shape, m, *data, n) for n in names}
     split = split_contender(shape, *data)
     peaks: dict[str, list[int]] = {}
@@ -213,7 +214,7 @@ def summary(
         }  # fmt: skip
         if name in SAME and SAME[name] in seconds:
             rows[name]["over_same_of_torch"] = paired(took, seconds[SAME[name]])[0]
-    keys = ("layers", "hidden", "heads", "length", "microbatches", "rounds")
+    keys = ("layers", "hidden", "heads", "length", "microbatches", "rounds", "segments")
     share = flops["attn"] / sum(flops.values())
     return {"machine": machine(), **{k: getattr(args, k) for k in keys}, "attention_share": share, "rows": rows}
 
@@ -223,7 +224,7 @@ def table(result: dict[str, Any]) -> str:
     rows = result["rows"]
     lines = [
         f"{result['machine']}. L={result['layers']} h={result['hidden']} s={result['length']} m={result['microbatches']}, "
-        f"attention {result['attention_share']:.0%} of forward FLOPs, {result['rounds']} rounds",
+        f"attention {result['attention_share']:.0%} of forward FLOPs, {result['segments']} segments, {result['rounds']} rounds",
         "",
         "| schedule | over the perfect split | range | times | over torch's same | peak activations, MiB, rank 0 and 1 |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -251,8 +252,9 @@ if __name__ == "__main__":
         ("length", 4096),
         ("microbatches", 4),
         ("rounds", 5),
+        ("segments", 5),
     ):
-        parser.add_argument(f"--{flag}", type=int, default=default)
+        parser.add_argument(f"--{flag}", type=int, default=default, help=f"of {LEAN}" * (flag == "segments") or None)
     parser.add_argument("--only", default="", help="comma separated: names of contenders, or words that are in theirs")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +13,7 @@ from torch.distributed.distributed_c10d import Store, _get_default_store
 
 from helixpipe.errors import ConfigError, RankError
 from helixpipe.mesh import MeshShape
+from helixpipe.model.attention import Attention
 from helixpipe.model.decoder import Model
 from helixpipe.model.layers import IGNORED, MLP, Head
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
@@ -32,6 +33,7 @@ from helixpipe.runtime.weights import Weights
 from helixpipe.schedule.action import Action
 from helixpipe.schedule.check import check
 from helixpipe.schedule.lower import flops, lower
+from helixpipe.schedule.parts import Part
 from helixpipe.schedule.program import Program
 from helixpipe.schedule.schedule import Schedule
 from helixpipe.shape import Batch
@@ -56,7 +58,7 @@ class Pipeline:
         dtype: torch.dtype = torch.float32,
         recompute: str = "selective",
         timeout_s: float = 300.0,
-        segment_lengths: tuple[int, ...] | None = None,
+        segment_lengths: Sequence[int] | None = None,
         context_method: str = "ring",
         layout: str = "zigzag",
     ) -> None:
@@ -71,6 +73,7 @@ class Pipeline:
         check(schedule)
         if recompute not in POLICIES:
             raise ConfigError(f"runtime.recompute: '{recompute}' is not known; known: {', '.join(POLICIES)}")
+        segment_lengths = None if segment_lengths is None else tuple(segment_lengths)
         _check_segments(model, schedule, segment_lengths)
         self.model, self.schedule, self.device = model, schedule, torch.device(device)
         if self.device.type == "cuda" and self.device.index is not None:
@@ -89,6 +92,7 @@ class Pipeline:
         context = None if cp is None else Context(cp, context_method, layout)
         self._shares = Shares(self.mesh, context, schedule.microbatches, segment_lengths, self.device)
         self._weights = Weights(model, schedule, self.rank, self.device, dtype, self._tensor)
+        _check_attention(self._weights.modules, schedule.segments)
         for part, module in self._weights.modules.items():
             if context is not None:
                 context.join(part, module)
@@ -253,6 +257,16 @@ def _check_segments(model: Model, schedule: Schedule, lengths: tuple[int, ...] |
         raise ConfigError(
             f"schedule.segments: {block} is opaque, so what it carries from segment to segment is not known"
         )
+
+
+def _check_attention(modules: Mapping[Part, nn.Module], segments: int) -> None:
+    """Another's attention would see no more than its own segment, and nobody would notice."""
+    for part, module in modules.items():
+        if segments > 1 and part.kind == "attn" and not isinstance(module, Attention):
+            raise ConfigError(
+                f"schedule.segments: {part} is {type(module).__name__}, which is not handed the keys and values of earlier "
+                "segments; use helixpipe.model.attention.Attention, or segments = 1"
+            )
 
 
 def _check_positions(model: Model, batch: Batch) -> None:

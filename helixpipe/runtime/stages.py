@@ -88,7 +88,7 @@ class Stages:
             self._mailbox[_edge_slot(Kind.VALUES, edge, mb, seg)] = [values[value] for value in edge.values]
         if not self.training and seg == schedule.segments - 1:  # no backward will let them go
             for part in schedule.stages[stage].parts:
-                if mb in self._key_values:
+                if part.kind == "attn" and mb in self._key_values:
                     self._key_values[mb].pop(part.layer, None)
         if (loss := _loss(schedule.layers)) in values:
             self.losses[mb, seg] = values[loss]

@@ -9,6 +9,7 @@ Gradients collect in the masters' precision. Those of a visiting stage go home a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -43,6 +44,7 @@ class Weights:
         self.masters: dict[str, nn.Parameter] = {}
         self._working: dict[str, nn.Parameter] = {}
         self._collected: dict[str, Tensor] = {}  # gradients of working copies, in the masters' precision
+        self._visits: Counter[str] = Counter()  # stages here that a visiting weight came for and that need it still
         self._storages: set[int] = set()
         owners = parameter_owners(schedule, model.shape)
         for s, stage in enumerate(schedule.stages):
@@ -108,21 +110,25 @@ class Weights:
         return [self.masters[name].detach().to(self.dtype) for name in names]
 
     def arrive(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
-        """Weights came from their owner; they stay until their gradients leave."""
+        """Weights came from their owner for a stage; they stay until the gradients of the last that shares them leave."""
         for name, tensor in zip(names, tensors, strict=True):
-            self._working[name].data = tensor
-            self._storages.add(tensor.untyped_storage().data_ptr())
+            self._visits[name] += 1
+            if self._visits[name] == 1:
+                self._working[name].data = tensor
+                self._storages.add(tensor.untyped_storage().data_ptr())
 
     def leave(self, names: Sequence[str]) -> list[Tensor]:
-        """Gradients to send home; the weights they are of are let go."""
+        """Gradients to send home; the weights they are of are let go, unless another stage shares them."""
         gradients = []
         for name in names:
             working = self._working[name]
             gradient = self._collected.pop(name, None)
             gradients.append(torch.zeros_like(working, dtype=self.master_dtype) if gradient is None else gradient)
-            # the next tensor at this address may be an activation
-            self._storages.discard(working.untyped_storage().data_ptr())
-            working.data = _nothing(working, self.dtype)
+            self._visits[name] -= 1
+            if not self._visits[name]:
+                # the next tensor at this address may be an activation
+                self._storages.discard(working.untyped_storage().data_ptr())
+                working.data = _nothing(working, self.dtype)
         return gradients
 
     @torch.no_grad()
@@ -137,6 +143,7 @@ class Weights:
         for name, gradient in self._collected.items():
             self._add(self.masters[name], gradient)
         self._collected.clear()
+        self._visits.clear()
         for name, working in self._working.items():
             if name not in self.masters:
                 working.data = _nothing(working, self.dtype)

@@ -100,7 +100,7 @@ def from_costs(
 
     Bisects what the dearest may cost: under a bound, every segment takes all tokens that stay within it.
     """
-    _check(length, segments, multiple)
+    check_cut(length, segments, multiple)
     _check_evenness(evenness)
     best = even(length, segments, multiple)
     low, high = 0.0, max(_costs(best, seconds))
@@ -122,7 +122,7 @@ def pipelined(
     For each bound on the dearest segment, dynamic programming finds the least sum. Bounds are costs
     that occur, about a hundredth apart: the result is at most 1% of (p-1) max t above the least.
     """
-    _check(length, 1, multiple)
+    check_cut(length, 1, multiple)
     ends = [*range(multiple, length - multiple + 1, multiple), length]
     cost = [[seconds(end - start, start) for end in ends[i:]] for i, start in enumerate([0, *ends[:-1]])]
     best: tuple[int, ...] = (length,)
@@ -147,7 +147,8 @@ def refuse_bidirectional(shape: ModelShape, segments: int) -> None:
         )
 
 
-def _check(length: int, segments: int, multiple: int) -> None:
+def check_cut(length: int, segments: int, multiple: int) -> None:
+    """Raise ConfigError where a sequence cannot be cut into so many segments."""
     if segments < 1:
         raise ConfigError(f"schedule.segments: {segments}; give at least 1 (1 keeps the sequence whole)")
     if multiple < 1:
@@ -176,7 +177,7 @@ def _moved(bounds: Sequence[float], length: int, evenness: float) -> list[float]
 
 def _rounded(bounds: Sequence[float], length: int, segments: int, multiple: int) -> tuple[int, ...]:
     """Lengths between boundaries, each moved to the nearest multiple that leaves no segment shorter than one."""
-    _check(length, segments, multiple)
+    check_cut(length, segments, multiple)
     blocks = length // multiple
     inner = [
         multiple * min(max(math.floor(bound / multiple + 0.5), i), blocks - (segments - i))

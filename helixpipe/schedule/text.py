@@ -179,7 +179,7 @@ def from_csv(text: str, layers: int | None = None) -> Schedule:
 
 def _from_torch_rows(rows: dict[int, str], layers: int) -> Schedule:
     """Line -> row, as torch wrote them."""
-    blank = next((line + 1 for line in list(rows)[:-1] if line + 1 not in rows), None)
+    blank = next((line for line in range(1, max(rows, default=0)) if line not in rows), None)
     if blank is not None:  # skipped here, the ranks after it would move up
         raise ScheduleError(f"line {blank}: blank, which torch reads as a rank without actions; remove the line")
     orders = [

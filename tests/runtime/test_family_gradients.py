@@ -71,9 +71,9 @@ def run_case(case: Case) -> tuple[float, float, dict[str, torch.Tensor]] | None:
     tokens, targets = batch(case.shape, case.sequences, 12)
     loss = pipeline.step(tokens, targets)
     assert pipeline._ledger.bytes == 0
+    assert pipeline.timeline().order == schedule.ranks, "what ran is what was scheduled"
     evaluated = pipeline.evaluate(tokens, targets)
-    orders = pipeline.timeline()
-    assert orders.order == schedule.forward_only().ranks, "what ran is what was scheduled"
+    assert pipeline.timeline().order == schedule.forward_only().ranks
     pipeline.close()
     return loss, evaluated, {name: p.grad for name, p in pipeline.parameters.items()}
 

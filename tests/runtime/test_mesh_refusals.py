@@ -81,6 +81,12 @@ def refused(what: str) -> str:
             sizes = sized(pp=4)
         case "attention":
             model = OwnModel(SHAPE)
+        case "attention of segments":
+            sizes, model = sized(pp=2, dp=2), OwnModel(SHAPE)
+            schedule = build_schedule("seq1f1b", ranks=2, layers=2, microbatches=2, segments=2)
+            more = {"segment_lengths": (4, 4)}
+        case "recompute":
+            more = {"recompute": "half"}
         case "shape":
             sizes, model = sized(pp=2, tp=2), Decoder(OwnShape(2, 16, 2, 32, 17))
         case "mlp":
@@ -117,6 +123,12 @@ def refused(what: str) -> str:
             "mesh.cp: the attention inside attn.{layer} is OwnAttention's own and cannot be spread over ranks; use cp 1, or "
             "helixpipe.model.attention.Attention in it",
         ),
+        (
+            "attention of segments",
+            "schedule.segments: attn.{layer} is OwnAttention, which is not handed the keys and values of earlier segments; "
+            "use helixpipe.model.attention.Attention, or segments = 1",
+        ),
+        ("recompute", "runtime.recompute: 'half' is not known; known: none, full, selective"),
         (
             "shape",
             "mesh.tp: 2; the parts of OwnShape cannot be divided, a ModelShape's can: use tp 1, and cp or dp in its place",

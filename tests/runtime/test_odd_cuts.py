@@ -29,39 +29,71 @@ CUTS = {
 }
 
 
-def schedule_of(before: Sequence[str], ranks: int = 2, microbatches: int = 2) -> Schedule:
-    """All forward, then all backward; stages on the ranks in turn."""
+def schedule_of(before: Sequence[str], ranks: int = 2, microbatches: int = 2, segments: int = 1) -> Schedule:
+    """All forward, then all backward, a segment through all stages and then the next; stages on the ranks in turn."""
     pieces = cut(chain(SHAPE.layers), [Part.parse(text) for text in before])
-    orders: list[list[Action]] = [[] for _ in range(ranks)]
-    for kind, stages in ((Pass.F, range(len(pieces))), (Pass.B, reversed(range(len(pieces))))):
-        for s in stages:
-            orders[s % ranks] += [Action(s, kind, mb) for mb in range(microbatches)]
-    return Schedule(tuple(map(Stage, pieces)), tuple(map(tuple, orders)))
+    forward = [
+        Action(s, Pass.F, mb, seg) for mb in range(microbatches) for seg in range(segments) for s in range(len(pieces))
+    ]
+    backward = [Action(s, Pass.B, mb, seg) for s, _, mb, seg in reversed(forward)]
+    orders = tuple(tuple(action for action in forward + backward if action.stage % ranks == r) for r in range(ranks))
+    return Schedule(tuple(map(Stage, pieces)), orders)
 
 
-def run_cut(name: str, recompute: str) -> tuple[float, dict[str, torch.Tensor]] | None:
+def run_cut(name: str, recompute: str, segments: int) -> tuple[float, float, dict[str, torch.Tensor]] | None:
     mesh = mesh_of(2)
     if mesh is None:
         return None
     pipeline = Pipeline(
-        Decoder(SHAPE), schedule_of(CUTS[name]), mesh, dtype=torch.float64, recompute=recompute, timeout_s=30
-    )
+        Decoder(SHAPE), schedule_of(CUTS[name], segments=segments), mesh, dtype=torch.float64, recompute=recompute,
+        timeout_s=30, segment_lengths=[5, 3] if segments == 2 else None,
+    )  # fmt: skip
     loss = pipeline.step(*batch(SHAPE, 2, 8))
+    evaluated = pipeline.evaluate(*batch(SHAPE, 2, 8))
     pipeline.close()
-    return loss, {name: p.grad for name, p in pipeline.parameters.items()}
+    return loss, evaluated, {name: p.grad for name, p in pipeline.parameters.items()}
 
 
 @pytest.mark.parametrize("name", CUTS)
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
-def test_gradients(four_ranks: Ranks, name: str, recompute: str) -> None:
+@pytest.mark.parametrize("segments", [1, 2])
+def test_gradients(four_ranks: Ranks, name: str, recompute: str, segments: int) -> None:
+    holds(four_ranks.run(run_cut, name, recompute, segments)[:2])
+
+
+def holds(results: Sequence[tuple[float, float, dict[str, torch.Tensor]]]) -> None:
+    """Every rank's losses, of a step and of an evaluation, and gradients are plain autograd's."""
     loss, gradients = plain_step(SHAPE, *batch(SHAPE, 2, 8))
     found: dict[str, torch.Tensor] = {}
-    for result in four_ranks.run(run_cut, name, recompute)[:2]:
-        assert abs(result[0] - loss) < 1e-12
-        found |= result[1]
+    for stepped, evaluated, mine in results:
+        assert abs(stepped - loss) < 1e-12
+        assert abs(evaluated - loss) < 1e-12
+        found |= mine
     for parameter, gradient in gradients.items():
         error = (found[parameter] - gradient).norm() / gradient.norm()
         assert error < 1e-9, f"{parameter}: {error:.1e}"
+
+
+def run_shared(recompute: str) -> tuple[float, float, dict[str, torch.Tensor]] | None:
+    """Rank 1 owns everything; a micro-batch is on each rank."""
+    mesh = mesh_of(2)
+    if mesh is None:
+        return None
+    first, last = cut(chain(SHAPE.layers), [Part("head", SHAPE.layers)])
+    passes = ((0, Pass.F), (1, Pass.F), (1, Pass.B), (0, Pass.B))
+    orders = tuple(tuple(Action(s, kind, mb) for s, kind in passes) for mb in range(2))
+    schedule = Schedule((Stage(first, home=1), Stage(last, home=1)), orders)
+    pipeline = Pipeline(Decoder(SHAPE), schedule, mesh, dtype=torch.float64, recompute=recompute, timeout_s=30)
+    loss = pipeline.step(*batch(SHAPE, 2, 8))
+    evaluated = pipeline.evaluate(*batch(SHAPE, 2, 8))
+    pipeline.close()
+    return loss, evaluated, {name: p.grad for name, p in pipeline.parameters.items()}
+
+
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+def test_a_table_that_two_visiting_stages_share_stays_until_both_are_done(four_ranks: Ranks, recompute: str) -> None:
+    """The head is done first, and the embedding recomputes after that."""
+    holds(four_ranks.run(run_shared, recompute)[:2])
 
 
 def test_a_value_is_read_by_a_later_chunk_and_by_another_stage() -> None:

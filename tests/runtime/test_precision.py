@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from oracle import batch, plain_step
 from ranks import Ranks
@@ -16,29 +17,41 @@ from helixpipe.shape import Batch, ModelShape
 SHAPE = ModelShape(layers=3, hidden=32, heads=4, ffn=64, vocabulary=23, tied=True)
 
 
-def bf16_step(travel: str) -> tuple[float, dict[str, torch.Tensor]] | None:
+OPTIONS = {
+    "helix, nothing travels": ("helix", {"travel": "none"}, None),
+    "helix, qkv travels": ("helix", {"travel": "qkv"}, None),
+    "helix, attention travels": ("helix", {"travel": "attention"}, None),
+    "segments": ("seq1f1b", {"segments": 5}, (5, 4, 3, 2, 2)),
+    "segments, split backward": ("seq1f1b_zb", {"segments": 3}, (7, 5, 4)),
+}
+
+
+def bf16_step(name: str) -> tuple[float, dict[str, torch.Tensor]] | None:
     mesh = mesh_of(2)
     if mesh is None:
         return None
-    schedule = build_schedule("helix", ranks=2, layers=3, microbatches=4, travel=travel)
-    pipeline = Pipeline(Decoder(SHAPE), schedule, mesh, dtype=torch.bfloat16, timeout_s=30)
+    family, options, lengths = OPTIONS[name]
+    schedule = build_schedule(family, ranks=2, layers=3, microbatches=4, **options)
+    pipeline = Pipeline(
+        Decoder(SHAPE), schedule, mesh, dtype=torch.bfloat16, timeout_s=30, segment_lengths=lengths
+    )  # fmt: skip
     loss = pipeline.step(*batch(SHAPE, 4, 16))
     assert all(p.dtype == torch.float32 for p in pipeline.parameters.values())
     pipeline.close()
     return loss, {name: p.grad for name, p in pipeline.parameters.items()}
 
 
-def test_bf16_computes_and_float32_collects(four_ranks: Ranks) -> None:
+@pytest.mark.parametrize("name", OPTIONS)
+def test_bf16_computes_and_float32_collects(four_ranks: Ranks, name: str) -> None:
     loss, gradients = plain_step(SHAPE, *batch(SHAPE, 4, 16))
-    for travel in ("none", "qkv", "attention"):
-        found: dict[str, torch.Tensor] = {}
-        for result in four_ranks.run(bf16_step, travel)[:2]:
-            assert abs(result[0] - loss) < 2e-2
-            found |= result[1]
-        for name, gradient in gradients.items():
-            assert found[name].dtype == torch.float32
-            error = (found[name].double() - gradient).norm() / gradient.norm()
-            assert error < 4e-2, f"{travel} {name}: {error:.1e}"
+    found: dict[str, torch.Tensor] = {}
+    for result in four_ranks.run(bf16_step, name)[:2]:
+        assert abs(result[0] - loss) < 2e-2
+        found |= result[1]
+    for parameter, gradient in gradients.items():
+        assert found[parameter].dtype == torch.float32
+        error = (found[parameter].double() - gradient).norm() / gradient.norm()
+        assert error < 4e-2, f"{parameter}: {error:.1e}"
 
 
 def many_messages() -> tuple[int, int] | None:

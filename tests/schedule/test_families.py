@@ -264,6 +264,7 @@ def test_the_ratios_of_the_7b_model_at_128k(family: str, recompute: bool, given:
         ("gpipe", {"ranks": 0}, "schedule.ranks: 0; give at least 1"),
         ("gpipe", {"layers": -1}, "schedule.layers: -1; give at least 1"),
         ("helix", {"microbatches": 0}, "schedule.microbatches: 0; give at least 1"),
+        ("1f1b", {"opaque": (9,)}, "schedule.opaque: there is no layer 9; layers are 0..3"),
         ("1f1b", {"ranks": 5}, "schedule.ranks: 4 layers cannot fill 5 stages; use at most 4 ranks"),
     ],
 )

@@ -219,6 +219,7 @@ BAD_TORCH_CSV = {
     "0F0,(0F1;0B0)OVERLAP": "line 1, cell 2: '(0F1;0B0)OVERLAP' is not an action of torch's; write one as '3F1'",
     "0F0,(0F1;0Q0)OVERLAP_F_B": "line 1, cell 2: '0Q0' has the unknown operation 'Q'; known: F, B, I, W",
     "0F0,0B0\n\n1F0,1B0": "line 2: blank, which torch reads as a rank without actions; remove the line",
+    "\n0F0,0B0\n1F0,1B0": "line 1: blank, which torch reads as a rank without actions; remove the line",
     "0F0,0B0\n2F0,2B0": "stage 1 has no action, and stage 2 has; number stages from 0",
     "0F0,0B0\n999999999F0": "stage 1 has no action, and stage 999999999 has; number stages from 0",
     ",,\n": "no actions; write a row of them for each rank, such as '0F0,0B0'",

@@ -197,6 +197,15 @@ def test_a_missing_file_is_named() -> None:
             "schedule.ranks: 4 layers cannot fill 6 ranks of 2 stages each; use at most 2 ranks",
         ),
         (
+            {"schedule": {"family": "interleaved", "ranks": 6, "stages_per_rank": 10**12}},
+            "schedule.ranks: 4 layers cannot fill 6 ranks of 1000000000000 stages each; use a model of at least "
+            "1000000000000 layers",
+        ),
+        (
+            {"schedule": {"family": "seq1f1b", "segments": 10**9}},
+            "schedule.segments: 1000000000 segments of a sequence of 1024 tokens; give at most 1024",
+        ),
+        (
             {"schedule": {"family": "seq1f1b", "segments": 9}, "train": {"sequence_length": 8}},
             "schedule.segments: 9 segments of a sequence of 8 tokens; give at most 8",
         ),

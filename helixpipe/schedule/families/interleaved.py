@@ -10,7 +10,7 @@ runs (v-1)p + 2(p-r-1) forwards of a stage, then one forward, one backward.
     rank 2   ... ... 2F0 2F1 2F2 5F0 5B0 5F1 5B1 5F2 5B2 2B0 2B1 2B2
 
 Bubble (p-1)(f+b)/v where p divides m; ((v-1)p + 2(p-r-1) + 1)/v micro-batches kept on rank r. Where p does not
-divide m, groups are a little larger: the same bubble, more kept.
+divide m and m > p, groups are a little larger: the same bubble, more kept. With m < p ranks wait for more.
 """
 
 from __future__ import annotations

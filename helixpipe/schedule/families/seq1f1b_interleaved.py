@@ -12,7 +12,7 @@ stage, then one forward, one backward. Segments run backwards in reverse.
 
 Bubble (p-1)(f+b)/(kv) and at most 1 + 2(p-1)/(kv) micro-batches kept, where k >= p, segments cost the same
 and g divides mk. The authors' code groups p units, which deadlocks where k does not divide p. Where g does not
-divide mk, groups are a little larger: the same bubble, more kept.
+divide mk and mk > p, groups are a little larger: the same bubble, more kept. With mk < p ranks wait for more.
 
 Its warm-up leaves twice Seq1F1B's room between ranks. That is worth memory where segments cost the same in all,
 but not in forward and backward each (attention's backward is 2.5 forwards, the rest's 2): no rank then waits.

@@ -19,8 +19,7 @@ def split_layers(
     """
     if len(ends) != 2 or not all(0 <= end < float("inf") for end in ends):
         raise ConfigError(f"schedule.ends: {tuple(ends)}; give two weights in layers, for embed and head, from 0 up")
-    count = _count(layers, ranks * per_rank, ends)
-    if sum(count) > layers:
+    if ranks * per_rank > most_stages(layers, ends):
         each = "" if per_rank == 1 else f" of {per_rank} stages each"
         filled = f"{ranks * per_rank} stages" if per_rank == 1 else f"{_count_of(ranks, 'rank')}{each}"
         most = layers // per_rank
@@ -29,6 +28,7 @@ def split_layers(
     odd = next((layer for layer in opaque if not 0 <= layer < layers), None)
     if odd is not None:
         raise ConfigError(f"schedule.opaque: there is no layer {odd}; layers are 0..{layers - 1}")
+    count = _count(layers, ranks * per_rank, ends)
     starts = [sum(count[:s]) for s in range(1, len(count))]
     before = {chain(layers, opaque)[-1] if at == layers else layer_parts(at, at in opaque)[0] for at in starts}
     return tuple(Stage(parts) for parts in cut(chain(layers, opaque), before))

@@ -9,8 +9,8 @@ reverse.
     rank 1   .... F0   F0.1 F1   F1.1 .... .... B0.1 B0   B1.1 B1
     rank 2   .... .... F0   F0.1 F1   F1.1 B0.1 B0   B1.1 B1
 
-Bubble (p-1)(f+b)/k where segments cost the same; m micro-batches kept on every rank. Its lengths come from measured
-costs, so that t_1 + ... + t_k + (p-1) max t is least: `partition.pipelined`.
+Bubble (p-1)(f+b)/k where segments cost the same; m micro-batches kept on every rank. The paper cuts so that
+t_1 + ... + t_k + (p-1) max t is least, by measured costs: `partition.pipelined`, from Python. Commands cut as for the others.
 """
 
 from __future__ import annotations

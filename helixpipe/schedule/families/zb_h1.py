@@ -9,7 +9,8 @@ W, of its weights, which nobody waits for. Rank r runs W r micro-batches late, a
     rank 1   .. F0 F1 .. I0 F2 I1 W0 I2 W1 W2
     rank 2   .. .. F0 I0 F1 I1 F2 I2 W0 W1 W2
 
-Bubble (p-1)(f+b-2w), where b = i + w, f >= w and i >= w; p micro-batches kept on every rank. The paper writes B for I.
+Bubble (p-1)(f+b-2w), where m >= p, b = i + w, f >= w and i >= w; p micro-batches kept on every rank. The paper writes
+B for I.
 """
 
 from __future__ import annotations

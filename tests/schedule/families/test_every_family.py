@@ -17,7 +17,6 @@ from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.check import check
 from helixpipe.schedule.families import FAMILIES, build_schedule, options
 from helixpipe.schedule.families.split import split_layers
-from helixpipe.schedule.order import times
 from helixpipe.schedule.partition import even, for_shape
 from helixpipe.schedule.parts import Part
 from helixpipe.schedule.schedule import Schedule
@@ -69,7 +68,7 @@ def test_every_family_but_helix_is_drawn_here() -> None:
 @given(data=st.data(), p=st.integers(1, 7), more=st.integers(0, 6), m=st.integers(1, 11))
 @settings(max_examples=40, deadline=None)
 def test_any_size_is_checked(family: str, data: st.DataObject, p: int, more: int, m: int) -> None:
-    """Random p, m, k, v, L, groups, costs and weights of the ends: complete, checked, lasting what it must."""
+    """Random p, m, k, v, L, groups, costs and weights of the ends: complete and checked."""
     known = options(family)
     given: dict[str, object] = {}
     v = 2 if family in V else 1
@@ -95,8 +94,6 @@ def test_any_size_is_checked(family: str, data: st.DataObject, p: int, more: int
     units = m * k * p * v
     assert counts[Pass.F] == counts[Pass.B] + counts[Pass.I] == units
     assert counts[Pass.W] == counts[Pass.I] == (units if family in SPLIT else counts[Pass.I])
-    longest = max(sum(1 for _ in order) for order in schedule.ranks)
-    assert times(schedule, lambda action: 1.0).makespan >= longest
     for (stage, _), rank in schedule.placement.items():
         assert rank == (min(stage, 2 * p - 1 - stage) if family in V else stage % p)
 
