@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from helixpipe.commands.pictures import add_picture_flags, write_pictures
-from helixpipe.commands.setting import as_flags, duration, gibibytes
+from helixpipe.commands.setting import as_flags, duration, gibibytes, load_profile
 from helixpipe.config import Config
 from helixpipe.config_text import build_config, read_toml
 from helixpipe.errors import ConfigError
 from helixpipe.flags import Parser
 from helixpipe.predict.estimate import priced
 from helixpipe.predict.hardware import named_accelerator, named_link
-from helixpipe.predict.profile import Profile
 from helixpipe.predict.replay import replayed
 from helixpipe.predict.timeline import Timeline
 from helixpipe.predict.timeline_text import load
@@ -110,7 +109,7 @@ def _predicted(
     program = lower(schedule, setting.shape, setting.batch(schedule.segments))
     joined = None if link is None else named_link(link)
     if profile is not None:
-        costs = Profile.load(profile)
+        costs = load_profile(profile)
         costs.check_fits(setting.shape, dtype=config.runtime.dtype)
         keeping = replace(setting.keeping, fused_rms=costs.fused_rms)
         setting = replace(setting, profile=costs, keeping=keeping, link=joined or costs.link or named_link("free"))
@@ -120,6 +119,7 @@ def _predicted(
         setting = replace(
             setting,
             accelerator=accelerator,
+            profile=None,
             keeping=replace(setting.keeping, fused_rms=accelerator.fused_rms),
             link=joined or named_link("free"),
             tensor_link=named_link(accelerator.tensor_link),

@@ -43,7 +43,7 @@ RESERVE = 0.08
 def plan(given: list[str]) -> int:
     """`helixpipe plan ...`"""
     args = _parser().read(given)
-    with as_flags():
+    with as_flags(family="--families"):
         setting = setting_from(args)
         memory_bytes = setting.accelerator.memory_bytes * (1 - RESERVE) if args.memory is None else args.memory * 2**30
         if not memory_bytes > 0:
@@ -94,13 +94,12 @@ def _progress(done: int, of: int) -> None:
 
 def _table(found: Plan, setting: Setting, args: argparse.Namespace, taken_s: float) -> list[str]:
     """The fastest that fit, the front, and what is no pipeline."""
-    machine = "measured costs" if setting.profile else setting.accelerator.name
     memory = "any memory" if math.isinf(found.memory_bytes) else f"{gibibytes(found.memory_bytes)} each"
     group = f" of {setting.group} accelerators" if setting.group > 1 else ""
     group += f", {setting.data_parallel} times" if setting.data_parallel > 1 else ""
     lines = [
         f"{args.model}, {args.microbatches} micro-batches of {args.microbatch_size} x {args.sequence_length:,} tokens on "
-        f"{args.ranks} ranks{group}; {machine}, {memory}, link {setting.link.name}",
+        f"{args.ranks} ranks{group}; {setting.machine}, {memory}, link {setting.link.name}",
         f"{len(found.fits)} of {len(found.fits) + len(found.misses)} fit; priced in {taken_s:.0f} s",
         *_refused(found),
         "",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from helixpipe.predict.profile import Profile
     from helixpipe.runtime.profiling import Asked
 
-ABOUT = "Measure what the parts of a model and a message cost on this machine, for simulate, plan and show."
+ABOUT = "Measure what the parts of a model and a message cost on this machine, for simulate, rehearse, plan, compare and train."
 EPILOG = """\
 Parts are timed by the runtime that trains, on sequences of an eighth of N tokens up to N, whole and cut into segments, by
 as many processes at once as --ranks says, since ranks of one machine slow each other down. A curve is fitted to each

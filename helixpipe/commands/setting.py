@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from helixpipe.config import ELEMENT_BYTES
 from helixpipe.errors import ConfigError
 from helixpipe.flags import Parser, add_family_options, flag, given_options, number
-from helixpipe.predict.estimate import Estimate, Setting, estimate_family
+from helixpipe.predict.estimate import Estimate, Setting, check_actions, estimate_family
 from helixpipe.predict.hardware import ACCELERATORS, LINKS, named_accelerator, named_link
 from helixpipe.predict.keeping import Keeping
 from helixpipe.predict.profile import Profile
@@ -21,8 +22,6 @@ from helixpipe.shape import SHAPES, named_shape
 
 OPTIMIZERS = ("replicated", "sharded")
 RECOMPUTE = ("none", "selective", "full")
-# what cannot be drawn or priced in a reasonable time and memory
-MOST_ACTIONS = 2_000_000
 
 
 def family_parser(command: str, about: str, epilog: str = "") -> Parser:
@@ -90,7 +89,9 @@ def setting_from(args: argparse.Namespace) -> Setting:
     dtype = args.dtype or ("float32" if accelerator.name == "laptop-core" else "bfloat16")
     joined, fused_rms = named_link(args.link or accelerator.link), accelerator.fused_rms
     if args.profile is not None:
-        profile = Profile.load(args.profile)
+        profile = load_profile(args.profile)
+        if told := profile.beyond(args.sequence_length):
+            print(told, file=sys.stderr)
         dtype = args.dtype or profile.dtype
         profile.check_fits(shape, dtype=dtype)
         joined = named_link(args.link) if args.link else profile.link or named_link("free")
@@ -116,7 +117,7 @@ def setting_from(args: argparse.Namespace) -> Setting:
         keeping,
         args.microbatch_size,
         args.tensor_parallel,
-        named_link(args.tensor_link or accelerator.tensor_link),
+        named_link(args.tensor_link or accelerator.tensor_link, "tensor_link"),
         args.context_parallel,
         args.data_parallel,
         profile,
@@ -124,6 +125,14 @@ def setting_from(args: argparse.Namespace) -> Setting:
         segment_multiple=args.segment_multiple,
         optimizer=args.optimizer,
     )
+
+
+def load_profile(path: str) -> Profile:
+    """A path may begin like a key: it is said whose it is."""
+    try:
+        return Profile.load(path)
+    except ConfigError as error:
+        raise ConfigError(f"--profile: {error}") from None
 
 
 def dtype_of(setting: Setting) -> str:
@@ -138,27 +147,25 @@ def estimate_from(args: argparse.Namespace) -> Estimate:
             if getattr(args, name) < 1:
                 raise ConfigError(f"{name}: {getattr(args, name)}; give at least 1")
         per_microbatch = options.get("segments", 1) * (2 * setting.shape.layers + 1)
-        actions = 3 * max(args.ranks, args.microbatches * per_microbatch)
-        if actions > MOST_ACTIONS:
-            raise ConfigError(f"up to {actions:,} actions are more than fit here ({MOST_ACTIONS:,}); ask for fewer")
+        check_actions(3 * max(args.ranks, args.microbatches * per_microbatch))
         return estimate_family(setting, args.family, args.ranks, args.microbatches, **options)
 
 
 @contextmanager
-def as_flags() -> Iterator[None]:
-    """Faults name keys of a config; on the command line they are flags."""
+def as_flags(family: str = "FAMILY") -> Iterator[None]:
+    """Faults name keys of a config; on the command line they are flags. `family`: what the schedule's family is there."""
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(flags_named(str(error))) from None
+        raise ConfigError(flags_named(str(error), family)) from None
 
 
-def flags_named(message: str) -> str:
+def flags_named(message: str, family: str = "FAMILY") -> str:
     """`schedule.segments: ...` -> `--segments: ...`"""
     match = re.match(r"(?:schedule|model|train|runtime|mesh)\.(\w+)|([a-z_]+)(?=:)", message)
     if not match:
         return message
-    key = {"family": "FAMILY", "name": flag("model")}.get(match[1] or "", flag(match[1] or match[2]))
+    key = {"family": family, "name": flag("model")}.get(match[1] or "", flag(match[1] or match[2]))
     return key + message[match.end() :]
 
 

@@ -40,11 +40,11 @@ def _facts(estimate: Estimate) -> list[tuple[str, str]]:
     """What the page's head tells."""
     setting, timeline = estimate.setting, estimate.timeline
     return [
-        ("step", duration(timeline.makespan_s)),
-        ("of ideal", f"{timeline.makespan_s / estimate.ideal_s:.4f}"),
+        ("step", duration(estimate.step_s)),
+        ("of ideal", f"{estimate.step_s / estimate.ideal_s:.4f}"),
         ("bubble", f"{timeline.bubble_ratio:.1%}"),
         ("tokens/s", f"{estimate.tokens_per_s:,.0f}"),
-        ("hardware", "measured costs" if setting.profile else setting.accelerator.name),
+        ("hardware", setting.machine),
         ("link", setting.link.name),
         ("recompute", setting.keeping.recompute),
     ]
@@ -74,7 +74,7 @@ def as_json(estimate: Estimate) -> dict[str, Any]:
         "reduction_s": estimate.reduction_s,
         "step_s": estimate.step_s,
         "tokens_per_s": estimate.tokens_per_s,
-        "hardware": setting.accelerator.name,
+        "hardware": setting.machine,
         "link": setting.link.name,
         "segment_lengths": list(estimate.program.batch.segment_lengths),
         "ranks": ranks,
@@ -111,10 +111,9 @@ def _head(family: str, options: dict[str, Any], estimate: Estimate) -> str:
     step = f"step {duration(estimate.step_s)}, {estimate.step_s / estimate.ideal_s:.4f} of ideal {duration(estimate.ideal_s)}"
     ending = "sum gradients" + (" and send updates" if setting.optimizer == "sharded" else "")
     step += f"; {duration(estimate.reduction_s)} of it to {ending}" if estimate.reduction_s else ""
-    machine = "measured costs" if setting.profile else setting.accelerator.name
     return (
         f"{family}{told}: {timeline.ranks} ranks, {estimate.schedule.microbatches} micro-batches of "
-        f"{setting.microbatch_size} x {setting.sequence_length:,} tokens; {machine}, link {setting.link.name}\n"
+        f"{setting.microbatch_size} x {setting.sequence_length:,} tokens; {setting.machine}, link {setting.link.name}\n"
         f"{step}; bubble {timeline.bubble_ratio:.1%}; {estimate.tokens_per_s:,.0f} tokens/s\n"
     )
 

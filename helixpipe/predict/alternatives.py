@@ -66,7 +66,8 @@ def _context(setting: Setting, ranks: int, microbatches: int) -> Alternative:
     hops = setting.link.latency_s * (ranks - 1)
     forward_ring = hops + ring * keeping.element_bytes / setting.link.bytes_per_s
     backward_ring = hops + ring * (keeping.element_bytes + keeping.wide_bytes) / setting.link.bytes_per_s
-    slower = max(forward, forward_ring) - forward + max(backward, backward_ring) - backward
+    forwards = 2 if keeping.recompute == "full" else 1
+    slower = forwards * (max(forward, forward_ring) - forward) + max(backward, backward_ring) - backward
     compute_s = _compute_s(setting) / ranks
     step_s = max(compute_s + slower * shape.layers, _weights_s(setting, ranks))
     activations = math.ceil(_activations(setting) / ranks)

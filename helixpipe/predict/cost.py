@@ -23,7 +23,7 @@ from functools import cache, lru_cache
 from typing import Protocol
 
 from helixpipe.predict.hardware import Accelerator, Link
-from helixpipe.predict.keeping import Keeping
+from helixpipe.predict.keeping import Keeping, inside
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.chunks import chunks
 from helixpipe.schedule.parts import Part
@@ -155,9 +155,10 @@ def action_seconds(schedule: Schedule, batch: Batch, costs: PartCosts, keeping: 
         )
         return total(runs, "forward_s", segment)
 
-    def chunked(parts: Iterable[Part], segment: int) -> float:
-        """A chunked part's own backward runs its forward once more."""
-        return total((p for p in parts if sliced(p, segment)), "forward_s", segment)
+    def in_slices(parts: Iterable[Part], segment: int) -> list[Part]:
+        """Those that run so, of opaque layers too."""
+        inner = [p for part in parts for p in (inside(part) if part.kind == "block" else [part])]
+        return [p for p in inner if sliced(p, segment)]
 
     @cache
     def seconds(stage: int, kind: Pass, segment: int, ahead: bool) -> float:
@@ -167,11 +168,11 @@ def action_seconds(schedule: Schedule, batch: Batch, costs: PartCosts, keeping: 
         if kind is Pass.R:
             return again(cut[stage][-1].parts, segment) if recomputes else 0.0
         if kind is Pass.W:
-            return total((p for p in parts if not sliced(p, segment)), "weight_s", segment)
-        taken = total(parts, "input_s", segment) + chunked(parts, segment)
-        # weight gradients of what runs in slices cannot wait for a W
-        late = parts if kind is Pass.B else [p for p in parts if sliced(p, segment)]
-        taken += total(late, "weight_s", segment)
+            return total(parts, "weight_s", segment) - total(in_slices(parts, segment), "weight_s", segment)
+        # the backward of what runs in slices runs its forward once more
+        taken = total(parts, "input_s", segment) + total(in_slices(parts, segment), "forward_s", segment)
+        # and its weight gradients cannot wait for a W
+        taken += total(parts if kind is Pass.B else in_slices(parts, segment), "weight_s", segment)
         if recomputes:
             left = cut[stage][:-1] if ahead else cut[stage]
             taken += math.fsum(again(chunk.parts, segment) for chunk in left)

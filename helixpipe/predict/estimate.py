@@ -31,6 +31,15 @@ from helixpipe.schedule.program import Message, Program
 from helixpipe.schedule.schedule import Schedule
 from helixpipe.shape import Batch, ModelShape, named_shape
 
+# what cannot be drawn or priced in a reasonable time and memory
+MOST_ACTIONS = 2_000_000
+
+
+def check_actions(actions: int) -> None:
+    """Raise ConfigError for more than can be priced."""
+    if actions > MOST_ACTIONS:
+        raise ConfigError(f"up to {actions:,} actions are more than fit here ({MOST_ACTIONS:,}); ask for fewer")
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -84,6 +93,11 @@ class Setting:
             self.shape, self.accelerator, self.keeping.element_bytes, self.tensor_parallel, self.tensor_link,
             self.context_parallel, self.link,
         )  # fmt: skip
+
+    @property
+    def machine(self) -> str:
+        """What actions are priced by."""
+        return "measured costs" if self.profile else self.accelerator.name
 
     @property
     def group(self) -> int:
@@ -225,8 +239,8 @@ class Estimate:
 
     @property
     def step_s(self) -> float:
-        """The pipeline's makespan and the reduction behind it."""
-        return self.timeline.makespan_s + self.reduction_s
+        """The pipeline's makespan, or what of its weight gradients comes home later, and the reduction behind it."""
+        return max(self.timeline.makespan_s, self.timeline.settled_s) + self.reduction_s
 
     @property
     def tokens_per_s(self) -> float:
@@ -268,7 +282,7 @@ def priced(program: Program, setting: Setting) -> Estimate:
     timeline = per_accelerator(timeline, setting.group)
     shards = setting.data_parallel * setting.context_parallel if setting.optimizer == "sharded" else 1
     standing = standing_bytes(schedule, setting.share, keeping, shards)
-    return Estimate(setting, schedule, program, seconds, travel, Timeline(timeline.spans, timeline.memory, standing))
+    return Estimate(setting, schedule, program, seconds, travel, replace(timeline, standing=standing))
 
 
 def _all_reduce_s(nbytes: float, ranks: int, link: Link | None) -> float:
@@ -281,7 +295,7 @@ def per_accelerator(timeline: Timeline, group: int) -> Timeline:
     if group == 1:
         return timeline
     memory = tuple(tuple(MemoryPoint(t, a // group, b) for t, a, b in points) for points in timeline.memory)
-    return Timeline(timeline.spans, memory)
+    return replace(timeline, memory=memory)
 
 
 def simulate(

@@ -140,8 +140,8 @@ def named_accelerator(name: str) -> Accelerator:
     return ACCELERATORS[name]
 
 
-def named_link(name: str) -> Link:
-    """Raises ConfigError that names the nearest."""
+def named_link(name: str, key: str = "link") -> Link:
+    """Raises ConfigError that names the nearest, and `key` as where it was asked for."""
     if name not in LINKS:
-        raise ConfigError(f"link: '{name}' is not known{nearest(name, LINKS)}")
+        raise ConfigError(f"{key}: '{name}' is not known{nearest(name, LINKS)}")
     return LINKS[name]

@@ -20,7 +20,7 @@ import math
 from dataclasses import dataclass
 
 from helixpipe.schedule.chunks import Chunk
-from helixpipe.schedule.parts import Part, Value
+from helixpipe.schedule.parts import LAYER_KINDS, Part, Value
 from helixpipe.shape import Batch, ModelShape
 
 Kept = dict[str, int]  # what is kept, by a name that is the same wherever it is one tensor -> bytes
@@ -51,6 +51,11 @@ class Keeping:
         """Whether a part runs in slices: where a segment is longer than the part's chunk (see `model.chunked`)."""
         chunk = {"mlp": self.mlp_chunk, "head": self.head_chunk}.get(part.kind, 0)
         return 0 < chunk < batch.segment_lengths[segment]
+
+
+def inside(block: Part) -> list[Part]:
+    """The parts of an opaque layer, as far as bytes and seconds go."""
+    return [Part(kind, block.layer) for kind in LAYER_KINDS]
 
 
 def kept(chunk: Chunk, shape: ModelShape, batch: Batch, segment: int, keeping: Keeping) -> Kept:
@@ -95,6 +100,8 @@ def owed(shape: ModelShape, batch: Batch, segment: int, keeping: Keeping) -> int
 
 def put_off(part: Part, shape: ModelShape, batch: Batch, segment: int, keeping: Keeping) -> Kept:
     """What an I leaves for its W: input and output gradient of each linear layer; nothing where a part is chunked."""
+    if part.kind == "block":
+        return {k: v for p in inside(part) for k, v in put_off(p, shape, batch, segment, keeping).items()}
     if keeping.slices(part, batch, segment):
         return {}
     unit = batch.tokens(segment) * keeping.element_bytes
@@ -140,18 +147,25 @@ def saved(part: Part, shape: ModelShape, batch: Batch, segment: int, keeping: Ke
     wide, narrow = keeping.wide_bytes, keeping.element_bytes
     reads = {str(value): _bytes(value, shape, batch, segment, keeping) for value in part.reads}
 
-    def norm(name: str, size: int = shape.hidden) -> Kept:
+    def norm(name: str, size: int = shape.hidden, rows: int = 1) -> Kept:
+        """`rows` of a token together have `size` elements; each has its statistics."""
         if shape.norm == "rms" and not keeping.fused_rms:
-            inside = {f"{name}.scaled": tokens * size * wide, f"{name}.scale": tokens * wide}
-            return inside | ({f"{name}.widened": tokens * size * wide} if wide > narrow else {})
-        return {f"{name}.statistics": tokens * wide * (1 if shape.norm == "rms" else 2)}
+            inner = {f"{name}.scaled": tokens * size * wide, f"{name}.scale": tokens * rows * wide}
+            return inner | ({f"{name}.widened": tokens * size * wide} if wide > narrow else {})
+        return {f"{name}.statistics": tokens * rows * wide * (1 if shape.norm == "rms" else 2)}
 
     match part.kind:
         case "norm":
             return reads | norm(str(part))
         case "qkv":
             (size,) = reads.values()
-            return {_gathered(part.reads[0], keeping): size * keeping.tensor_parallel}
+            found = {_gathered(part.reads[0], keeping): size * keeping.tensor_parallel}
+            if shape.qk_norm:  # over each head of q and k
+                for name, wide_size, heads in (("q", shape.q_size, shape.heads), ("k", shape.kv_size, shape.kv_heads)):
+                    found |= {f"{part}.{name}": tokens * wide_size * narrow} | norm(
+                        f"{part}.{name}_norm", wide_size, heads
+                    )
+            return found
         case "attn":
             return reads | _attention(part, shape, batch, segment, keeping)
         case "proj":  # the residual add keeps nothing
@@ -162,19 +176,18 @@ def saved(part: Part, shape: ModelShape, batch: Batch, segment: int, keeping: Ke
             wides = 1 if shape.mlp == "gelu" else 2
             if keeping.keeps_activated:  # and, of a gated one, what its gate became
                 wides += 1 if shape.mlp == "gelu" else 2
-            inside = {
+            inner = {
                 f"{part}.normed": tokens * shape.hidden * narrow * keeping.tensor_parallel,
                 f"{part}.wide": wides * tokens * shape.ffn * narrow,
             }
-            return reads | norm(f"{part}.norm") | inside
+            return reads | norm(f"{part}.norm") | inner
         case "head":
-            inside = {
+            inner = {
                 f"{part}.normed": tokens * shape.hidden * narrow,
                 f"{part}.logits": tokens * shape.vocabulary * wide,
             }
-            return reads | norm(f"{part}.norm") | inside
+            return reads | norm(f"{part}.norm") | inner
         case "block":
-            inner = [Part(kind, part.layer) for kind in ("norm", "qkv", "attn", "proj", "mlp")]
-            return {k: v for p in inner for k, v in saved(p, shape, batch, segment, keeping).items()}
+            return {k: v for p in inside(part) for k, v in saved(p, shape, batch, segment, keeping).items()}
         case _:
             return reads

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from helixpipe.errors import ConfigError
 from helixpipe.predict.alternatives import alternatives
-from helixpipe.predict.estimate import Estimate, Setting, priced
+from helixpipe.predict.estimate import Estimate, Setting, check_actions, priced
 from helixpipe.schedule import families
 from helixpipe.schedule.lower import lower
 from helixpipe.schedule.program import Program
@@ -136,7 +136,7 @@ class Plan:
         nearest = next((choice for choice in self.misses if choice.is_pipeline), None)
         if nearest is None:
             reason = next(iter(self.refused.values()), "there are no candidates")
-            return f"plan: no schedule can be made for this: {reason}"
+            return f"no schedule can be made for this: {reason}"
         return (
             f"memory: no schedule fits {memory}; the nearest is {nearest} with {nearest.peak_bytes / 2**30:.1f} GiB "
             f"on rank {nearest.fullest}: give that much memory, more ranks, or more tensor_parallel"
@@ -198,6 +198,7 @@ def plan(
     if ranks < 1 or microbatches < 1:
         raise ConfigError(f"ranks, microbatches: {ranks}, {microbatches}; give at least 1 of each")
     shape = setting.shape
+    check_actions(2 * max(ranks, ranks * microbatches))
     shape.check_length(setting.sequence_length)
     _ = setting.costs  # what no candidate can be priced by is refused before the search
     asked = candidates(ranks, shape.layers, setting.sequence_length, setting.segment_multiple, shape.causal, only)
@@ -242,11 +243,19 @@ def _price(work: _Work) -> tuple[list[Choice], dict[str, str]]:
     made = Made()
     for candidate in group:
         try:
+            check_actions(_actions(candidate, ranks, setting.shape.layers, microbatches))
             if not candidate.chunk or candidate.chunk < _longest(setting, candidate):
                 good.append(_choice(setting, ranks, microbatches, candidate, made))
         except ConfigError as error:
             bad[str(candidate)] = str(error)
     return good, bad
+
+
+def _actions(candidate: Candidate, ranks: int, layers: int, microbatches: int) -> int:
+    """The most that its schedule can have."""
+    given = dict(candidate.options)
+    stages = 2 * layers + 1 if candidate.family == "helix" else 2 * ranks * given.get("stages_per_rank", 1)
+    return int(3 * microbatches * given.get("segments", 1) * stages)
 
 
 def _longest(setting: Setting, candidate: Candidate) -> int:

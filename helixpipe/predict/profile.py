@@ -172,6 +172,8 @@ class Profile:
         given["shape"] = ModelShape(**_checked(given["shape"], "shape.", _kinds(ModelShape)))
         if given["link"] is not None:
             given["link"] = Link(**_checked(given["link"], "link.", _kinds(Link)))
+            if not given["link"].bytes_per_s:
+                raise ConfigError("link.bytes_per_s: 0 is not a rate; measure again, or set link to null")
         given["timings"] = tuple(_timing(row, f"timings[{at}]") for at, row in enumerate(given["timings"]))
         return Profile(**given)
 

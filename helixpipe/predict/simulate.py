@@ -51,10 +51,10 @@ def simulate_program(
             raise RuntimeError(f"rank {rank} never gets past {instructions[run.positions[rank]]}: lowering is wrong")
     spans = tuple(map(tuple, run.spans))
     if keeping is None:
-        return Timeline(spans)
+        return Timeline(spans, settled_s=run.settled_s)
     kept = activation_bytes(program, keeping)
     memory = tuple(_memory(*each) for each in zip(spans, kept, run.buffers, strict=True))
-    return Timeline(spans, memory)
+    return Timeline(spans, memory, settled_s=run.settled_s)
 
 
 @dataclass
@@ -71,6 +71,7 @@ class _Run:
     """Per rank, (when, bytes more)."""
     ready: list[tuple[float, int]] = field(init=False)
     """A heap of (clock, rank): ranks that can go on."""
+    settled_s: float = 0.0
 
     def __post_init__(self) -> None:
         ranks = len(self.program.ranks)
@@ -108,6 +109,7 @@ class _Run:
                 self._holds(rank, start, -1, message)
             self.positions[rank] += 1
             if isinstance(instruction, Accumulate):
+                self.settled_s = max(self.settled_s, start)
                 if start > clock:  # others may post before it is here
                     heapq.heappush(self.ready, (start, rank))
                     return

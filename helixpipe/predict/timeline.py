@@ -47,6 +47,8 @@ class Timeline:
     spans: tuple[tuple[Span, ...], ...]
     memory: tuple[tuple[MemoryPoint, ...], ...] = field(default=())
     standing: tuple[Standing, ...] = field(default=())
+    settled_s: float = 0.0
+    """When the last weight gradients that travel are home, which may be after all actions; 0 where not known."""
 
     @property
     def ranks(self) -> int:

@@ -10,6 +10,7 @@ step  |  o       .
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator
 from html import escape
 
@@ -21,6 +22,8 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1240, 640, 84, 440, 64, 64
 FONT = "ui-monospace,SFMono-Regular,Menlo,Consolas,'DejaVu Sans Mono',monospace"
 STYLE = f"text{{font-family:{FONT};font-size:12px;fill:#222}}.h{{font-size:16px;font-weight:600}}.m{{fill:#666}}.c{{text-anchor:middle}}.e{{text-anchor:end}}"
 LABELLED = 6
+OPTIONS_WIDTH = 62
+"""Letters of a choice's options in a line of the legend."""
 SLOWEST = 2.0
 """Choices that take more than so many times the fastest are not shown."""
 
@@ -127,9 +130,9 @@ class _Drawing:
             y += 16
             words = str(choice).split(", ")
             yield f'<text x="{x - 4}" y="{y}">{number} {escape(words[0])}</text>'
-            if words[1:]:
+            for line in textwrap.wrap(", ".join(words[1:]), OPTIONS_WIDTH):
                 y += 14
-                yield f'<text x="{x + 10}" y="{y}" class="m" style="font-size:10px">{escape(", ".join(words[1:]))}</text>'
+                yield f'<text x="{x + 10}" y="{y}" class="m" style="font-size:10px">{escape(line)}</text>'
 
 
 def _powers(least: float, most: float) -> Iterator[float]:

@@ -32,8 +32,9 @@ class Column:
         """Four digits of the largest and as many decimals for all, so that the points stand under one another."""
         shown = [each / self.scale.size for row in self.values for each in row]
         largest = max(map(abs, shown), default=0.0)
-        whole = all(math.isclose(each, round(each), abs_tol=1e-9) for each in shown)
-        decimals = 0 if whole else max(0, 3 - math.floor(math.log10(largest)))
+        # of whole numbers the mean may be none
+        whole = all(math.isclose(each, round(each), abs_tol=1e-9) for each in (*shown, number / self.scale.size))
+        decimals = 0 if whole else max(1, 3 - math.floor(math.log10(largest)))
         return f"{number / self.scale.size:.{decimals}f}"
 
 

@@ -9,7 +9,6 @@ import pytest
 
 from helixpipe.cli import main
 from helixpipe.config_text import build_config, write_toml
-from helixpipe.predict.hardware import named_accelerator
 from helixpipe.predict.simulate import simulate_program
 from helixpipe.predict.timeline import Timeline
 from helixpipe.predict.timeline_text import from_json, to_json
@@ -57,7 +56,22 @@ def test_from_an_accelerator_with_a_page(run: Path, tmp_path: Path, capsys: pyte
     assert main(["compare", str(run), "--hardware", "h100", "--html", str(page)]) == 0
     assert "predicted from h100" in capsys.readouterr().out
     assert "measured" in page.read_text()
-    assert named_accelerator("h100")
+
+
+def test_the_accelerator_that_is_named_and_not_the_runs_profile(
+    run: Path, profile: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    busy = {}
+    for of in ("", str(profile)):
+        table = {**TABLE, "schedule": {**TABLE["schedule"], "profile": of}}
+        (run / "config.toml").write_text(write_toml(build_config(table)))
+        for hardware in ("h100", "h20"):
+            assert main(["compare", str(run), "--hardware", hardware, "--json"]) == 0
+            numbers = json.loads(capsys.readouterr().out)["numbers"]
+            busy[of, hardware] = [row["predicted"] for row in numbers if row["name"] == "busy_s"]
+    assert busy["", "h100"] != busy["", "h20"]
+    for hardware in ("h100", "h20"):
+        assert busy[str(profile), hardware] == busy["", hardware]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +86,7 @@ def test_from_an_accelerator_with_a_page(run: Path, tmp_path: Path, capsys: pyte
          "config.toml and timeline.json are not of one run: their actions differ"),
         (lambda run: None, "--hardware h1000", "--hardware: 'h1000' is not known; did you mean 'h100'?"),
         (lambda run: None, "--hardware h100 --profile p.json", "profile, hardware: both are given; choose one"),
-        (lambda run: None, "--profile p.json", "p.json"),
+        (lambda run: None, "--profile laptop", "error: --profile: laptop: cannot be read: no such file or directory"),
         (lambda run: None, "--link infiniband",
          "--link: messages of a replay take no time; give --profile or --hardware with it"),
     ],

@@ -79,11 +79,13 @@ def test_the_config_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     [
         (f"{SMALL} --memory 0.001 --families 1f1b", "--memory: no schedule fits 0.0 GiB; the nearest is 1f1b, recompute full"),
         (f"{SMALL} --memory -3", "--memory: -3 GiB; give more than 0"),
-        (f"{SMALL} --families 1f2b", "FAMILY: '1f2b' is not known; did you mean '1f1b'?"),
+        (f"{SMALL} --families 1f2b", "error: --families: '1f2b' is not known; did you mean '1f1b'?"),
         (f"{SMALL} --ranks 0", "ranks, microbatches: 0, 4; give at least 1 of each"),
         (f"{SMALL} --processes -1", "--processes: -1; give at least 1, or 0 for one a core"),
         (f"{SMALL} --mlp-chunk 512", "'--mlp-chunk' is not an option of helixpipe plan"),
-        (f"{SMALL} --ranks 64 --families 1f1b", "no schedule can be made for this: schedule.ranks: 4 layers cannot fill 64"),
+        (f"{SMALL} --ranks 64 --families 1f1b", "error: no schedule can be made for this: schedule.ranks: 4 layers cannot fill 64"),
+        (f"{SMALL} --microbatches 99999999", "up to 399,999,996 actions are more than fit here (2,000,000); ask for fewer"),
+        (f"{SMALL} --ranks 99999999", "up to 799,999,992 actions are more than fit here (2,000,000); ask for fewer"),
         (f"{SMALL} --hardware h101", "--hardware: 'h101' is not known; did you mean 'h100'?"),
     ],
 )  # fmt: skip

@@ -65,6 +65,26 @@ def test_an_rms_norm_keeps_less_where_it_is_fused(profile: Path, capsys: pytest.
     assert fused == of_cuda < plain == of_cpu
 
 
+def test_a_profile_is_named_as_what_prices_and_its_end_is_told(
+    profile: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert asked(capsys, f"1f1b {SMALL} --profile {profile}")["hardware"] == "measured costs"
+    line = "1f1b --ranks 2 --microbatches 4 --model tiny --sequence-length 8192"
+    assert main(["simulate", *line.split(), "--profile", str(profile)]) == 0
+    told = capsys.readouterr().err
+    assert told.startswith(
+        "profile: 8,192 tokens are 8 times the longest measured (1,024), and costs are extrapolated; "
+    )
+
+
+def test_the_page_has_the_step_that_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the sum of gradients that follows the last action."""
+    page = tmp_path / "a.html"
+    assert main(f"simulate 1f1b {SMALL} --dp 8 --hardware h100 --link ethernet --html {page}".split()) == 0
+    step = capsys.readouterr().out.splitlines()[1].split(",")[0].removeprefix("step ")
+    assert f">{step}<" in page.read_text()
+
+
 def test_segments_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     found = asked(capsys, f"seq1f1b {SMALL} --segments 4 --evenness 1")
     assert found["segment_lengths"] == [256] * 4
@@ -135,7 +155,9 @@ def test_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (f"1f1b {SMALL} --sequence-length 0", "--sequence-length: 0; give at least 1"),
         (f"1f1b {SMALL} --ranks 0", "--ranks: 0; give at least 1"),
         (f"1f1b {SMALL} --microbatches 99999999", "up to 2,699,999,973 actions are more than fit here (2,000,000); ask for fewer"),
-        (f"1f1b {SMALL} --profile none.json", "none.json"),
+        (f"1f1b {SMALL} --tensor-link nvlnk", "error: --tensor-link: 'nvlnk' is not known; did you mean 'nvlink'?"),
+        (f"1f1b {SMALL} --profile laptop", "error: --profile: laptop: cannot be read: no such file or directory"),
+        (f"1f1b {SMALL} --profile model.json", "error: --profile: model.json: cannot be read: no such file or directory"),
         (f"1f1b {SMALL} --hardwar h20", "'--hardwar' is not an option of helixpipe simulate; did you mean '--hardware'?"),
     ],
 )  # fmt: skip

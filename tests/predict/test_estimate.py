@@ -206,6 +206,14 @@ def test_a_slow_link_makes_a_step_longer() -> None:
     assert times[0] < times[-1]
 
 
+def test_a_step_ends_when_the_last_weight_gradient_is_home() -> None:
+    slow = Link("slow", 1e3, 0.0, "made up")
+    setting = Setting(SHAPES["tiny"], 128, named_accelerator("h100"), slow, Keeping("none", 2))
+    found = estimate_family(setting, "helix", 2, 4, travel="attention")
+    assert found.step_s == found.timeline.settled_s > found.timeline.makespan_s
+    assert estimate_family(setting, "helix", 2, 4, travel="none").timeline.settled_s == 0
+
+
 def test_the_face() -> None:
     schedule = hp.build_schedule("helix", ranks=8, layers=32, microbatches=16, folds=2, travel="qkv")
     timeline = hp.simulate(schedule, model="7b", hardware="h20", sequence_length=32768, link="infiniband")

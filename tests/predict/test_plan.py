@@ -60,7 +60,11 @@ def test_what_fits_is_ranked_and_every_rank_is_told(found: Plan) -> None:
         assert len(choice.ranks) == 4
         assert choice.peak_bytes == max(rank.peak_bytes for rank in choice.ranks)
         for rank in choice.ranks:
-            assert rank.busy_s + rank.idle_s == pytest.approx(choice.makespan_s)
+            ended = rank.busy_s + rank.idle_s
+            if choice.candidate.family == "helix":  # weight gradients may come home after the last action
+                assert ended <= choice.makespan_s * (1 + 1e-6)
+            else:
+                assert ended == pytest.approx(choice.makespan_s)
 
 
 def test_a_choice_is_what_its_estimate_says(found: Plan) -> None:
@@ -104,7 +108,7 @@ def test_when_nothing_fits_the_nearest_miss_is_named() -> None:
 
 
 def test_when_nothing_can_be_made_the_reason_is_told() -> None:
-    with pytest.raises(ConfigError, match=r"^plan: no schedule can be made for this: schedule.ranks: 8 layers cannot"):
+    with pytest.raises(ConfigError, match=r"^no schedule can be made for this: schedule.ranks: 8 layers cannot"):
         _ = plan(SETTING, 16, 4, math.inf, only=("1f1b",)).best
 
 
@@ -149,6 +153,8 @@ def test_context_parallel_hides_its_ring_or_waits_for_it() -> None:
     elements = 2 * 8192 * SHAPE.kv_size * 0.75
     taken = alternatives(slow, 4, 8)[1]
     assert taken.makespan_s > 8 * SHAPE.layers * elements * (2 + 2 + 4) / 1e6
+    again = replace(slow, keeping=replace(slow.keeping, recompute="full"))  # attention, and so its ring, runs twice
+    assert alternatives(again, 4, 8)[1].makespan_s > 8 * SHAPE.layers * elements * (2 + 2 + 2 + 4) / 1e6
     assert context.peak_activation_bytes < alternatives(free, 4, 8)[0].peak_activation_bytes / 3
     assert [each.name for each in alternatives(replace(free, sequence_length=8191), 4, 8)] == ["fsdp"]
     assert alternatives(free, 1, 8) == ()

@@ -121,6 +121,18 @@ def test_an_opaque_layer_costs_what_its_parts_cost() -> None:
     assert whole == pytest.approx(sum(PROFILE.forward_s(Part(kind, 0), batch, 0) for kind in LAYER_KINDS))
 
 
+@pytest.mark.parametrize("family", ["1f1b", "zb_h1"])
+def test_an_opaque_layer_whose_mlp_runs_in_slices_costs_as_much_as_one_that_is_not(family: str) -> None:
+    batch, keeping = Batch(1, (1024,)), Keeping("none", mlp_chunk=256)
+    split = build_schedule(family, ranks=1, layers=2, microbatches=1)
+    opaque = build_schedule(family, ranks=1, layers=2, microbatches=1, opaque=(0, 1))
+    taken = action_seconds(split, batch, PROFILE, keeping)
+    assert [action_seconds(opaque, batch, PROFILE, keeping)(a) for a in opaque.ranks[0]] == pytest.approx(
+        [taken(a) for a in split.ranks[0]]
+    )
+    assert taken(split.ranks[0][1]) > action_seconds(split, batch, PROFILE, Keeping("none"))(split.ranks[0][1])
+
+
 def test_actions_are_priced_from_it() -> None:
     """B of a stage under selective recompute: all but attention once more, then I and W."""
     schedule, batch = build_schedule("1f1b", ranks=1, layers=1, microbatches=1), Batch(1, (1024,))
@@ -248,6 +260,10 @@ BROKEN = [
     (
         edited(link={"name": "x", "bytes_per_s": -1, "latency_s": 0.1, "source": ""}),
         "link.bytes_per_s: -1 is not a number from 0 up",
+    ),
+    (
+        edited(link={"name": "x", "bytes_per_s": 0, "latency_s": 0.1, "source": ""}),
+        "link.bytes_per_s: 0 is not a rate; measure again, or set link to null",
     ),
     (
         edited(timings=[["qkv", "F", 1024, 0, -1.0]]),

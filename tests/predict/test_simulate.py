@@ -54,6 +54,16 @@ def test_messages_travel_under_actions() -> None:
     assert [bool(span.awaited) for span in timeline.spans[1]] == [True, False, False, False, False, False]
 
 
+def test_weight_gradients_that_travel_may_come_home_after_all_actions() -> None:
+    schedule = build_schedule("helix", ranks=2, layers=2, microbatches=4, travel="attention")
+    program = program_of(schedule)
+    left = [m.producer for m in program.messages if m.kind is Kind.WEIGHT_GRADIENTS]
+    slow = simulate_program(program, lambda a: 1.0, lambda m: 50.0 if m.kind is Kind.WEIGHT_GRADIENTS else 0.0)
+    assert slow.settled_s >= 50 + max(s.end_s for row in slow.spans for s in row if s.action in left)
+    free = simulate_program(program, lambda action: 1.0)
+    assert free.settled_s <= free.makespan_s
+
+
 def test_what_an_action_waited_for_is_the_last_of_its_messages() -> None:
     program = program_of(build_schedule("helix", ranks=2, layers=1, microbatches=1, folds=1))
     timeline = simulate_program(program, lambda action: 1.0, lambda m: {"x.0": 50.0}.get(m.names[0], 1.0))

@@ -56,7 +56,18 @@ CASES = [
     for travel in ("none", "qkv", "attention")
     for recompute in ("none", "full", "selective")
     for chunk, norm in ((0, "layer"), (16, "rms"))
-] + [Case(2, 4, "1f1b", {}, recompute, chunk) for recompute in ("none", "full", "selective") for chunk in (0, 16)]
+]
+CASES += [Case(2, 4, "1f1b", {}, recompute, chunk) for recompute in ("none", "full", "selective") for chunk in (0, 16)]
+CASES += [
+    Case(2, 4, "1f1b", {}, recompute, 0, {"qk_norm": True, "norm": norm, "kv_heads": 2})
+    for recompute in ("none", "selective")
+    for norm in ("rms", "layer")
+]
+CASES += [
+    Case(2, 4, family, {"opaque": (0, 1, 2, 3)}, recompute, 0, {"norm": "layer"})
+    for family in ("1f1b", "zb_h1")
+    for recompute in ("none", "full")
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

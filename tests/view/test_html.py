@@ -154,7 +154,7 @@ def test_the_table_of_one_timeline() -> None:
     assert told.rows == [
         "rank 0 3 1 25 3 7",
         "rank 1 4 0 0 1 1",
-        "mean 4 0 12 2 4",
+        "mean 3.500 0.500 12.50 2 4",
         "most 4 1 25 3 7",
     ]
     assert told.of("caption") == ["Ranks"]
