@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from helixpipe.predict.timeline import Span, Timeline
 from helixpipe.schedule.action import Action
-from helixpipe.schedule.program import Message, Program, Run
+from helixpipe.schedule.program import Accumulate, Message, Program, Run
 
 
 class Reason(StrEnum):
@@ -55,8 +55,7 @@ class Step(NamedTuple):
 
 def idle(program: Program, timeline: Timeline) -> tuple[tuple[Idle, ...], ...]:
     """Per rank, every idle while, in order. Their sum is the rank's `idle_s`."""
-    ends = _ends(timeline)
-    waits = _waits(program)
+    ends, waits = _ends(timeline), _Waits(program)
     return tuple(tuple(_of_rank(rank, timeline, ends, waits)) for rank in range(timeline.ranks))
 
 
@@ -71,7 +70,7 @@ def idle_by_reason(program: Program, timeline: Timeline) -> tuple[dict[str, floa
 
 def critical_path(program: Program, timeline: Timeline) -> tuple[Step, ...]:
     """From the step's first moment to its last: each action started as soon as the one before it let it."""
-    ends, waits = _ends(timeline), _waits(program)
+    ends, waits = _ends(timeline), _Waits(program)
     place = {span.action: (rank, i) for rank, spans in enumerate(timeline.spans) for i, span in enumerate(spans)}
     last = max((span for spans in timeline.spans for span in spans), key=lambda span: span.end_s, default=None)
     path: list[Step] = []
@@ -79,34 +78,57 @@ def critical_path(program: Program, timeline: Timeline) -> tuple[Step, ...]:
     while action is not None:
         rank, i = place[action]
         span = timeline.spans[rank][i]
-        before = timeline.spans[rank][i - 1].end_s if i else 0.0
-        path.append(Step(rank, span, span.start_s - before))
-        binding = _binding(waits.get(action, ()), ends)
-        if binding is not None and span.awaited:
-            action = binding.producer
-        else:
-            action = timeline.spans[rank][i - 1].action if i else None
+        before = timeline.spans[rank][i - 1] if i else None
+        path.append(Step(rank, span, span.start_s - (before.end_s if before else 0.0)))
+        binding = waits.binding(span, ends)
+        action = binding.producer if binding is not None else before and before.action
     return tuple(reversed(path))
 
 
-def _of_rank(
-    rank: int, timeline: Timeline, ends: dict[Action, float], waits: dict[Action, tuple[Message, ...]]
-) -> Iterator[Idle]:
+class _Waits:
+    """The messages that each action waits for, and the gradients that come home since the action before it."""
+
+    def __init__(self, program: Program) -> None:
+        self.read: dict[Action, tuple[Message, ...]] = {}
+        self.home: dict[Action, tuple[Message, ...]] = {}
+        for instructions in program.ranks:
+            home: tuple[Message, ...] = ()
+            for each in instructions:
+                if isinstance(each, Accumulate):
+                    home += (each.message,)
+                elif isinstance(each, Run):
+                    self.read[each.action], self.home[each.action], home = each.waits, home, ()
+
+    def binding(self, span: Span, ends: dict[Action, float]) -> Message | None:
+        """What an action stood waiting for, if for anything: of what it reads, the message whose producer ended last.
+
+        Weights, which nothing on the path makes, only when there is no other.
+        """
+        if not span.awaited:
+            return None
+        home = next((m for m in self.home.get(span.action, ()) if str(m) == span.awaited), None)
+        if home is not None:
+            return home
+        read = self.read.get(span.action, ())
+        made = [m for m in read if m.producer is not None]
+        return max(made, key=lambda m: ends[m.producer], default=next(iter(read), None))
+
+
+def _of_rank(rank: int, timeline: Timeline, ends: dict[Action, float], waits: _Waits) -> Iterator[Idle]:
     at = 0.0
     for i, span in enumerate(timeline.spans[rank]):
         if span.start_s > at:
             if i == 0:
                 yield Idle(rank, at, span.start_s, Reason.WARM_UP)
             else:
-                yield from _gap(rank, at, span, waits.get(span.action, ()), ends)
+                yield from _gap(rank, at, span, waits.binding(span, ends), ends)
         at = max(at, span.end_s)
     if timeline.makespan_s > at:
         yield Idle(rank, at, timeline.makespan_s, Reason.DRAIN)
 
 
-def _gap(rank: int, at: float, span: Span, messages: tuple[Message, ...], ends: dict[Action, float]) -> Iterator[Idle]:
-    binding = _binding(messages, ends)
-    if binding is None or not span.awaited:
+def _gap(rank: int, at: float, span: Span, binding: Message | None, ends: dict[Action, float]) -> Iterator[Idle]:
+    if binding is None:
         yield Idle(rank, at, span.start_s, Reason.RUNTIME)
         return
     made = at if binding.producer is None else min(max(at, ends[binding.producer]), span.start_s)
@@ -116,15 +138,5 @@ def _gap(rank: int, at: float, span: Span, messages: tuple[Message, ...], ends: 
         yield Idle(rank, made, span.start_s, Reason.MESSAGE, binding.src, str(binding))
 
 
-def _binding(messages: tuple[Message, ...], ends: dict[Action, float]) -> Message | None:
-    """The message whose producer ended last: weights, which nothing on the path makes, only when there is no other."""
-    made = [m for m in messages if m.producer is not None]
-    return max(made, key=lambda m: ends[m.producer], default=next(iter(messages), None))
-
-
 def _ends(timeline: Timeline) -> dict[Action, float]:
     return {span.action: span.end_s for spans in timeline.spans for span in spans}
-
-
-def _waits(program: Program) -> dict[Action, tuple[Message, ...]]:
-    return {i.action: i.waits for rank in program.ranks for i in rank if isinstance(i, Run) and i.waits}

@@ -81,6 +81,7 @@ class _Run:
         self.ready = [(0.0, rank) for rank in range(ranks)]
         self._way_out, self._way_in = [0.0] * ranks, [0.0] * ranks  # when each rank's link is free
         self._free = [0.0] * ranks  # when each rank's last action ended
+        self._stalled: list[Message | None] = [None] * ranks  # what an Accumulate waited for since then
         self._posted: set[int] = set()  # numbers of messages that one side has posted
         self._arrived: dict[int, float] = {}
         self._waiting: dict[int, int] = {}  # number of a message -> the rank that waits for it
@@ -110,14 +111,22 @@ class _Run:
             self.positions[rank] += 1
             if isinstance(instruction, Accumulate):
                 self.settled_s = max(self.settled_s, start)
+                self._stalled[rank] = self._later(self._stalled[rank], last)
                 if start > clock:  # others may post before it is here
                     heapq.heappush(self.ready, (start, rank))
                     return
                 continue
+            last, self._stalled[rank] = self._later(last, self._stalled[rank]), None
             end = self._free[rank] = start + seconds(instruction.action)
             self.spans[rank].append(Span(instruction.action, start, end, "" if last is None else str(last)))
             heapq.heappush(self.ready, (end, rank))
             return
+
+    def _later(self, first: Message | None, second: Message | None) -> Message | None:
+        """Of two messages the one that arrived later, if either is one."""
+        if first is None or second is None:
+            return first or second
+        return max(first, second, key=lambda message: self._arrived[message.number])
 
     def _post(self, message: Message, rank: int, clock: float) -> None:
         """One side of a message; with the second one it leaves."""

@@ -59,16 +59,19 @@ def test_what_the_runtime_takes_between_two_actions() -> None:
 
 @settings(max_examples=40)
 @given(
-    st.sampled_from(["1f1b", "gpipe", "helix", "seq1f1b", "zb_h1", "interleaved"]),
+    st.sampled_from(["1f1b", "gpipe", "helix", "helix, weights travel", "seq1f1b", "zb_h1", "interleaved"]),
     st.integers(1, 4), st.integers(1, 6), st.floats(0, 3),
 )  # fmt: skip
 def test_the_parts_add_up(family: str, ranks: int, microbatches: int, travels: float) -> None:
-    options = {"seq1f1b": {"segments": 2}, "interleaved": {"stages_per_rank": 2}}.get(family, {})
-    program = program_of(family, ranks, 2 * ranks, microbatches, **options)
+    options = {
+        "seq1f1b": {"segments": 2}, "interleaved": {"stages_per_rank": 2}, "helix, weights travel": {"travel": "attention"},
+    }.get(family, {})  # fmt: skip
+    program = program_of(family.split(",")[0], ranks, 2 * ranks, microbatches, **options)
     timeline = simulate_program(program, lambda a: 1.0 + (a.kind is Pass.B), lambda message: travels)
     for rank, whiles in enumerate(idle(program, timeline)):
         assert math.fsum(each.seconds for each in whiles) == pytest.approx(timeline.idle_s[rank], abs=1e-9)
         assert all(each.seconds > 0 for each in whiles)
+        assert all(each.reason != "runtime" for each in whiles), "nothing predicted waits for nothing"
         assert all(each.source not in (-1, rank) for each in whiles if each.reason in ("imbalance", "message"))
     path = critical_path(program, timeline)
     assert path[0].span.start_s == 0
