@@ -17,6 +17,7 @@ from torch.distributed import TCPStore, rendezvous  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
 from helixpipe.errors import CheckpointError, ConfigError, HelixpipeError, RankError
+from helixpipe.runtime.watch import starting
 from helixpipe.train.job import Job, prepare
 from helixpipe.train.loop import train
 
@@ -105,15 +106,13 @@ def _meet(job: Job, place: Place, store: Store, device: str) -> dist.ProcessGrou
     # several ranks on one device cannot use NCCL: they go through host memory
     own_device = device != "cpu" and place.local_ranks <= torch.cuda.device_count()
     timeout = timedelta(seconds=job.config.runtime.timeout_s)
-    try:
+    with starting(place.rank):
         dist.init_process_group(
             "nccl" if own_device else "gloo", store=store, rank=place.rank, world_size=place.ranks, timeout=timeout
         )
         # a checkpoint of a big model takes longer than a message may
         group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout * 10)
-        return group
-    except RuntimeError as error:
-        raise RankError(f"rank {place.rank} waited for all ranks to start: {' '.join(str(error).split())}") from None
+    return group
 
 
 def _main() -> NoReturn:
