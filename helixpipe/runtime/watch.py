@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from torch.distributed.distributed_c10d import Store
 
 from helixpipe.errors import RankError
+from helixpipe.runtime.oom import out_of_memory
 
 PERIOD_S = 1.0
 
@@ -81,6 +82,8 @@ class Watch:
         try:
             yield
         except RuntimeError as error:
+            if out_of_memory(error):
+                raise  # no other rank's doing
             raise self.placed(RankError("lost a rank while waiting for all of them")) from error
 
     def close(self) -> None:

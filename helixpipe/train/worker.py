@@ -17,6 +17,7 @@ from torch.distributed import TCPStore, rendezvous  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
 from helixpipe.errors import CheckpointError, ConfigError, HelixpipeError, RankError
+from helixpipe.runtime.oom import out_of_memory
 from helixpipe.runtime.watch import starting
 from helixpipe.train.job import Job, prepare
 from helixpipe.train.loop import train
@@ -54,10 +55,13 @@ def work(job: Job, place: Place, store: Store | None) -> None:
         group = _meet(job, place, store, device)
     try:
         train(job, device, group)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        said, _, _ = str(error).partition("\n")
         raise HelixpipeError(
             f"rank {place.rank} ran out of memory on {device}: lower train.sequence_length or train.microbatch_size, "
-            f"or set runtime.recompute, mlp_chunk and head_chunk ({str(error).splitlines()[0]})"
+            f"or set runtime.recompute, mlp_chunk and head_chunk ({said or type(error).__name__})"
         ) from None
     if group is not None:
         dist.destroy_process_group()

@@ -1,0 +1,60 @@
+"""One rank of a job: what ends it is one line that says whose it is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from helixpipe.config import Config, RuntimeConfig
+from helixpipe.errors import HelixpipeError
+from helixpipe.runtime.oom import out_of_memory
+from helixpipe.train import worker
+from helixpipe.train.job import Job
+from helixpipe.train.worker import Place
+
+JOB = Job(Config(runtime=RuntimeConfig(device="cpu")), None, 0)
+ALONE = Place(0, 1, 0, 1)
+
+
+def _no_cpu_memory() -> None:
+    torch.empty(2**60, dtype=torch.uint8)  # more than there are addresses: nothing is touched
+
+
+def _no_device_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.\nMore of it")
+
+
+def _no_python_memory() -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("ask", "said"),
+    [
+        (_no_cpu_memory, r".*DefaultCPUAllocator: .* 1152921504606846976 bytes.*"),
+        (_no_device_memory, "CUDA out of memory."),
+        (_no_python_memory, "MemoryError"),
+    ],
+)
+def test_out_of_memory_says_what_to_do(monkeypatch: pytest.MonkeyPatch, ask: Callable[[], None], said: str) -> None:
+    monkeypatch.setattr(worker, "train", lambda job, device, group: ask())
+    with pytest.raises(HelixpipeError) as caught:
+        worker.work(JOB, ALONE, None)
+    assert re.fullmatch(
+        "rank 0 ran out of memory on cpu: lower train.sequence_length or train.microbatch_size, or set runtime.recompute, "
+        rf"mlp_chunk and head_chunk \({said}\)",
+        str(caught.value),
+    ), str(caught.value)
+
+
+def test_another_error_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(job: Job, device: str, group: object) -> None:
+        raise RuntimeError("a matrix of the wrong size")
+
+    monkeypatch.setattr(worker, "train", broken)
+    with pytest.raises(RuntimeError, match=r"^a matrix of the wrong size$"):
+        worker.work(JOB, ALONE, None)
+    assert not out_of_memory(RuntimeError("a matrix of the wrong size"))
