@@ -86,6 +86,7 @@ def join(arguments: Sequence[str], warn: Callable[[str], None]) -> int:
         if not text:
             return 2  # rank 0 says why
         job = Job.from_json(text)
+    _device(job.config.runtime.device, place)  # a fault of this machine alone: whoever has it says it
     try:
         work(job, place, store)
     except (CheckpointError, ConfigError):

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from helixpipe.config import Config, RuntimeConfig
-from helixpipe.errors import HelixpipeError
+from helixpipe.errors import ConfigError, HelixpipeError
 from helixpipe.runtime.oom import out_of_memory
 from helixpipe.train import worker
 from helixpipe.train.job import Job
 from helixpipe.train.worker import Place
 
-JOB = Job(Config(runtime=RuntimeConfig(device="cpu")), None, 0)
+JOB = Job(Config(runtime=RuntimeConfig(device="cpu", threads=torch.get_num_threads())), None, 0)
 ALONE = Place(0, 1, 0, 1)
 
 
@@ -58,3 +60,36 @@ def test_another_error_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(RuntimeError, match=r"^a matrix of the wrong size$"):
         worker.work(JOB, ALONE, None)
     assert not out_of_memory(RuntimeError("a matrix of the wrong size"))
+
+
+@pytest.fixture
+def second_of_two(monkeypatch: pytest.MonkeyPatch) -> dist.Store:
+    """The environment of rank 1 on a machine of its own, and the store where rank 0 leaves the job."""
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    store = dist.HashStore()
+    monkeypatch.setattr(worker, "rendezvous", lambda where: iter([(store, 1, 2)]))
+    return store
+
+
+def test_a_machine_without_the_device_says_so_itself(
+    monkeypatch: pytest.MonkeyPatch, second_of_two: dist.Store
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = dataclasses.replace(JOB.config, runtime=dataclasses.replace(JOB.config.runtime, device="cuda"))
+    second_of_two.set("helixpipe/job", Job(config, None, 0).to_json())
+    with pytest.raises(ConfigError) as caught:
+        worker.join([], pytest.fail)
+    assert str(caught.value) == "runtime.device: 'cuda', and torch sees none here; use 'auto' or 'cpu'"
+
+
+@pytest.mark.parametrize("text", ["", JOB.to_json()])
+def test_an_error_of_all_ranks_is_said_by_rank_0_alone(
+    monkeypatch: pytest.MonkeyPatch, second_of_two: dist.Store, text: str
+) -> None:
+    def work(*given: object) -> None:
+        raise ConfigError("step 3: loss nan")
+
+    monkeypatch.setattr(worker, "work", work)
+    second_of_two.set("helixpipe/job", text)
+    assert worker.join([], pytest.fail) == 2
