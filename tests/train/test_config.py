@@ -115,6 +115,13 @@ def test_resume_is_bare_or_has_a_path(arguments: list[str], path: str | None, re
     assert given.overrides["run"]["resume"] == resume
 
 
+@pytest.mark.parametrize("arguments", [["--resume", ""], ["--resume="], ["--resume", "", "a.toml"]])
+def test_an_empty_path_to_resume_is_no_new_run(arguments: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments(arguments)
+    assert str(caught.value) == "--resume: no path is given; name a run folder or a checkpoint, or write --resume alone"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
