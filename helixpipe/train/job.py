@@ -168,9 +168,9 @@ def _tell_changes(before: Table, config: Config, warn: Callable[[str], None]) ->
     changes = [
         f"{section}.{key} {before.get(section, {}).get(key, 'unset')} -> {keys.get(key, 'unset')}"
         for section, keys in now.items()
-        if section not in ("run", "runtime")
         for key in sorted({*keys, *before.get(section, {})})
-        if keys.get(key) != before.get(section, {}).get(key)
+        # where and how it is computed is no change, in what precision is one
+        if (section not in ("run", "runtime") or key == "dtype") and keys.get(key) != before.get(section, {}).get(key)
     ]
     if changes:
         warn(f"continuing with changes: {', '.join(changes)}")

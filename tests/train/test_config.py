@@ -277,6 +277,8 @@ def test_help_names_every_key_with_its_meaning(
         for key in keys:
             assert f"--{section}.{key} " in shown, key
     assert "Sequences in a micro-batch." in shown
+    told = "Without a config file, the config saved with it holds, and options go before it; with one, nothing of the saved config does."
+    assert told in " ".join(shown.split())
 
 
 @pytest.mark.timeout(60)

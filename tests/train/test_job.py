@@ -138,6 +138,13 @@ def test_a_file_or_an_option_goes_before_the_saved_config_and_changes_are_said()
     assert run("new.toml", "--resume", "a")[0].config.train.seed == 0
 
 
+def test_another_precision_is_a_change_and_other_threads_are_none() -> None:
+    made("a", 50, {"runtime": {"dtype": "bfloat16", "threads": 2, "recompute": "none"}})
+    assert run("--resume", "a", "--runtime.threads", "1", "--runtime.recompute", "full")[1] == []
+    _, said = run("--resume", "a", "--runtime.dtype", "float32")
+    assert said == ["continuing with changes: runtime.dtype bfloat16 -> float32"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
