@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,32 @@ def test_one_full_disk_is_an_error_of_all_ranks_and_costs_no_checkpoint(tmp_path
     )
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     assert manifest.verify(Path(last)).step == 1
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _interrupted_inside(*_: object) -> None:
+    """As torch's zip writer does it: closing a file that was cut short fails as well."""
+    try:
+        raise KeyboardInterrupt
+    finally:
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+
+@pytest.mark.parametrize("interrupted", [_interrupted, _interrupted_inside])
+def test_ctrl_c_is_no_failed_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: Callable[..., None]
+) -> None:
+    first = save(tmp_path, 1)
+    monkeypatch.setattr(checkpoint.FileSystemWriter, "write_data", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 2)
+    monkeypatch.setattr(checkpoint.FileSystemReader, "read_data", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load(first)
+    assert manifest.checkpoints(tmp_path) == [first]
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small file system")
