@@ -254,6 +254,7 @@ def test_a_missing_file_is_named() -> None:
         ({"data": {"held_out": 1.0}}, "data.held_out: 1.0; give a share below 1, such as 0.1"),
         ({"runtime": {"port": 70000}}, "runtime.port: 70000; give at most 65535"),
         ({"runtime": {"timeout_s": 0}}, "runtime.timeout_s: 0.0; give more than 0"),
+        ({"runtime": {"timeout_s": 1e14}}, "runtime.timeout_s: 100000000000000.0; give at most 100000000"),
         (
             {"model": {"name": "gpt2"}, "train": {"sequence_length": 2048}},
             "train.sequence_length: 2048 tokens, and learned positions have room for 1024; "
