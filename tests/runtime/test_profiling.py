@@ -181,6 +181,7 @@ REFUSED = [
         "--out none/profile.json",
         "--out: none/profile.json is a folder or in none; name a file in a folder that is there",
     ),
+    (f"--out {'x' * 300}", f"--out: {'x' * 300} cannot be written: file name too long"),
     ("--layers 3", "'--layers' is not an option of helixpipe profile; did you mean '--bias'?"),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,20 @@ def test_a_folder_is_read_in_sorted_order_without_hidden_files(tmp_path: Path) -
     found = corpus(tmp_path, length=4, held_out=0.0)
     assert [Path(piece.path).name for piece in found.training.pieces] == ["a.md", "b.txt", "c.py"]
     assert list(found.evaluation(0)) == []
+
+
+def test_a_file_that_cannot_be_looked_at_is_not_left_out(tmp_path: Path) -> None:
+    """Guards against training on less than was given. A path beyond 4096 bytes stands for a folder without permission."""
+    folder = tmp_path
+    while len(str(folder)) < 3900:
+        folder /= "d" * 100
+    folder.mkdir(parents=True)
+    inside = os.open(folder, os.O_RDONLY)
+    os.close(os.open("x" * 200, os.O_CREAT | os.O_WRONLY, dir_fd=inside))
+    os.close(inside)
+    with pytest.raises(DataError) as caught:
+        corpus(tmp_path)
+    assert str(caught.value) == f"data.path: '{folder}/{'x' * 200}' cannot be read: File name too long"
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.data())
