@@ -102,6 +102,15 @@ def test_a_course_that_is_left_is_not_the_newest_any_more(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000080", "step-00000090"]
 
 
+def test_a_later_checkpoint_that_cannot_be_set_aside_is_named(tmp_path: Path) -> None:
+    for step in (80, 100):
+        save(tmp_path, step)
+    (tmp_path / ".left-step-00000100").touch()
+    with pytest.raises(CheckpointError) as caught:
+        manifest.leave_later(tmp_path, 80)
+    assert str(caught.value) == f"{tmp_path}/step-00000100: not a directory; it cannot be set aside, remove it"
+
+
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     save(tmp_path, 1)
     path = save(tmp_path, 2)
@@ -138,7 +147,13 @@ def _no_manifest(path: Path) -> None:
     (path / "manifest.json").unlink()
 
 
+def _newer(path: Path) -> None:
+    body = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(body | {"format": 2}))
+
+
 SPOILED = [
+    (_newer, "/manifest.json: format 2, and this version reads 1; use the one that wrote it"),
     (_corrupt, "/__0_0.distcp: corrupted, its checksum differs; choose another checkpoint"),
     (_truncate, "/__0_0.distcp: 100 bytes where "),
     (_remove, "/.metadata: no such file or directory; choose another checkpoint"),

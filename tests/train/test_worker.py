@@ -62,6 +62,18 @@ def test_another_error_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> N
     assert not out_of_memory(RuntimeError("a matrix of the wrong size"))
 
 
+def test_a_place_that_torchrun_did_not_tell_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    with pytest.raises(ConfigError) as caught:
+        worker.join([], pytest.fail)
+    assert str(caught.value) == (
+        "environment: 'LOCAL_WORLD_SIZE' is missing or no number; start ranks with torchrun, which sets RANK, WORLD_SIZE, "
+        "LOCAL_RANK, LOCAL_WORLD_SIZE"
+    )
+
+
 @pytest.fixture
 def second_of_two(monkeypatch: pytest.MonkeyPatch) -> dist.Store:
     """The environment of rank 1 on a machine of its own, and the store where rank 0 leaves the job."""
