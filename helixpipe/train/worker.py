@@ -82,7 +82,8 @@ def join(arguments: Sequence[str], warn: Callable[[str], None]) -> int:
         finally:
             store.set(_JOB, text)
     else:
-        text = store.get(_JOB).decode()
+        with starting(place.rank):
+            text = store.get(_JOB).decode()
         if not text:
             return 2  # rank 0 says why
         job = Job.from_json(text)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from helixpipe.config import Config, RuntimeConfig
-from helixpipe.errors import ConfigError, HelixpipeError
+from helixpipe.errors import ConfigError, HelixpipeError, RankError
 from helixpipe.runtime.oom import out_of_memory
 from helixpipe.train import worker
 from helixpipe.train.job import Job
@@ -93,6 +94,13 @@ def test_a_machine_without_the_device_says_so_itself(
     with pytest.raises(ConfigError) as caught:
         worker.join([], pytest.fail)
     assert str(caught.value) == "runtime.device: 'cuda', and torch sees none here; use 'auto' or 'cpu'"
+
+
+def test_a_rank_0_that_leaves_no_job_is_one_line(second_of_two: dist.Store) -> None:
+    second_of_two.set_timeout(timedelta(seconds=0.2))
+    with pytest.raises(RankError, match=r"^rank 1 waited for all ranks to start: .*") as caught:
+        worker.join([], pytest.fail)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", JOB.to_json()])
