@@ -295,7 +295,7 @@ _AT_LEAST = {
     "runtime.head_chunk": 0, "runtime.port": 0, "runtime.threads": 1, "run.checkpoint_every": 0, "run.keep": 1,
     "run.timeline_step": 0, "schedule.segment_multiple": 1, "mesh.dp": 1, "mesh.cp": 1, "mesh.tp": 1,
 }  # fmt: skip
-_AT_MOST = {"train.seed": 2**63 - 1, "runtime.port": 65535}
+_AT_MOST = {"train.seed": 2**63 - 1, "runtime.port": 65535, "runtime.timeout_s": 10**8}
 
 
 def check_config(config: Config) -> None:

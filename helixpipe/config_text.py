@@ -101,6 +101,10 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
             # a checkpoint is a folder: a TOML file after a bare --resume is the config
             bare = not equals and (not waiting or waiting[0].startswith("--") or waiting[0].endswith(".toml"))
             value: Any = "auto" if bare else (text if equals else waiting.pop(0))
+            if not value:
+                raise ConfigError(
+                    "--resume: no path is given; name a run folder or a checkpoint, or write --resume alone"
+                )
             overrides.setdefault("run", {})["resume"] = value
             continue
         section, _, key = name.partition(".")

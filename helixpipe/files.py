@@ -42,6 +42,17 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         raise HelixpipeError(f"{path}: cannot be written: {_reason(error)}") from None
 
 
+def fault(path: str | os.PathLike[str]) -> str:
+    """Why nothing can be at a path (a name too long, no permission); "" where something is, or could be."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except (OSError, ValueError) as error:
+        return _reason(error)
+    return ""
+
+
 def _reason(error: Exception) -> str:
     text = error.strerror if isinstance(error, OSError) else None
     return (text or str(error)).lower()

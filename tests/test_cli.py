@@ -338,6 +338,13 @@ def test_help_tells_the_units(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"qkv\s+1,\s+attention\s+3,\s+mlp\s+2", capsys.readouterr().out)
 
 
+def test_a_run_whose_name_no_file_system_has_is_no_run(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "x" * 300
+    assert fails(capsys, "compare", name) == (
+        f"{name}: no config.toml there; name a run folder, such as runs/default-1"
+    )
+
+
 def test_train_is_handed_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr("helixpipe.train.main", lambda arguments: seen.append(arguments) or 0)

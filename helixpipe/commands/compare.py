@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def compare(given: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.read(given)
     folder = Path(args.run)
-    if not (folder / "config.toml").is_file():
+    if not os.path.isfile(folder / "config.toml"):
         raise ConfigError(f"{folder}: no config.toml there; name a run folder, such as runs/default-1")
     config = build_config(read_toml(folder / "config.toml"))
     measured = load(folder / "timeline.json")

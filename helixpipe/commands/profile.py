@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helixpipe.errors import ConfigError
+from helixpipe.files import fault
 from helixpipe.flags import Parser, flag, number
 from helixpipe.shape import SHAPES, ModelShape, named_shape
 
@@ -118,7 +119,9 @@ def _check(args: Namespace) -> None:
     if (args.ranks or 1) > MOST_RANKS:
         raise ConfigError(f"--ranks: {args.ranks} processes at once are more than {MOST_RANKS}; two tell as much")
     out = Path(args.out)
-    if out.is_dir() or not out.absolute().parent.is_dir():  # said now rather than after minutes
+    if why := fault(out):  # said now rather than after minutes
+        raise ConfigError(f"--out: {args.out} cannot be written: {why}")
+    if out.is_dir() or not out.absolute().parent.is_dir():
         raise ConfigError(f"--out: {args.out} is a folder or in none; name a file in a folder that is there")
 
 

@@ -18,8 +18,7 @@ import math
 import mmap
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -28,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
-from helixpipe.errors import ConfigError, RankError
+from helixpipe.errors import ConfigError
 from helixpipe.predict.timeline import Span, Timeline
 from helixpipe.runtime.executor import execute
 from helixpipe.runtime.forked import run_forked
@@ -100,7 +99,7 @@ class Rehearsal:
         timeout = timedelta(seconds=self.timeout_s)
         watch = Watch(store.clone(), rank, self.ranks)  # type: ignore[attr-defined]
         watch.doing = "meeting the others"
-        with _named(watch):
+        with watch.together():
             dist.init_process_group("gloo", store=store, rank=rank, world_size=self.ranks, timeout=timeout)
             start_s = _agreed_start_s(rank, self.ranks)
         transport = EmulatedTransport(self.timeout_s, watch, self._links)
@@ -108,7 +107,7 @@ class Rehearsal:
         execute(
             self.instructions[rank], EmulatedStages(self.seconds), EmulatedWeights(start_s), transport, recorder, watch
         )
-        with _named(watch):
+        with watch.together():
             dist.barrier()  # nobody leaves while others may still have to hear from it
         return recorder.spans()
 
@@ -238,17 +237,6 @@ def _agreed_start_s(rank: int, ranks: int) -> float:
         moment.fill_(time.perf_counter() + AHEAD_S + AHEAD_PER_RANK_S * ranks)
     dist.broadcast(moment, 0)
     return float(moment)
-
-
-@contextmanager
-def _named(watch: Watch) -> Iterator[None]:
-    """What all ranks do together: its failure tells what the others were doing."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RankError(
-            f"rank {watch.rank}, at {watch.doing}, lost a rank while waiting for all of them; {watch.others()}"
-        ) from error
 
 
 def _elements(names: Sequence[str]) -> list[Tensor]:

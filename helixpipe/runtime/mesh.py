@@ -22,9 +22,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import Store, _set_pg_timeout
 
-from helixpipe.errors import ConfigError, RankError
+from helixpipe.errors import ConfigError
 from helixpipe.mesh import AXES, MeshShape
-from helixpipe.runtime.watch import Watch
+from helixpipe.runtime.watch import Watch, starting
 from helixpipe.sequence.wire import wire_of
 
 Group = dist.ProcessGroup | None
@@ -109,12 +109,8 @@ class Mesh:
             return [mine]
         row = torch.tensor(mine, dtype=torch.float64, device=wire_of(self.everyone, device))
         rows = [torch.empty_like(row) for _ in self.places]
-        try:
+        with watch.together():
             dist.all_gather(rows, row, self.everyone)
-        except RuntimeError as error:
-            raise RankError(
-                f"{watch.me}, at {watch.doing}, lost a rank while waiting for all of them; {watch.others()}"
-            ) from error
         return [r.tolist() for r in rows]
 
     def _joined(self, axes: tuple[str, ...]) -> Group:
@@ -130,7 +126,10 @@ class Mesh:
         if self.device_mesh.ndim == 1:
             return self.device_mesh.get_group()
         mesh = self.device_mesh[names]
-        return (mesh._flatten() if len(names) > 1 else mesh).get_group()
+        if len(names) > 1:
+            with starting(dist.get_rank()):
+                mesh = mesh._flatten()
+        return mesh.get_group()
 
 
 def make_device_mesh(shape: MeshShape, device: torch.device | str, timeout_s: float) -> DeviceMesh | None:
@@ -145,7 +144,8 @@ def make_device_mesh(shape: MeshShape, device: torch.device | str, timeout_s: fl
     groups = []
     for dim in range(len(names)):
         lines = grid.movedim(dim, -1).flatten(0, -2).tolist()
-        group, _ = dist.new_subgroups_by_enumeration(lines, timeout=timedelta(seconds=timeout_s))
+        with starting(dist.get_rank()):
+            group, _ = dist.new_subgroups_by_enumeration(lines, timeout=timedelta(seconds=timeout_s))
         groups.append(group)
     return DeviceMesh.from_group(groups, torch.device(device).type, mesh=grid, mesh_dim_names=names)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -176,7 +177,8 @@ class Pipeline:
             gathered: list[tuple[list[tuple[str, float, float, str]], list[tuple[float, int, int]]]] = [
                 ([], [])
             ] * self.ranks
-            dist.all_gather_object(gathered, with_names, self.group)
+            with self.together("the timeline"):
+                dist.all_gather_object(gathered, with_names, self.group)
             everyone = [
                 (
                     tuple(Span(Action.parse(a), s, e, w) for a, s, e, w in spans),
@@ -185,6 +187,14 @@ class Pipeline:
                 for spans, points in gathered
             ]
         return Timeline(tuple(each[0] for each in everyone if each), tuple(each[1] for each in everyone if each))
+
+    @contextmanager
+    def together(self, doing: str) -> Iterator[None]:
+        """Around what all ranks do at once: a rank lost in it is a RankError that says what the others were doing."""
+        self._watch.doing = doing
+        with self._watch.together():
+            yield
+        self._watch.doing = "work between steps"
 
     @property
     def last_program(self) -> Program:

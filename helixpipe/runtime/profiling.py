@@ -33,6 +33,7 @@ from helixpipe.predict.hardware import Link
 from helixpipe.predict.profile import WITH_WEIGHTS, Profile, Timing, merged
 from helixpipe.runtime.executor import execute
 from helixpipe.runtime.ledger import Ledger
+from helixpipe.runtime.oom import out_of_memory
 from helixpipe.runtime.recorder import Recorder
 from helixpipe.runtime.stages import Stages
 from helixpipe.runtime.tape import Feed, Tape
@@ -239,7 +240,9 @@ def _measure_as_asked(asked: Asked, rank: int, together: Callable[[], Any]) -> P
     try:
         dtype = getattr(torch, asked.dtype)
         return measure(asked.shape, _device(asked.device, rank), dtype, asked.cuts, asked.rounds, before)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         longest = max(map(sum, asked.cuts))
         raise HelixpipeError(
             f"out of memory at {longest:,} tokens on {asked.device}: lower --sequence-length; longer ones are extrapolated"

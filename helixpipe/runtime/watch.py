@@ -7,13 +7,24 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from torch.distributed.distributed_c10d import Store
 
 from helixpipe.errors import RankError
+from helixpipe.runtime.oom import out_of_memory
 
 PERIOD_S = 1.0
+
+
+@contextmanager
+def starting(rank: int) -> Iterator[None]:
+    """Around what all ranks do at once before there is a watch: they meet and make groups."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError(f"rank {rank} waited for all ranks to start: {' '.join(str(error).split())}") from None
 
 
 class Watch:
@@ -64,6 +75,16 @@ class Watch:
         if str(error).startswith(f"{self.me}, at "):
             return error
         return RankError(f"{self.me}, at {self.doing}, {error}; {self.others()}")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what all ranks do at once: a failure of the backend becomes who lost a rank, at what, and the others."""
+        try:
+            yield
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise  # no other rank's doing
+            raise self.placed(RankError("lost a rank while waiting for all of them")) from error
 
     def close(self) -> None:
         """The thread is gone when this returns, unless the store keeps it."""

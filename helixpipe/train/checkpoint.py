@@ -70,7 +70,7 @@ class Checkpoints:
                     dict(state), storage_writer=_Writer(temporary), process_group=self.group, no_dist=self.group is None
                 )
             except CheckpointException as error:
-                rank, (cause, _) = next(iter(error.failures.items()))
+                rank, cause = _first(error)
                 raise CheckpointError(_blame(rank, "write", cause)) from None
         sealed = self._together(lambda: self._seal(temporary))
         files = {name: seal for each in sealed for name, seal in each.items()}
@@ -138,14 +138,26 @@ class _Writer(FileSystemWriter):
             raise _system_error(error) from None
 
 
+def _first(error: CheckpointException) -> tuple[int, BaseException]:
+    """A rank that failed, and why. torch takes Ctrl-C for a failure too: it is raised again."""
+    causes = {rank: cause for rank, (cause, _) in error.failures.items()}
+    if any(isinstance(behind, KeyboardInterrupt) for cause in causes.values() for behind in _behind(cause)):
+        raise KeyboardInterrupt from None
+    return next(iter(causes.items()))
+
+
 def _system_error(error: BaseException) -> BaseException:
     """The OSError behind an error, or the error itself."""
+    found = next((behind for behind in _behind(error) if isinstance(behind, OSError)), None)
+    return error if found is None else OSError(found.errno, found.strerror)
+
+
+def _behind(error: BaseException) -> Iterator[BaseException]:
+    """An error and those that it came from."""
     behind: BaseException | None = error
     while behind is not None:
-        if isinstance(behind, OSError):
-            return OSError(behind.errno, behind.strerror)
+        yield behind
         behind = behind.__cause__ or behind.__context__
-    return error
 
 
 def _blame(rank: int, doing: str, error: BaseException) -> str:
@@ -161,7 +173,7 @@ def _read(checkpoint: Path, state: dict[str, Tensor]) -> None:
         try:
             load(state, storage_reader=FileSystemReader(checkpoint), no_dist=True)
         except CheckpointException as error:
-            cause, _ = next(iter(error.failures.values()))
+            _, cause = _first(error)
             raise CheckpointError(f"{checkpoint}: {' '.join(str(cause).split())}") from None
 
 

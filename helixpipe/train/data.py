@@ -14,13 +14,14 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from helixpipe.config import Config, DataConfig
 from helixpipe.errors import DataError
+from helixpipe.files import fault
 
 # not what people write as a program: tests, vendored packages, and tables
 _STDLIB_SKIPPED = frozenset({
@@ -144,6 +145,8 @@ def _pieces(config: DataConfig) -> list[Piece]:
         library = Path(sysconfig.get_paths()["stdlib"])
         return [_text(path) for path in _walk(library, _STDLIB_SKIPPED) if path.suffix == ".py"]
     path = Path(config.path)
+    if why := fault(path):
+        raise DataError(f"data.path: '{path}' cannot be read: {why}")
     if path.is_dir():
         files = list(_walk(path))
         tokens = [file for file in files if file.suffix in _TOKEN_FILES]
@@ -161,13 +164,19 @@ def _pieces(config: DataConfig) -> list[Piece]:
 def _walk(folder: Path, skipped: frozenset[str] = frozenset()) -> Iterator[Path]:
     """The files below a folder, sorted; hidden ones are left out."""
 
-    def refuse(error: OSError) -> None:
+    def refuse(error: OSError) -> NoReturn:
         raise DataError(f"data.path: '{error.filename}' cannot be read: {error.strerror}") from None
 
     for parent, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if name not in skipped and not name.startswith("."))
         paths = (Path(parent, name) for name in sorted(files) if not name.startswith("."))
-        yield from (path for path in paths if path.is_file())  # a link to nowhere or a pipe is not
+        for path in paths:
+            try:
+                is_file = path.is_file()  # a link to nowhere or a pipe is not
+            except OSError as error:
+                refuse(error)
+            if is_file:
+                yield path
 
 
 def _piece(path: Path, config: DataConfig) -> Piece:

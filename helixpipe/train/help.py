@@ -22,7 +22,8 @@ _DESCRIPTION = """\
 Train a model under a pipeline schedule. The config file is TOML with a key per option below, as key = value \
 under [section]; options on the command line go before it. Starts its ranks itself; under torchrun it joins them. \
 --resume alone continues the newest good checkpoint of the run folder, --resume PATH that of another run or one \
-checkpoint of it; its config holds unless a file or an option says otherwise."""
+checkpoint of it. Without a config file, the config saved with it holds, and options go before it; with one, nothing of \
+the saved config does."""
 
 
 def show_help() -> int:

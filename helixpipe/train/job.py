@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,14 @@ from pathlib import Path
 from helixpipe.config import Config
 from helixpipe.config_text import Arguments, Table, build_config, merged, parse_arguments, read_toml, to_table
 from helixpipe.errors import CheckpointError, ConfigError
+from helixpipe.files import fault
 from helixpipe.train import manifest as manifests
 from helixpipe.train.data import open_corpus
 from helixpipe.train.manifest import Manifest
 
 _RUNS = Path("runs")
+# of a run, in bytes: file systems allow 255, and a number comes behind it
+_LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,10 @@ def _kept_run_keys(base: Table) -> Table:
 
 def _find(resume: str, over: Table, given: Arguments, warn: Callable[[str], None]) -> tuple[Path, Manifest]:
     """The checkpoint to continue: a good one, or an error."""
-    if resume == "auto":
-        folder = _latest_run(over, given)
-    else:
-        folder = Path(resume)
+    folder = _latest_run(over, given) if resume == "auto" else Path(resume)
+    if why := fault(folder / manifests.NAME):
+        raise CheckpointError(f"--resume {folder}: {why}; give a run folder or one of its checkpoints")
+    if resume != "auto":
         if not folder.is_dir():
             raise CheckpointError(f"--resume {resume}: no such folder; give a run folder or one of its checkpoints")
         if (folder / manifests.NAME).exists() or folder.name.startswith("step-"):
@@ -138,7 +142,9 @@ def _absolute(path: str) -> str:
 
 
 def refuse_used(folder: Path) -> None:
-    """Raise ConfigError when a new run would write over another."""
+    """Raise ConfigError when a new run would write over another, or nothing can be written."""
+    if why := fault(folder / "config.toml"):
+        raise ConfigError(f"run.folder: '{folder}' cannot be made: {why}")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"run.folder: '{folder}' is a file; choose another folder")
     if (folder / "config.toml").exists() or (folder / "checkpoints").exists():
@@ -149,14 +155,16 @@ def refuse_used(folder: Path) -> None:
 
 def _name(name: str, given: Arguments) -> str:
     name = name or (Path(given.path).stem if given.path else "default")
-    if not re.fullmatch(r"[^/\0]+", name) or name.startswith("."):
-        raise ConfigError(f"run.name: '{name}' will not do for a folder; use letters, digits and dashes")
+    if not re.fullmatch(r"[^/\0]+", name) or name.startswith(".") or len(os.fsencode(name)) > _LONGEST_NAME:
+        raise ConfigError(
+            f"run.name: '{name}' will not do for a folder; use letters, digits and dashes, {_LONGEST_NAME} at most"
+        )
     return name
 
 
 def _numbers(name: str) -> list[int]:
     """The numbers of the runs of this name, ascending."""
-    if not _RUNS.is_dir():
+    if not os.path.isdir(_RUNS):
         return []
     matches = (re.fullmatch(re.escape(name) + r"-(\d+)", path.name) for path in _RUNS.iterdir())
     return sorted(int(match[1]) for match in matches if match)
@@ -168,9 +176,9 @@ def _tell_changes(before: Table, config: Config, warn: Callable[[str], None]) ->
     changes = [
         f"{section}.{key} {before.get(section, {}).get(key, 'unset')} -> {keys.get(key, 'unset')}"
         for section, keys in now.items()
-        if section not in ("run", "runtime")
         for key in sorted({*keys, *before.get(section, {})})
-        if keys.get(key) != before.get(section, {}).get(key)
+        # where and how it is computed is no change, in what precision is one
+        if (section not in ("run", "runtime") or key == "dtype") and keys.get(key) != before.get(section, {}).get(key)
     ]
     if changes:
         warn(f"continuing with changes: {', '.join(changes)}")

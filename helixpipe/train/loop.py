@@ -51,7 +51,7 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
     optimizer = Optimizer(pipeline.parameters, settings, pipeline.as_whole, shards)
 
     data = corpus.fingerprint()
-    _check_same_data(data, group)
+    _check_same_data(data, pipeline, group)
 
     # where it goes on
     checkpoints = Checkpoints(job.checkpoints, run.keep, group, data)
@@ -97,11 +97,12 @@ def evaluate(pipeline: Pipeline, corpus: Corpus, batches: int, log: Log, step: i
         log.evaluation(step, math.fsum(losses) / len(losses))
 
 
-def _check_same_data(mine: tuple[int, ...], group: dist.ProcessGroup | None) -> None:
+def _check_same_data(mine: tuple[int, ...], pipeline: Pipeline, group: dist.ProcessGroup | None) -> None:
     """Machines have files of their own: raise DataError, on all ranks, where they are not the same."""
     if group is not None:
         everyone = [mine] * dist.get_world_size(group)
-        dist.all_gather_object(everyone, mine, group)
+        with pipeline.together("the comparison of data"):
+            dist.all_gather_object(everyone, mine, group)
         for rank, other in enumerate(everyone):
             if other != everyone[0]:
                 raise DataError(

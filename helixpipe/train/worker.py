@@ -17,6 +17,8 @@ from torch.distributed import TCPStore, rendezvous  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
 from helixpipe.errors import CheckpointError, ConfigError, HelixpipeError, RankError
+from helixpipe.runtime.oom import out_of_memory
+from helixpipe.runtime.watch import starting
 from helixpipe.train.job import Job, prepare
 from helixpipe.train.loop import train
 
@@ -53,10 +55,13 @@ def work(job: Job, place: Place, store: Store | None) -> None:
         group = _meet(job, place, store, device)
     try:
         train(job, device, group)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        said, _, _ = str(error).partition("\n")
         raise HelixpipeError(
             f"rank {place.rank} ran out of memory on {device}: lower train.sequence_length or train.microbatch_size, "
-            f"or set runtime.recompute, mlp_chunk and head_chunk ({str(error).splitlines()[0]})"
+            f"or set runtime.recompute, mlp_chunk and head_chunk ({said or type(error).__name__})"
         ) from None
     if group is not None:
         dist.destroy_process_group()
@@ -77,10 +82,12 @@ def join(arguments: Sequence[str], warn: Callable[[str], None]) -> int:
         finally:
             store.set(_JOB, text)
     else:
-        text = store.get(_JOB).decode()
+        with starting(place.rank):
+            text = store.get(_JOB).decode()
         if not text:
             return 2  # rank 0 says why
         job = Job.from_json(text)
+    _device(job.config.runtime.device, place)  # a fault of this machine alone: whoever has it says it
     try:
         work(job, place, store)
     except (CheckpointError, ConfigError):
@@ -105,15 +112,13 @@ def _meet(job: Job, place: Place, store: Store, device: str) -> dist.ProcessGrou
     # several ranks on one device cannot use NCCL: they go through host memory
     own_device = device != "cpu" and place.local_ranks <= torch.cuda.device_count()
     timeout = timedelta(seconds=job.config.runtime.timeout_s)
-    try:
+    with starting(place.rank):
         dist.init_process_group(
             "nccl" if own_device else "gloo", store=store, rank=place.rank, world_size=place.ranks, timeout=timeout
         )
         # a checkpoint of a big model takes longer than a message may
         group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout * 10)
-        return group
-    except RuntimeError as error:
-        raise RankError(f"rank {place.rank} waited for all ranks to start: {' '.join(str(error).split())}") from None
+    return group
 
 
 def _main() -> NoReturn:

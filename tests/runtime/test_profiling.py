@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import active_children
 from pathlib import Path
@@ -114,9 +115,14 @@ def test_a_rank_that_fails_is_told_and_leaves_no_process() -> None:
     assert set(active_children()) <= before
 
 
-def test_out_of_memory_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_device_memory() -> None:
+    raise torch.OutOfMemoryError("no")
+
+
+@pytest.mark.parametrize("ask", [_no_device_memory, lambda: torch.empty(2**60, dtype=torch.uint8)])
+def test_out_of_memory_says_what_to_do(monkeypatch: pytest.MonkeyPatch, ask: Callable[[], object]) -> None:
     def run(parts: Parts, cut: Any) -> Any:
-        raise torch.OutOfMemoryError("no")
+        ask()
 
     monkeypatch.setattr(Parts, "run", run)
     with pytest.raises(HelixpipeError) as error:
@@ -175,6 +181,7 @@ REFUSED = [
         "--out none/profile.json",
         "--out: none/profile.json is a folder or in none; name a file in a folder that is there",
     ),
+    (f"--out {'x' * 300}", f"--out: {'x' * 300} cannot be written: file name too long"),
     ("--layers 3", "'--layers' is not an option of helixpipe profile; did you mean '--bias'?"),
 ]
 

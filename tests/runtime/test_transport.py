@@ -75,6 +75,6 @@ def test_running_out_of_memory_is_no_lost_rank() -> None:
     watch = Watch(None, 0, 1)
     transport = Transport(None, torch.device("cpu"), torch.float32, torch.float32, 20.0, watch)
     tensor = TensorParallel.__new__(TensorParallel)
-    for named in (transport._named(None, -1), tensor._named(), wire._named(None, "keys and values")):
+    for named in (transport._named(None, -1), tensor._named(), wire._named(None, "keys and values"), watch.together()):
         with pytest.raises(torch.OutOfMemoryError), named:
             raise torch.OutOfMemoryError("CUDA out of memory")

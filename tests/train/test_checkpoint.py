@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,15 @@ def test_a_course_that_is_left_is_not_the_newest_any_more(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000080", "step-00000090"]
 
 
+def test_a_later_checkpoint_that_cannot_be_set_aside_is_named(tmp_path: Path) -> None:
+    for step in (80, 100):
+        save(tmp_path, step)
+    (tmp_path / ".left-step-00000100").touch()
+    with pytest.raises(CheckpointError) as caught:
+        manifest.leave_later(tmp_path, 80)
+    assert str(caught.value) == f"{tmp_path}/step-00000100: not a directory; it cannot be set aside, remove it"
+
+
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     save(tmp_path, 1)
     path = save(tmp_path, 2)
@@ -137,7 +147,13 @@ def _no_manifest(path: Path) -> None:
     (path / "manifest.json").unlink()
 
 
+def _newer(path: Path) -> None:
+    body = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(body | {"format": 2}))
+
+
 SPOILED = [
+    (_newer, "/manifest.json: format 2, and this version reads 1; use the one that wrote it"),
     (_corrupt, "/__0_0.distcp: corrupted, its checksum differs; choose another checkpoint"),
     (_truncate, "/__0_0.distcp: 100 bytes where "),
     (_remove, "/.metadata: no such file or directory; choose another checkpoint"),
@@ -207,6 +223,32 @@ def test_one_full_disk_is_an_error_of_all_ranks_and_costs_no_checkpoint(tmp_path
     )
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     assert manifest.verify(Path(last)).step == 1
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _interrupted_inside(*_: object) -> None:
+    """As torch's zip writer does it: closing a file that was cut short fails as well."""
+    try:
+        raise KeyboardInterrupt
+    finally:
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+
+@pytest.mark.parametrize("interrupted", [_interrupted, _interrupted_inside])
+def test_ctrl_c_is_no_failed_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: Callable[..., None]
+) -> None:
+    first = save(tmp_path, 1)
+    monkeypatch.setattr(checkpoint.FileSystemWriter, "write_data", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 2)
+    monkeypatch.setattr(checkpoint.FileSystemReader, "read_data", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load(first)
+    assert manifest.checkpoints(tmp_path) == [first]
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small file system")

@@ -115,6 +115,13 @@ def test_resume_is_bare_or_has_a_path(arguments: list[str], path: str | None, re
     assert given.overrides["run"]["resume"] == resume
 
 
+@pytest.mark.parametrize("arguments", [["--resume", ""], ["--resume="], ["--resume", "", "a.toml"]])
+def test_an_empty_path_to_resume_is_no_new_run(arguments: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments(arguments)
+    assert str(caught.value) == "--resume: no path is given; name a run folder or a checkpoint, or write --resume alone"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -247,6 +254,7 @@ def test_a_missing_file_is_named() -> None:
         ({"data": {"held_out": 1.0}}, "data.held_out: 1.0; give a share below 1, such as 0.1"),
         ({"runtime": {"port": 70000}}, "runtime.port: 70000; give at most 65535"),
         ({"runtime": {"timeout_s": 0}}, "runtime.timeout_s: 0.0; give more than 0"),
+        ({"runtime": {"timeout_s": 1e14}}, "runtime.timeout_s: 100000000000000.0; give at most 100000000"),
         (
             {"model": {"name": "gpt2"}, "train": {"sequence_length": 2048}},
             "train.sequence_length: 2048 tokens, and learned positions have room for 1024; "
@@ -270,6 +278,8 @@ def test_help_names_every_key_with_its_meaning(
         for key in keys:
             assert f"--{section}.{key} " in shown, key
     assert "Sequences in a micro-batch." in shown
+    told = "Without a config file, the config saved with it holds, and options go before it; with one, nothing of the saved config does."
+    assert told in " ".join(shown.split())
 
 
 @pytest.mark.timeout(60)

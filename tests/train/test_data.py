@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from helixpipe.config_text import build_config
 from helixpipe.errors import DataError
+from helixpipe.train import data
 from helixpipe.train.data import Corpus, Piece, Tokens, open_corpus
 
 
@@ -76,6 +78,20 @@ def test_a_folder_is_read_in_sorted_order_without_hidden_files(tmp_path: Path) -
     found = corpus(tmp_path, length=4, held_out=0.0)
     assert [Path(piece.path).name for piece in found.training.pieces] == ["a.md", "b.txt", "c.py"]
     assert list(found.evaluation(0)) == []
+
+
+def test_a_file_that_cannot_be_looked_at_is_not_left_out(tmp_path: Path) -> None:
+    """Guards against training on less than was given. A path beyond 4096 bytes stands for a folder without permission."""
+    folder = tmp_path
+    while len(str(folder)) < 3900:
+        folder /= "d" * 100
+    folder.mkdir(parents=True)
+    inside = os.open(folder, os.O_RDONLY)
+    os.close(os.open("x" * 200, os.O_CREAT | os.O_WRONLY, dir_fd=inside))
+    os.close(inside)
+    with pytest.raises(DataError) as caught:
+        corpus(tmp_path)
+    assert str(caught.value) == f"data.path: '{folder}/{'x' * 200}' cannot be read: File name too long"
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.data())
@@ -152,6 +168,11 @@ def _short_tail(folder: Path) -> Path:
     return folder / "a.txt"
 
 
+def _pipe(folder: Path) -> Path:
+    os.mkfifo(folder / "a.txt")
+    return folder / "a.txt"
+
+
 def _mixed(folder: Path) -> Path:
     (folder / "a.bin").write_bytes(b"xx")
     (folder / "b.txt").write_bytes(b"xx")
@@ -184,6 +205,7 @@ def _mixed(folder: Path) -> Path:
             "'{}' has token 300 at 2, beyond a vocabulary of 256; "
             "raise model.vocabulary or prepare the data with its tokenizer",
         ),
+        (_pipe, "'{}' is neither a file nor a folder"),
         (_mixed, "'{}' mixes tokens ('{}/a.bin') and text ('{}/b.txt'); separate them"),
     ],
 )
@@ -215,6 +237,19 @@ def test_bytes_need_a_vocabulary_of_256(tmp_path: Path) -> None:
     table = {"data": {"path": str(tmp_path)}, "model": {"vocabulary": 100}, "train": {"sequence_length": 4}}
     with pytest.raises(DataError, match=r"^model.vocabulary: 100; bytes of text need 256$"):
         open_corpus(build_config(table))
+
+
+def test_a_token_beyond_the_vocabulary_that_comes_late_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "_CHECKED_TOKENS", 10)
+    np.array([1] * 10 + [300] * 290, np.uint16).tofile(tmp_path / "a.bin")
+    found = corpus(tmp_path / "a.bin")
+    with pytest.raises(DataError) as caught:
+        found.batch(0)
+    assert str(caught.value) == (
+        "data.path: token 300 does not fit a vocabulary of 256; raise model.vocabulary or prepare the data with its tokenizer"
+    )
 
 
 def test_a_file_that_shrinks_during_a_run_is_named(tmp_path: Path) -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
 from helixpipe.config import Config, ScheduleConfig
 from helixpipe.config_text import Table, build_config, parse_arguments, to_table, write_toml
-from helixpipe.errors import CheckpointError, ConfigError, DataError
+from helixpipe.errors import CheckpointError, ConfigError, DataError, HelixpipeError
 from helixpipe.train import manifest
 from helixpipe.train.data import open_corpus
 from helixpipe.train.job import Job, _resolved, prepare
 from helixpipe.train.manifest import Manifest
+
+LONG = "x" * 300
+"""No file system has such a name, and asking for it is an error of its own."""
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +143,13 @@ def test_a_file_or_an_option_goes_before_the_saved_config_and_changes_are_said()
     assert run("new.toml", "--resume", "a")[0].config.train.seed == 0
 
 
+def test_another_precision_is_a_change_and_other_threads_are_none() -> None:
+    made("a", 50, {"runtime": {"dtype": "bfloat16", "threads": 2, "recompute": "none"}})
+    assert run("--resume", "a", "--runtime.threads", "1", "--runtime.recompute", "full")[1] == []
+    _, said = run("--resume", "a", "--runtime.dtype", "float32")
+    assert said == ["continuing with changes: runtime.dtype bfloat16 -> float32"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -170,7 +182,24 @@ def test_a_file_or_an_option_goes_before_the_saved_config_and_changes_are_said()
         (
             ["--run.name", "a/b"],
             ConfigError,
-            "run.name: 'a/b' will not do for a folder; use letters, digits and dashes",
+            "run.name: 'a/b' will not do for a folder; use letters, digits and dashes, 200 at most",
+        ),
+        (
+            ["--run.name", LONG],
+            ConfigError,
+            f"run.name: '{LONG}' will not do for a folder; use letters, digits and dashes, 200 at most",
+        ),
+        (["--run.folder", LONG], ConfigError, f"run.folder: '{{}}/{LONG}' cannot be made: file name too long"),
+        (["--data.path", LONG], DataError, f"data.path: '{LONG}' cannot be read: file name too long"),
+        (
+            ["--resume", LONG],
+            CheckpointError,
+            f"--resume {LONG}: file name too long; give a run folder or one of its checkpoints",
+        ),
+        (
+            ["--resume", "--run.folder", LONG],
+            CheckpointError,
+            f"--resume {LONG}: file name too long; give a run folder or one of its checkpoints",
         ),
         (
             ["--resume", "used", "--train.steps", "50"],
@@ -197,6 +226,33 @@ def test_what_cannot_be_is_one_line(
     (elsewhere / "empty-run" / "checkpoints").mkdir(parents=True)
     (elsewhere / "file").touch()
     with pytest.raises(error) as caught:
+        run(*arguments)
+    assert str(caught.value) == message.replace("{}", str(elsewhere))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.path", "locked/text"], "data.path: 'locked/text' cannot be read: permission denied"),
+        (["--run.folder", "locked/run"], "run.folder: '{}/locked/run' cannot be made: permission denied"),
+        (
+            ["--resume", "locked/run"],
+            "--resume locked/run: permission denied; give a run folder or one of its checkpoints",
+        ),
+    ],
+)
+def test_a_folder_that_may_not_be_looked_into_is_one_line(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    stat = os.stat
+
+    def locked(path: str, **given: bool) -> os.stat_result:  # whoever is root may look anywhere
+        if "locked" in str(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, **given)
+
+    monkeypatch.setattr(os, "stat", locked)
+    with pytest.raises(HelixpipeError) as caught:
         run(*arguments)
     assert str(caught.value) == message.replace("{}", str(elsewhere))
 
