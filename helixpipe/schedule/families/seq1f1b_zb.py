@@ -9,7 +9,7 @@ inputs, which others wait for, and W, of its weights, which nobody waits for. Ra
     rank 1   .... F0   F0.1 F0.2 .... .... I0.2 I0.1 W0.2 I0   W0.1 W0
     rank 2   .... .... F0   F0.1 F0.2 I0.2 I0.1 I0   W0.2 W0.1 W0
 
-Bubble (p-1)(f+b-2w)/k, where mk >= p, b = i + w, f >= w, i >= w and segments cost the same; (p-1+k)/k
+Bubble (p-1)(f+b-2w)/k, where mk >= p-1+k, b = i + w, f >= w, i >= w and segments cost the same; (p-1+k)/k
 micro-batches kept on every rank, or all m where that is less. `zb_h1` is this with one segment.
 """
 

@@ -30,7 +30,9 @@ def idle_between(schedule: Schedule, costs: tuple[float, float, float]) -> float
 
 
 @pytest.mark.parametrize("costs", [(1, 1, 1), (10, 12, 8), (3, 4, 2), (1, 3, 1)])
-@pytest.mark.parametrize(("p", "m", "k"), [(1, 2, 1), (2, 4, 1), (4, 8, 1), (8, 16, 1), (4, 4, 2), (4, 8, 4)])
+@pytest.mark.parametrize(
+    ("p", "m", "k"), [(1, 2, 1), (2, 4, 1), (3, 3, 1), (4, 8, 1), (8, 16, 1), (4, 2, 3), (4, 4, 2), (4, 8, 4)]
+)
 def test_the_bubble_and_peak_of_a_late_w(p: int, m: int, k: int, costs: tuple[int, int, int]) -> None:
     """(p-1)(f+b-2w)/k with b = i + w, where f >= w and i >= w; p-1+k segments kept on every rank."""
     f, i, w = costs
