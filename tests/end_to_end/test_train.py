@@ -279,14 +279,16 @@ def test_a_rank_that_stands_still_is_named_in_time(tmp_path: Path, start: Callab
     assert "Traceback" not in run.err
 
 
-@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small file system")
+@pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small file system: needs root on Linux"
+)
 def test_a_disk_that_fills_up_ends_the_run_and_keeps_the_last_checkpoint(
     tmp_path: Path, start: Callable[..., Run]
 ) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1400k", "none", disk], capture_output=True).returncode:
-        pytest.skip("may not mount")
+        pytest.skip("may not mount a small file system: root without that right, as in most containers")
     try:
         run = start("small.toml", "--run.folder", "disk/run", "--run.keep", "9")
         assert run.wait() == 2

@@ -251,11 +251,13 @@ def test_ctrl_c_is_no_failed_checkpoint(
     assert manifest.checkpoints(tmp_path) == [first]
 
 
-@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small file system")
+@pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small file system: needs root on Linux"
+)
 def test_a_really_full_disk_says_so(tmp_path: Path) -> None:
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", tmp_path], capture_output=True)
     if mounted.returncode:
-        pytest.skip("may not mount")
+        pytest.skip("may not mount a small file system: root without that right, as in most containers")
     try:
         first = save(tmp_path, 1)
         with pytest.raises(CheckpointError) as caught:
