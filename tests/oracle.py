@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helixpipe.model.decoder import Decoder
-from helixpipe.schedule.parts import Part, chain
-from helixpipe.shape import ModelShape
+from helixpipe.parts.part import Part, chain
+from helixpipe.parts.shape import ModelShape
 
 
 def plain_step(

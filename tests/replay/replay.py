@@ -17,15 +17,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from helixpipe.parts.part import Part, chain
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.shapes import SHAPES
+from helixpipe.parts.work import Batch, Keeping
 from helixpipe.predict.cost import Analytic
 from helixpipe.predict.estimate import Estimate, Setting, estimate_family
 from helixpipe.predict.hardware import named_accelerator, named_link
-from helixpipe.predict.keeping import Keeping
 from helixpipe.predict.plan import plan
 from helixpipe.predict.profile import CURVES, PASSES, Profile, Timing
 from helixpipe.schedule.families import FAMILIES, options
-from helixpipe.schedule.parts import Part, chain
-from helixpipe.shape import SHAPES, Batch, ModelShape
 
 FILE = Path(__file__).with_name("digests.json")
 
