@@ -1,7 +1,10 @@
-"""Seq1F1B predicted beside what its authors measured. `python benchmarks/paper_seq1f1b/run.py`
+"""Seq1F1B predicted beside what its authors measured.
 
-Their 7B model on 32 A100: tokens per second, memory, and what does not fit. Every number but those under PUBLISHED is
-predicted: the schedule is built, lowered and simulated, messages and all.
+    python benchmarks/paper_seq1f1b/run.py           # the tables
+    python benchmarks/paper_seq1f1b/run.py --write   # the same, put into README.md beside this file
+
+Tokens per second of their 7B model on 32 A100; memory of their four models, and what does not fit. What they published stands
+in seq1f1b_authors.py; every other number is predicted: the schedule is built, lowered and simulated, messages and all.
 """
 
 from __future__ import annotations
@@ -12,48 +15,36 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
-from helixpipe.parts.shapes import named_shape
+sys.path.insert(0, str(Path(__file__).parent))
+
+from seq1f1b_authors import (
+    FULLEST_SOURCE,
+    HEADLINE,
+    LAYOUT_SOURCE,
+    MEAN_SOURCE,
+    METHODS,
+    MODELS,
+    SPEED_SOURCE,
+    TOKENS_PER_S,
+    Model,
+)
+from seq1f1b_memory import grain, grain_table, in_short, memory_row, memory_table, number, varied_memory_table
+
 from helixpipe.parts.work import Keeping
 from helixpipe.predict.estimate import Estimate, Setting, estimate_family
 from helixpipe.predict.hardware import named_accelerator, named_link
 from helixpipe.predict.simulate import simulate_program
 from helixpipe.schedule.program import Run
 
-METHODS = ("1F1B", "1F1B-I", "Seq1F1B", "Seq1F1B-I")
-OUT = None  # out of memory
-LENGTHS = (32768, 65536, 131072)
+SEVEN = MODELS["7B"]
+LENGTHS = tuple(SEVEN.fullest_gib)
 MICROBATCHES = (8, 16)
-
-PUBLISHED_SOURCE = (
-    "arXiv 2406.03488, the table for 7B on 32 GPUs; "
-    "m = 16 as in github.com/thunlp/Seq1F1B, picture/32x7b zhihu_throughput.tex"
-)
-PUBLISHED_TOKENS_PER_S: dict[tuple[int, int], tuple[float | None, ...]] = {
-    (32768, 8): (48189, 52964, 53485, 47232),
-    (32768, 16): (55333, 56304, 55765, 46195),
-    (65536, 8): (37343, 41677, 43297, 40908),
-    (65536, 16): (43063, 44712, 33367, 40990),
-    (131072, 8): (OUT, OUT, 30392, 30023),
-    (131072, 16): (OUT, OUT, 31584, 30362),
-}
-PUBLISHED_MEMORY_SOURCE = (
-    "github.com/thunlp/Seq1F1B, picture/7bx32A100_memory.svg, right panel (it has no title): "
-    "heights of its bars over its axis"
-)
-PUBLISHED_GB: dict[int, tuple[float | None, ...]] = {
-    32768: (19.6, 25.3, 15.9, 13.8),
-    65536: (35.3, 45.9, 29.8, 23.2),
-    131072: (OUT, OUT, 57.2, 46.6),
-}
-PUBLISHED_HEADLINE = {"source": "arXiv 2406.03488, abstract", "throughput": 1.14, "memory": 0.5}
-
-RANKS = 4
-TENSOR_PARALLEL = 8
 SEGMENTS = 4
 STAGES_PER_RANK = 2
+PAGE = Path(__file__).with_name("README.md")
 
 
 @dataclass(frozen=True)
@@ -65,28 +56,39 @@ class Assumptions:
     """Fields of the A100 that differ."""
     link: str = "infiniband-200"
     tensor_link: str = "nvlink-a100"
-    ranks: int = RANKS
+    ranks: int = 0
+    """p, on as many accelerators; 0 is the authors'."""
     segments: int = SEGMENTS
+    stages: int = STAGES_PER_RANK
+    """A rank's, where schedules are interleaved."""
     partition: str = "computation_wise"
     blocking: bool = False
     """Whether a rank computes nothing while what it waits for travels."""
     balanced: bool = False
     """Whether ranks with embedding or head have fewer layers; Megatron gives all as many."""
+    copied: bool = False
+    """Whether bytes count the second copy of keys and values that the authors' attention keeps."""
 
-    def setting(self, length: int) -> Setting:
+    def setting(self, length: int, model: Model = SEVEN) -> Setting:
         return Setting(
-            replace(named_shape("7b"), positions="rope"), length,
+            model.shape, length,
             replace(named_accelerator("a100"), **self.accelerator), named_link(self.link),
-            Keeping("none", 2, keeps_activated=True), 1, 32 // self.ranks, named_link(self.tensor_link),
+            Keeping("none", 2, keeps_activated=True), 1,
+            model.accelerators // self.ranks if self.ranks else model.tensor_parallel, named_link(self.tensor_link),
             partition=self.partition, megatron=True,
         )  # fmt: skip
 
-    def families(self) -> dict[str, tuple[str, dict[str, Any]]]:
-        cut, loops = {"segments": self.segments}, {"stages_per_rank": STAGES_PER_RANK}
+    def estimates(self, length: int, microbatches: int, model: Model = SEVEN) -> dict[str, Estimate]:
+        """All methods at one length, in the order of METHODS."""
+        setting = self.setting(length, model)
+        cut, loops = {"segments": self.segments}, {"stages_per_rank": self.stages}
         ends: dict[str, Any] = {} if self.balanced else {"ends": (0, 0)}
         families = ("1f1b", "interleaved", "seq1f1b", "seq1f1b_interleaved")
         options: tuple[dict[str, Any], ...] = ({}, loops, cut, cut | loops)
-        return {method: (f, o | ends) for method, f, o in zip(METHODS, families, options, strict=True)}
+        return {
+            method: estimate_family(setting, family, self.ranks or model.ranks, microbatches, **(own | ends))
+            for method, family, own in zip(METHODS, families, options, strict=True)
+        }
 
 
 def attention(forward: float, backward: float) -> dict[str, float]:
@@ -109,6 +111,16 @@ VARIED = (
     Assumptions("p = 8, tensor parallel 4", ranks=8),
 )  # fmt: skip
 
+VARIED_MEMORY = (
+    Assumptions(),
+    Assumptions("keys and values kept twice", copied=True),
+    Assumptions("2 segments", segments=2),
+    Assumptions("8 segments", segments=8),
+    Assumptions("even segments", partition="even"),
+    Assumptions("4 stages a rank", stages=4),
+)
+VARIED_AT = (("2.7B", 16384), ("7B", 65536))
+
 
 def blocking_s(found: Estimate) -> float:
     """The step where every action starts with the time its messages take."""
@@ -121,94 +133,92 @@ def blocking_s(found: Estimate) -> float:
     return simulate_program(found.program, lambda action: found.seconds(action) + waited[action]).makespan_s
 
 
-def row(length: int, microbatches: int, given: Assumptions | None = None) -> dict[str, Any]:
-    """All methods at one length: tokens per second, the ratio to 1F1B, memory, and what of it fits."""
-    given = given or VARIED[0]
-    setting = given.setting(length)
+def row(length: int, microbatches: int, given: Assumptions = VARIED[0]) -> dict[str, Any]:
+    """All methods of 7B at one length: tokens per second, the ratio to 1F1B, and what of it fits."""
     methods: dict[str, dict[str, Any]] = {}
-    for at, (method, (family, options)) in enumerate(given.families().items()):
-        found = estimate_family(setting, family, given.ranks, microbatches, **options)
+    for at, (method, found) in enumerate(given.estimates(length, microbatches).items()):
         step_s = blocking_s(found) if given.blocking else found.timeline.makespan_s
         methods[method] = {
             "tokens_per_s": length * microbatches / step_s, "bubble_ratio": found.timeline.bubble_ratio,
-            "peak_bytes": found.timeline.peak_bytes, "fits": found.peak_bytes <= setting.accelerator.memory_bytes,
-            "published_tokens_per_s": PUBLISHED_TOKENS_PER_S[length, microbatches][at],
-            "published_gb": PUBLISHED_GB[length][at],
+            "peak_bytes": found.timeline.peak_bytes, "fits": found.peak_bytes <= found.setting.accelerator.memory_bytes,
+            "published_tokens_per_s": TOKENS_PER_S[length, microbatches][at],
         }  # fmt: skip
     first = methods["1F1B"]
     for each in methods.values():
         each["ratio"] = each["tokens_per_s"] / first["tokens_per_s"]
-        each["memory_ratio"] = max(each["peak_bytes"]) / max(first["peak_bytes"])
-        for key, value in (("ratio", "tokens_per_s"), ("memory_ratio", "gb")):
-            mine, base = each[f"published_{value}"], first[f"published_{value}"]
-            each[f"published_{key}"] = mine / base if mine and base else None
-    cut = setting.segment_lengths(given.segments)
+        mine, base = each["published_tokens_per_s"], first["published_tokens_per_s"]
+        each["published_ratio"] = mine / base if mine and base else None
+    cut = given.setting(length).segment_lengths(given.segments)
     return {"tokens": length, "microbatches": microbatches, "segment_lengths": cut, "methods": methods}
 
 
-def side_by_side(lengths: Sequence[int] = LENGTHS) -> dict[str, float]:
-    """Share that keys and values put side by side, kept per segment, add to the activations of a layer: by length.
-
-    A public port of the authors' attention copies, for each segment, the keys and values of all so far; ours keeps each
-    segment's once.
-    """
-    found = {}
-    for length in lengths:
-        cut = VARIED[0].setting(length).segment_lengths(SEGMENTS)
-        found[f"{length // 1024}k"] = 2 * (sum(accumulate(cut)) - length) / (16 * length)
-    return found
+def memory(model: Model, length: int, given: Assumptions = VARIED_MEMORY[0]) -> dict[str, Any]:
+    """GiB of all methods of one model at one length."""
+    found = given.estimates(length, model.microbatches, model)
+    return memory_row(model, length, found, given.copied) | {"assumption": given.name}
 
 
-def number(value: float | None, digits: int = 0) -> str:
-    return "out of memory" if value is None else f"{value:.{digits}f}"
+def all_memory() -> list[dict[str, Any]]:
+    return [memory(model, length) for model in MODELS.values() for length in model.fullest_gib]
 
 
-def tables(result: dict[str, Any]) -> str:
+def speed_table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         "| tokens | m | schedule | tokens/s predicted | published | predicted / published | over 1F1B predicted | "
         "published |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for each in result["rows"]:
+    for each in rows:
         for method, found in each["methods"].items():
             mine, theirs = found["tokens_per_s"], found["published_tokens_per_s"]
             share = f"{mine / theirs:.2f}" if theirs else "-"
-            told = number(mine) + ("" if found["fits"] else ", out of memory")
+            told = number(mine, 0) + ("" if found["fits"] else ", out of memory")
             ratio, theirs_ratio = found["ratio"], found["published_ratio"]
             cells = [
                 f"{each['tokens'] // 1024}k",
                 each["microbatches"],
                 method,
                 told,
-                number(theirs),
+                number(theirs, 0),
                 share,
                 f"{ratio:.3f}",
             ]
             lines.append(f"| {' | '.join(map(str, cells))} | {f'{theirs_ratio:.3f}' if theirs_ratio else '-'} |")
-    lines += [
-        "", "| tokens | schedule | GB predicted, by rank | fullest | published | over 1F1B predicted | published |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]  # fmt: skip
-    for each in result["rows"]:
-        if each["microbatches"] != MICROBATCHES[0]:
-            continue
-        for method, found in each["methods"].items():
-            ranks = ", ".join(f"{peak / 1e9:.0f}" for peak in found["peak_bytes"])
-            fullest = f"{max(found['peak_bytes']) / 1e9:.1f}" + ("" if found["fits"] else ", does not fit")
-            ratio = found["published_memory_ratio"]
-            theirs = number(found["published_gb"], 1)
-            lines.append(
-                f"| {each['tokens'] // 1024}k | {method} | {ranks} | {fullest} | {theirs} | "
-                f"{found['memory_ratio']:.2f} | "
-                f"{f'{ratio:.2f}' if ratio else '-'} |"
-            )
+    return "\n".join(lines)
+
+
+def varied_table(varied: Sequence[dict[str, Any]]) -> str:
     columns = " | ".join(f"{method} {length}" for length in ("32k", "64k") for method in METHODS[1:])
-    lines += ["", f"| assumption, m = 8 | {columns} | 1F1B, m 8 to 16, 32k |"]
+    lines = [f"| assumption, m = 8 | {columns} | 1F1B, m 8 to 16, 32k |"]
     lines += ["| --- " * (2 + 2 * len(METHODS[1:])) + "|"]
-    for each in result["varied"]:
+    for each in varied:
         ratios = [f"{each[key][m]:.3f}" for key in ("32k", "64k") for m in METHODS[1:]]
         lines.append(f"| {each['assumption']} | {' | '.join(ratios)} | {each['gain_of_microbatches']:.3f} |")
     return "\n".join(lines)
+
+
+def tables(result: dict[str, Any]) -> dict[str, str]:
+    """What stands on the page between marks of these names."""
+    return {
+        "memory in short": in_short(result["memory"]),
+        "speed": speed_table(result["rows"]),
+        "memory": memory_table(result["memory"]),
+        "means": grain_table(MODELS.values()),
+        "speed varied": varied_table(result["varied"]),
+        "memory varied": varied_memory_table(result["varied_memory"]),
+    }
+
+
+def written(page: str, found: dict[str, str]) -> str:
+    """The page with each table between its marks, `<!-- name -->` and `<!-- end of name -->`; ValueError where one is missing."""
+    for name, table in found.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        before, begun, rest = page.partition(begin)
+        _, ended, after = rest.partition(end)
+        if not (begun and ended):
+            raise ValueError(f"the page has no '{begin}' before an '{end}'; put both where the table goes")
+        page = f"{before}{begin}\n\n{table}\n\n{end}{after}"
+    return page
 
 
 def vary(assumptions: Sequence[Assumptions] = VARIED) -> list[dict[str, Any]]:
@@ -227,14 +237,22 @@ def vary(assumptions: Sequence[Assumptions] = VARIED) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--write", action="store_true", help=f"put the tables into {PAGE.name}")
     args = parser.parse_args()
     began = time.perf_counter()
     result = {
-        "published": PUBLISHED_HEADLINE, "sources": [PUBLISHED_SOURCE, PUBLISHED_MEMORY_SOURCE],
-        "rows": [row(length, m) for length in LENGTHS for m in MICROBATCHES],
-        "varied": vary(), "keys_side_by_side": side_by_side(),
+        "published": HEADLINE, "sources": [SPEED_SOURCE, LAYOUT_SOURCE, FULLEST_SOURCE, MEAN_SOURCE],
+        "rows": [row(length, m) for length in LENGTHS for m in MICROBATCHES], "varied": vary(),
+        "memory": all_memory(), "means": grain(MODELS.values()),
+        "varied_memory": [memory(MODELS[name], at, given) for name, at in VARIED_AT for given in VARIED_MEMORY],
     }  # fmt: skip
-    print(json.dumps(result, indent=2) if args.json else tables(result))
+    found = tables(result)
+    if args.write:
+        try:
+            PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+        except ValueError as problem:
+            parser.error(str(problem))
+    print(json.dumps(result, indent=2) if args.json else "\n\n".join(found.values()))
     print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
 
 
