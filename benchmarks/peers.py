@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from helixpipe.model.decoder import Decoder
 from helixpipe.model.linear import Linear
-from helixpipe.schedule.parts import Part, chain
-from helixpipe.shape import ModelShape
+from helixpipe.parts.part import Part, chain
+from helixpipe.parts.shape import ModelShape
 
 # glibc gives large freed blocks back to the system, and whoever runs next pays for faulting them in again: kept instead
 ALLOCATOR = dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(2**40))

@@ -19,6 +19,10 @@ from helixpipe.errors import (
     ScheduleError,
 )
 from helixpipe.mesh import MeshShape
+from helixpipe.parts.part import Part, Value
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.shapes import named_shape
+from helixpipe.parts.work import Batch
 from helixpipe.predict.estimate import Estimate, Setting, estimate, simulate
 from helixpipe.predict.hardware import Accelerator, Link
 from helixpipe.predict.plan import Choice, Plan, plan
@@ -28,10 +32,9 @@ from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.check import check
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
-from helixpipe.schedule.parts import Part, Stage, Value
 from helixpipe.schedule.program import Program
 from helixpipe.schedule.schedule import Schedule
-from helixpipe.shape import Batch, ModelShape, named_shape
+from helixpipe.schedule.stage import Stage
 
 if TYPE_CHECKING:
     from helixpipe.model.decoder import Decoder, Model

@@ -13,13 +13,14 @@ from typing import Literal
 
 from helixpipe.errors import ConfigError
 from helixpipe.mesh import MeshShape
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.shapes import named_shape
+from helixpipe.parts.work import Keeping
 from helixpipe.predict.estimate import Setting
-from helixpipe.predict.keeping import Keeping
 from helixpipe.predict.profile import Profile
 from helixpipe.schedule import families
 from helixpipe.schedule.partition import check_cut, refuse_bidirectional
 from helixpipe.schedule.schedule import Schedule
-from helixpipe.shape import ModelShape, named_shape
 
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -29,7 +30,7 @@ class ModelConfig:
     """A shape by name, and any of its fields to change."""
 
     name: str = "tiny"
-    """A shape of helixpipe.shape.SHAPES; the keys below change it."""
+    """A shape of helixpipe.parts.shapes.SHAPES; the keys below change it."""
     layers: int | None = None
     """Decoder layers."""
     hidden: int | None = None

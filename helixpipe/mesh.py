@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from helixpipe.errors import ConfigError
-from helixpipe.shape import TENSOR_DIVIDED, ModelShape
+from helixpipe.parts.shape import TENSOR_DIVIDED, ModelShape
 
 AXES = ("pp", "dp", "cp", "tp")
 METHODS = ("ring", "ulysses")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from helixpipe.shape import named_shape
+from helixpipe.parts.shapes import named_shape
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,17 +10,19 @@ from pathlib import Path
 import pytest
 
 import helixpipe
+from helixpipe.parts.kind import KINDS
 
 ROOT = Path(helixpipe.__file__).parent
 
 # package -> the packages of helixpipe that its files may import from
 MAY_IMPORT = {
-    "schedule": {"errors", "files", "shape", "schedule"},
-    "predict": {"errors", "files", "mesh", "shape", "schedule", "predict"},
-    "view": {"errors", "schedule", "predict", "view"},
-    "model": {"errors", "shape", "schedule", "model"},
-    "sequence": {"errors", "shape", "schedule", "model", "sequence"},
-    "runtime": {"errors", "mesh", "shape", "schedule", "predict", "model", "sequence", "runtime"},
+    "parts": {"errors", "parts"},
+    "schedule": {"errors", "files", "parts", "schedule"},
+    "predict": {"errors", "files", "mesh", "parts", "schedule", "predict"},
+    "view": {"errors", "parts", "schedule", "predict", "view"},
+    "model": {"errors", "parts", "model"},
+    "sequence": {"errors", "model", "sequence"},
+    "runtime": {"errors", "mesh", "parts", "schedule", "predict", "model", "sequence", "runtime"},
 }
 
 
@@ -39,7 +41,7 @@ def imported_by(code: str) -> set[str]:
 
 
 def test_what_describes_predicts_and_draws_needs_no_torch() -> None:
-    light = [name for folder in ("schedule", "predict", "view") for name in names(folder)]
+    light = [name for folder in ("parts", "schedule", "predict", "view") for name in names(folder)]
     assert "helixpipe.schedule.families.helix" in light
     light += [
         "helixpipe.cli",
@@ -47,7 +49,6 @@ def test_what_describes_predicts_and_draws_needs_no_torch() -> None:
         "helixpipe.config_text",
         "helixpipe.errors",
         "helixpipe.files",
-        "helixpipe.shape",
         "helixpipe",
     ]
     loaded = imported_by(f"import {', '.join(light)}")
@@ -77,3 +78,35 @@ def test_imports_point_one_way(package: str) -> None:
             for module in modules:
                 if module.startswith("helixpipe."):
                     assert module.split(".")[1] in MAY_IMPORT[package], f"{file.relative_to(ROOT)} imports {module}"
+
+
+def names_a_kind(node: ast.AST) -> bool:
+    """Whether code decides by the name of a kind of part: a comparison, a case, or a part made by name."""
+    if isinstance(node, ast.Compare):
+        sides = [node.left, *node.comparators]
+        return any(isinstance(side, ast.Attribute) and side.attr == "kind" for side in sides) and any(
+            isinstance(inner, ast.Constant) and inner.value in KINDS for side in sides for inner in ast.walk(side)
+        )
+    if isinstance(node, ast.MatchValue):
+        return isinstance(node.value, ast.Constant) and node.value.value in KINDS
+    if isinstance(node, ast.Call):
+        return getattr(node.func, "id", "") == "Part" and isinstance(node.args[0], ast.Constant)
+    return False
+
+
+def test_only_the_rooms_of_parts_know_kinds_by_name() -> None:
+    """What a part is stands in `parts`, what it computes in `model`; the tape alone calls modules by their kind."""
+    told = {
+        str(file.relative_to(ROOT))
+        for file in sorted(ROOT.rglob("*.py"))
+        if file.relative_to(ROOT).parts[0] not in ("parts", "model")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if names_a_kind(node)
+    }
+    assert told == {"runtime/tape.py"}
+
+
+def test_every_kind_has_its_two_files() -> None:
+    for kind in KINDS:
+        assert (ROOT / "parts" / f"{kind}.py").is_file()
+        assert (ROOT / "model" / f"{kind}.py").is_file()

@@ -6,7 +6,7 @@ import pytest
 
 from helixpipe.errors import ConfigError
 from helixpipe.mesh import MeshShape
-from helixpipe.shape import ModelShape
+from helixpipe.parts.shape import ModelShape
 
 SHAPE = ModelShape(layers=2, hidden=32, heads=8, kv_heads=4, ffn=12, vocabulary=16)
 

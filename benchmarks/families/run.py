@@ -27,12 +27,13 @@ from peers import PlainParts, interleaved_beside, launch, machine, mean_loss, pa
 from torch.distributed.pipelining.schedules import ScheduleZBVZeroBubble
 
 from helixpipe.model.decoder import Decoder
+from helixpipe.parts.part import chain
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.work import Batch
 from helixpipe.runtime.ledger import Ledger
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.schedule.families import FAMILIES, build_schedule
 from helixpipe.schedule.partition import even, for_shape
-from helixpipe.schedule.parts import chain
-from helixpipe.shape import Batch, ModelShape
 
 RANKS = 2
 SPLIT = "perfect split"

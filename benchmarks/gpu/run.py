@@ -27,10 +27,12 @@ from peers import PlainParts, mean_loss
 from torch.utils.checkpoint import checkpoint
 
 from helixpipe.model.decoder import Decoder
+from helixpipe.parts.part import chain
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.shapes import named_shape
+from helixpipe.parts.work import Batch
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.schedule.families import build_schedule
-from helixpipe.schedule.parts import chain
-from helixpipe.shape import Batch, ModelShape, named_shape
 
 # bf16 matrix peak without sparsity, from the vendors' data sheets
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}

@@ -17,9 +17,10 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 import helixpipe.schedule.families as families
 from helixpipe.model.decoder import Decoder
+from helixpipe.parts.part import chain
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.work import Batch
 from helixpipe.runtime.pipeline import Pipeline
-from helixpipe.schedule.parts import chain
-from helixpipe.shape import Batch, ModelShape
 
 RANKS = 2
 SPLIT = "perfect split"

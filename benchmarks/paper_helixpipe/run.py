@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from helixpipe.parts.shapes import named_shape
+from helixpipe.parts.work import Keeping
 from helixpipe.predict.estimate import Estimate, Setting, estimate_family
 from helixpipe.predict.hardware import named_accelerator, named_link
-from helixpipe.predict.keeping import Keeping
 from helixpipe.predict.simulate import simulate_program
 from helixpipe.schedule.program import Run
-from helixpipe.shape import named_shape
 
 PUBLISHED = {
     "source": "arXiv 2507.00394, abstract",

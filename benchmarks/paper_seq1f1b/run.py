@@ -15,12 +15,12 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
+from helixpipe.parts.shapes import named_shape
+from helixpipe.parts.work import Keeping
 from helixpipe.predict.estimate import Estimate, Setting, estimate_family
 from helixpipe.predict.hardware import named_accelerator, named_link
-from helixpipe.predict.keeping import Keeping
 from helixpipe.predict.simulate import simulate_program
 from helixpipe.schedule.program import Run
-from helixpipe.shape import named_shape
 
 METHODS = ("1F1B", "1F1B-I", "Seq1F1B", "Seq1F1B-I")
 OUT = None  # out of memory

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from peers import launch, machine
 from torch import Tensor
 
-from helixpipe.model.attention import Attention
+from helixpipe.model.attn import Attention
 from helixpipe.predict.sequence_memory import (
     BERT_BASE,
     BERT_LARGE,

@@ -22,11 +22,11 @@ import itertools
 
 from peers import machine
 
+from helixpipe.parts.shapes import named_shape
 from helixpipe.predict.estimate import Setting, priced
 from helixpipe.predict.hardware import named_accelerator, named_link
 from helixpipe.predict.plan import plan
 from helixpipe.schedule.lower import lower
-from helixpipe.shape import named_shape
 
 SEQUENCE_LENGTH = 131072
 SIZES = (64, 128, 256)  # dualpipe_v needs two micro-batches a rank

@@ -29,8 +29,9 @@ import torch.distributed as dist
 from peers import interleaved, launch, machine
 
 from helixpipe.model.decoder import Decoder
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.work import Batch, Keeping
 from helixpipe.predict.cost import action_seconds, message_bytes
-from helixpipe.predict.keeping import Keeping
 from helixpipe.predict.memory import peak_activation_bytes
 from helixpipe.predict.profile import Profile, Timing, merged
 from helixpipe.predict.simulate import simulate_program
@@ -40,7 +41,6 @@ from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.runtime.profiling import WARMUP, Parts, default_cuts, measure_link
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.partition import from_costs
-from helixpipe.shape import Batch, ModelShape
 
 RANKS = 2
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -103,7 +103,7 @@ def predicted(each: Contender, profile: Profile) -> tuple[float, float]:
     """Seconds of a step, and those that all ranks spend in actions."""
     link, keeping = profile.link, Keeping(each.recompute, 4)
     assert link is not None
-    seconds = action_seconds(each.pipeline.schedule, each.batch, profile, keeping)
+    seconds = action_seconds(each.pipeline.schedule, each.pipeline.model.shape, each.batch, profile, keeping)
     timeline = simulate_program(
         each.pipeline.program(each.batch), seconds, lambda message: link.seconds(message_bytes(message, keeping))
     )

@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from incumbent import TorchStep
 from peers import machine
 
+from helixpipe.parts.shapes import named_shape
+from helixpipe.parts.work import Keeping
 from helixpipe.predict.estimate import Estimate, Setting, estimate, estimate_family
-from helixpipe.predict.keeping import Keeping
 from helixpipe.runtime.emulated import rehearse
 from helixpipe.runtime.forked import run_forked
 from helixpipe.schedule.action import Action, Pass
@@ -32,7 +33,6 @@ from helixpipe.schedule.families.looped import looped
 from helixpipe.schedule.families.v_shape import v_stages
 from helixpipe.schedule.schedule import Schedule
 from helixpipe.schedule.torch_text import read_cell
-from helixpipe.shape import named_shape
 
 RANKS, MICROBATCHES, LENGTH = 8, 16, 131072
 MANY = 64

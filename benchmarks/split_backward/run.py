@@ -26,10 +26,11 @@ from torch.utils.checkpoint import checkpoint
 
 from helixpipe.model.decoder import Decoder
 from helixpipe.model.linear import add_product
+from helixpipe.parts.part import Value, layer_parts
+from helixpipe.parts.shape import ModelShape
 from helixpipe.runtime.ledger import Ledger
 from helixpipe.runtime.tape import Feed, Tape
-from helixpipe.schedule.parts import Stage, Value, layer_parts
-from helixpipe.shape import ModelShape
+from helixpipe.schedule.stage import Stage
 
 
 class Checkpointed(PlainParts):

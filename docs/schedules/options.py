@@ -9,15 +9,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from helixpipe.predict.keeping import Keeping
+from helixpipe.parts.part import chain
+from helixpipe.parts.shapes import named_shape
+from helixpipe.parts.work import Batch, Keeping
 from helixpipe.predict.memory import peak_activation_bytes
 from helixpipe.predict.simulate import simulate_program
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
-from helixpipe.schedule.parts import chain
 from helixpipe.schedule.program import Kind, Message, Program
-from helixpipe.shape import Batch, named_shape
 
 RANKS = 8
 SHAPE = named_shape("7b")

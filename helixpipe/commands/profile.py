@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from helixpipe.errors import ConfigError
 from helixpipe.files import fault
 from helixpipe.flags import Parser, flag, number
-from helixpipe.shape import SHAPES, ModelShape, named_shape
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.shapes import SHAPES, named_shape
 
 if TYPE_CHECKING:
     from helixpipe.predict.profile import Profile

@@ -13,12 +13,12 @@ from typing import Any
 from helixpipe.config import ELEMENT_BYTES
 from helixpipe.errors import ConfigError
 from helixpipe.flags import Parser, add_family_options, flag, given_options, number
+from helixpipe.parts.shapes import SHAPES, named_shape
+from helixpipe.parts.work import Keeping
 from helixpipe.predict.estimate import Estimate, Setting, check_actions, estimate_family
 from helixpipe.predict.hardware import ACCELERATORS, LINKS, named_accelerator, named_link
-from helixpipe.predict.keeping import Keeping
 from helixpipe.predict.profile import Profile
 from helixpipe.schedule.families import FAMILIES
-from helixpipe.shape import SHAPES, named_shape
 
 OPTIMIZERS = ("replicated", "sharded")
 RECOMPUTE = ("none", "selective", "full")

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from helixpipe.model.kernels import attention_backward, attention_forward
 
@@ -174,18 +174,3 @@ def _heads(t: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, state: AttentionState) -> Tensor:
     """o, [b, s, heads * d], from all keys and values here."""
     return _Attention.apply(q, k, v, causal, state)  # type: ignore[no-any-return,no-untyped-call]
-
-
-class Attention(nn.Module):
-    """The part `attn`. Parameterless, so it can run on any rank."""
-
-    attend: Callable[[Tensor, Tensor, Tensor, bool, AttentionState], Tensor] = staticmethod(attend)
-    """Another where a sequence is spread over ranks."""
-
-    def __init__(self, causal: bool) -> None:
-        super().__init__()
-        self.causal = causal
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None = None) -> Tensor:
-        """o, [b, s, heads * d]."""
-        return self.attend(q, k, v, self.causal, state or AttentionState())

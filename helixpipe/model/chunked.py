@@ -20,9 +20,18 @@ from helixpipe.model.linear import at_once
 _UNREAD = "output_is_unread"
 
 
-def shard_chunk(chunk: int, shards: int) -> int:
-    """Tokens at a time on each of the ranks that share a sequence, where `chunk` is of the whole of it."""
-    return max(chunk // shards, 1) if chunk else 0
+class Chunked(nn.Module):
+    """A module that may run over slices of the sequence."""
+
+    chunk: int = 0
+    """Tokens at a time, of the whole sequence; 0 is all at once."""
+    shards: int = 1
+    """Ranks that share a sequence (cp x tp)."""
+
+    @property
+    def local_chunk(self) -> int:
+        """Tokens at a time on each of these ranks."""
+        return max(self.chunk // self.shards, 1) if self.chunk else 0
 
 
 class Whole(Protocol):

@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import nn
 
-from helixpipe.model.attention import Attention
-from helixpipe.model.layers import MLP, QKV, Block, Embed, Head, Proj, Rope, norm
-from helixpipe.schedule.parts import Part
-from helixpipe.shape import ModelShape
+from helixpipe.model import attn, block, embed, head, mlp, norm, proj, qkv
+from helixpipe.model.recipe import Recipe
+from helixpipe.model.rope import Rope
+from helixpipe.parts.part import Part
+from helixpipe.parts.shape import ModelShape
+
+MODULES: dict[str, Callable[[Recipe], nn.Module]] = {
+    "embed": embed.make, "norm": norm.make, "qkv": qkv.make, "attn": attn.make, "proj": proj.make, "mlp": mlp.make,
+    "block": block.make, "head": head.make,
+}  # fmt: skip
 
 
 class Model(Protocol):
-    """What a pipeline asks of a model. The calls of each part are drawn in `model.layers`."""
+    """What a pipeline asks of a model. How each part is called stands in the first line of its file in `model`."""
 
     @property
     def shape(self) -> ModelShape:
@@ -38,42 +45,16 @@ class Decoder:
         together; 0 is all at once.
         """
         self.shape, self.seed = shape, seed
-        self.mlp_chunk, self.head_chunk = mlp_chunk, head_chunk
-        self._rope = Rope(shape.head_dim, shape.rope_base) if shape.positions == "rope" else None
+        rope = Rope(shape.head_dim, shape.rope_base) if shape.positions == "rope" else None
+        self.recipe = Recipe(shape, rope, mlp_chunk, head_chunk)
 
     def part(self, part: Part) -> nn.Module:
         with torch.device("meta"):
-            module = self._module(part)
+            module = MODULES[part.kind](self.recipe)
         module.to_empty(device="cpu")
         for name, parameter in module.named_parameters():
             self._initialise(self.shape.parameter_name(part, name), parameter)
         return module
-
-    def _module(self, part: Part) -> nn.Module:
-        shape = self.shape
-        match part.kind:
-            case "embed":
-                return Embed(shape)
-            case "norm":
-                return norm(shape)
-            case "qkv":
-                return QKV(shape, self._rope)
-            case "attn":
-                return Attention(shape.causal)
-            case "proj":
-                return Proj(shape)
-            case "mlp":
-                return MLP(shape, self.mlp_chunk)
-            case "head":
-                return Head(shape, self.head_chunk)
-            case _:
-                return Block(
-                    norm(shape),
-                    QKV(shape, self._rope),
-                    Attention(shape.causal),
-                    Proj(shape),
-                    MLP(shape, self.mlp_chunk),
-                )
 
     @torch.no_grad()
     def _initialise(self, name: str, parameter: nn.Parameter) -> None:

@@ -16,12 +16,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from helixpipe.parts.part import attention_part, ends, layer_parts
 from helixpipe.predict.cost import action_seconds
 from helixpipe.predict.estimate import Setting
 from helixpipe.predict.memory import peak_activation_bytes
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
-from helixpipe.schedule.parts import Part, layer_parts
 from helixpipe.schedule.schedule import Schedule
 
 
@@ -60,7 +60,7 @@ def _context(setting: Setting, ranks: int, microbatches: int) -> Alternative:
     shape, keeping = setting.shape, setting.keeping
     tokens = setting.microbatch_size * setting.sequence_length
     ring = 2 * tokens * shape.kv_size * (ranks - 1) / ranks / setting.tensor_parallel
-    attention = Part("attn", 0)
+    attention = attention_part(0)
     forward = setting.costs.forward_s(attention, setting.whole, 0) / ranks
     backward = setting.costs.input_s(attention, setting.whole, 0) / ranks
     hops = setting.link.latency_s * (ranks - 1)
@@ -81,7 +81,7 @@ def _alternative(
     narrow, wide = keeping.element_bytes, keeping.wide_bytes
     copy = narrow if narrow != wide else 0
     shared = share.parameter_count * (4 * wide + copy) / ranks
-    largest = max(sum(share.parameter_elements(p).values()) for p in (layer_parts(0), [Part("head", share.layers)]))
+    largest = max(sum(share.parameter_elements(p).values()) for p in (layer_parts(0), ends(share.layers)[1:]))
     whole = 2 * largest * (narrow + wide)  # gathered weights and their gradients: this layer and the next
     standing = math.ceil(shared + whole)
     return Alternative(name, turns * step_s, turns * compute_s, activations, standing + activations)
@@ -90,7 +90,7 @@ def _alternative(
 def _compute_s(setting: Setting) -> float:
     """One micro-batch, forward, recompute and backward, on one rank; chunked parts with their one more forward."""
     alone = _alone(setting)
-    seconds = action_seconds(alone, setting.whole, setting.costs, setting.keeping)
+    seconds = action_seconds(alone, setting.shape, setting.whole, setting.costs, setting.keeping)
     return math.fsum(map(seconds, alone.ranks[0]))
 
 

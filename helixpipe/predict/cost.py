@@ -17,19 +17,19 @@ context parallelism for a ring of keys and values in every attention, which the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import Protocol
 
+from helixpipe.parts.part import Part
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.work import Batch, Keeping, Work
 from helixpipe.predict.hardware import Accelerator, Link
-from helixpipe.predict.keeping import Keeping, inside
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.chunks import chunks
-from helixpipe.schedule.parts import Part
 from helixpipe.schedule.program import Kind, Message, Program
 from helixpipe.schedule.schedule import Schedule
-from helixpipe.shape import Batch, ModelShape
 
 
 class PartCosts(Protocol):
@@ -77,48 +77,27 @@ class Analytic:
 
     def _seconds(self, part: Part, flops: float, batch: Batch, segment: int, backward: bool) -> float:
         device = self.accelerator
+        about = self.shape.about(part)
         reached = device.matmul_efficiency
-        if part.kind == "attn":
+        if about.attends:
             reached = device.attention_backward_efficiency if backward else device.attention_efficiency
-        moved_bytes = self._moved_elements(part) * batch.tokens(segment) * self.element_bytes * (2 if backward else 1)
+        moved_bytes = (
+            about.moved_elements(self.shape) * batch.tokens(segment) * self.element_bytes * (2 if backward else 1)
+        )
         compute_s = flops / (device.rate(self.element_bytes) * reached)
         moved_s = moved_bytes / (device.memory_bytes_per_s * device.memory_efficiency)
         taken_s = (compute_s + moved_s) / (self.tensor_parallel * self.context_parallel)
-        if part.kind == "attn":
+        if about.attends:
             taken_s = max(taken_s, self._ring_s(batch, segment, backward))
         return device.launch_s + taken_s + self._exchange_s(part, batch, segment)
-
-    def _moved_elements(self, part: Part) -> float:
-        """Elements a token that norms, activations, rotations and residual adds read and write."""
-        h, ffn = self.shape.hidden, self.shape.ffn
-        qkv = self.shape.q_size + 2 * self.shape.kv_size
-        match part.kind:
-            case "norm":
-                return 2.0 * h
-            case "qkv":
-                return 2.0 * qkv if self.shape.positions == "rope" else 0.0
-            case "proj":
-                return 3.0 * h
-            case "mlp":
-                return 5.0 * h + (3.0 if self.shape.mlp == "swiglu" else 2.0) * ffn
-            case "head":
-                return 2.0 * h + 4.0 * self.shape.vocabulary
-            case "embed":
-                return 2.0 * h
-            case "block":
-                inner = (Part(kind, part.layer) for kind in ("norm", "qkv", "proj", "mlp"))
-                return sum(map(self._moved_elements, inner))
-            case _:
-                return 0.0
 
     def _exchange_s(self, part: Part, batch: Batch, segment: int) -> float:
         """Messages inside a tensor-parallel group: a gather before qkv and mlp, a scatter after proj and mlp."""
         if self.tensor_parallel == 1 or self.tensor_link is None:
             return 0.0
-        count = {"qkv": 1, "proj": 1, "mlp": 2, "block": 4, "head": 1, "embed": 1}.get(part.kind, 0)
         share = (self.tensor_parallel - 1) / self.tensor_parallel
         nbytes = batch.tokens(segment) / self.context_parallel * self.shape.hidden * self.element_bytes * share
-        return count * self.tensor_link.seconds(nbytes)
+        return self.shape.about(part).exchanges * self.tensor_link.seconds(nbytes)
 
     def _ring_s(self, batch: Batch, segment: int, backward: bool) -> float:
         """Keys and values of a segment and of all before it, once around the context-parallel group."""
@@ -131,34 +110,35 @@ class Analytic:
         return (ranks - 1) * self.context_link.latency_s + elements * size / self.context_link.bytes_per_s
 
 
-def action_seconds(schedule: Schedule, batch: Batch, costs: PartCosts, keeping: Keeping) -> Callable[[Action], float]:
+def action_seconds(
+    schedule: Schedule, shape: ModelShape, batch: Batch, costs: PartCosts, keeping: Keeping
+) -> Callable[[Action], float]:
     """Seconds of each action of a schedule. Priced once a stage, pass and segment."""
-    recomputes = keeping.recompute != "none"
+    recomputes = keeping.recomputes
     cut = [chunks(stage, whole=not recomputes) for stage in schedule.stages]
-    # layers cost the same, so a part is priced once a kind
-    priced = lru_cache(maxsize=None)(
-        lambda kind, pass_name, segment: getattr(costs, pass_name)(Part(kind, 0), batch, segment)
-    )
+    works = [Work(shape, batch, segment, keeping) for segment in range(len(batch.segment_lengths))]
+    known: dict[tuple[Hashable, str, int], float] = {}
+
+    def priced(part: Part, pass_name: str, segment: int) -> float:
+        """Of parts that are alike, one is priced."""
+        key = shape.alike(part), pass_name, segment
+        if key not in known:
+            known[key] = getattr(costs, pass_name)(part, batch, segment)
+        return known[key]
 
     def total(parts: Iterable[Part], pass_name: str, segment: int) -> float:
-        return math.fsum(priced(part.kind, pass_name, segment) for part in parts)
-
-    def sliced(part: Part, segment: int) -> bool:
-        return keeping.slices(part, batch, segment)
+        return math.fsum(priced(part, pass_name, segment) for part in parts)
 
     def again(parts: Collection[Part], segment: int) -> float:
         """Forward seconds that a recompute of a chunk runs: what it ends in is not computed where that is in slices."""
-        kept_attention = keeping.recompute == "selective"
         *_, last = parts
-        runs = (
-            p for p in parts if not (kept_attention and p.kind == "attn") and not (p is last and sliced(p, segment))
-        )
+        unread = works[segment].slices(last)
+        runs = (part for part in parts if keeping.runs_again(part) and not (part is last and unread))
         return total(runs, "forward_s", segment)
 
     def in_slices(parts: Iterable[Part], segment: int) -> list[Part]:
         """Those that run so, of opaque layers too."""
-        inner = [p for part in parts for p in (inside(part) if part.kind == "block" else [part])]
-        return [p for p in inner if sliced(p, segment)]
+        return [p for part in parts for p in shape.about(part).inside(part) if works[segment].slices(p)]
 
     @cache
     def seconds(stage: int, kind: Pass, segment: int, ahead: bool) -> float:

@@ -15,9 +15,12 @@ from typing import Any
 
 from helixpipe.errors import ConfigError
 from helixpipe.mesh import MeshShape
+from helixpipe.parts.part import chain, ends, layer_parts
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.shapes import named_shape
+from helixpipe.parts.work import Batch, Keeping
 from helixpipe.predict.cost import Analytic, PartCosts, accelerator_bytes, action_seconds
 from helixpipe.predict.hardware import Accelerator, Link, named_accelerator, named_link
-from helixpipe.predict.keeping import Keeping
 from helixpipe.predict.simulate import simulate_program
 from helixpipe.predict.standing import dealt, owned_and_visiting, standing_bytes
 from helixpipe.predict.timeline import MemoryPoint, Timeline
@@ -26,10 +29,8 @@ from helixpipe.schedule.action import Action
 from helixpipe.schedule.check import check
 from helixpipe.schedule.lower import lower
 from helixpipe.schedule.partition import MULTIPLE, even, for_shape, from_costs, refuse_bidirectional
-from helixpipe.schedule.parts import Part, chain, layer_parts
 from helixpipe.schedule.program import Message, Program
 from helixpipe.schedule.schedule import Schedule
-from helixpipe.shape import Batch, ModelShape, named_shape
 
 # what cannot be drawn or priced in a reasonable time and memory
 MOST_ACTIONS = 2_000_000
@@ -123,16 +124,12 @@ class Setting:
         Rounded here, once, so that plan, simulate and training build one schedule.
         """
         costs = self.profile or Analytic(self.shape, named_accelerator("ideal"))
-        recompute = self.keeping.recompute
         forward = {part: costs.forward_s(part, self.whole, 0) for part in layer_parts(0)}
         layer = math.fsum(forward.values())
-        again = math.fsum(
-            s for p, s in forward.items() if recompute == "full" or (recompute == "selective" and p.kind != "attn")
-        )
+        again = math.fsum(s for part, s in forward.items() if self.keeping.runs_again(part))
         inputs = math.fsum(costs.input_s(part, self.whole, 0) for part in layer_parts(0))
         weights = math.fsum(costs.weight_s(part, self.whole, 0) for part in layer_parts(0))
-        ends = (Part("embed", 0), Part("head", self.shape.layers))
-        embed, head = (costs.forward_s(part, self.whole, 0) for part in ends)
+        embed, head = (costs.forward_s(part, self.whole, 0) for part in ends(self.shape.layers))
         found = {"ends": (embed, head), "costs": (layer, inputs + again, weights)}
         # to three digits, not decimals: where attention is nearly all, W is little but never nothing
         return {name: tuple(float(f"{each / layer:.3g}") for each in times) for name, times in found.items()}
@@ -175,8 +172,7 @@ class Setting:
         segment = len(batch.segment_lengths) - 1
         costs, total = self.profile or self.costs, 0.0
         for part in layer_parts(0):
-            again = self.keeping.recompute == "full" or (self.keeping.recompute == "selective" and part.kind != "attn")
-            total += costs.forward_s(part, batch, segment) * (2 if again else 1)
+            total += costs.forward_s(part, batch, segment) * (2 if self.keeping.runs_again(part) else 1)
             total += costs.input_s(part, batch, segment) + costs.weight_s(part, batch, segment)
         return total
 
@@ -191,11 +187,13 @@ class Setting:
     def microbatch_s(self) -> float:
         """Seconds of one whole micro-batch, forward and backward, on one rank: nothing recomputed, nothing sent."""
         names = ("forward_s", "input_s", "weight_s")
+        parts = chain(self.shape.layers)
+        one = {self.shape.alike(part): part for part in parts}
         priced = {
-            kind: math.fsum(getattr(self.costs, name)(Part(kind, 0), self.whole, 0) for name in names)
-            for kind in {part.kind for part in chain(1)}
+            like: math.fsum(getattr(self.costs, name)(part, self.whole, 0) for name in names)
+            for like, part in one.items()
         }
-        return math.fsum(priced[part.kind] for part in chain(self.shape.layers))
+        return math.fsum(priced[self.shape.alike(part)] for part in parts)
 
 
 @dataclass(frozen=True)
@@ -271,7 +269,7 @@ def estimate_family(setting: Setting, family: str, ranks: int, microbatches: int
 def priced(program: Program, setting: Setting) -> Estimate:
     """A program under a setting: that of its schedule and batch."""
     keeping, schedule = setting.keeping, program.schedule
-    seconds = action_seconds(schedule, program.batch, setting.costs, keeping)
+    seconds = action_seconds(schedule, setting.shape, program.batch, setting.costs, keeping)
     sizes = accelerator_bytes(program, keeping, setting.share, setting.group)
     travels = [setting.link.seconds(size) for size in sizes]
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from helixpipe.predict.keeping import Keeping, Kept, kept, key_values, owed, put_off, saved
+from helixpipe.parts.kind import Kept
+from helixpipe.parts.work import Keeping, Work
+from helixpipe.predict.keeping import kept, key_values, owed
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.chunks import Chunk, chunks
 from helixpipe.schedule.program import Program
-from helixpipe.shape import Batch, ModelShape
 
 
 def activation_bytes(program: Program, keeping: Keeping) -> tuple[tuple[tuple[int, int], ...], ...]:
@@ -61,7 +62,7 @@ _Highs = dict[_Key, tuple[int, int]]
 
 def _walk(program: Program, rank: int, keeping: Keeping) -> Iterator[tuple[int, int]]:
     schedule = program.schedule
-    has_recompute = keeping.recompute != "none" and any(action.kind is Pass.R for action in schedule.placed)
+    has_recompute = keeping.recomputes and any(action.kind is Pass.R for action in schedule.placed)
     order = [
         (
             action,
@@ -125,22 +126,22 @@ def _highs(keys: list[_Key], moves: dict[_Key, Moves]) -> _Highs:
 def _moves(program: Program, keeping: Keeping, stage: int, kind: Pass, segment: int, ahead: bool) -> Moves:
     """`ahead`: an R of its own recomputes the last chunk."""
     schedule = program.schedule
-    cut = chunks(schedule.stages[stage], whole=keeping.recompute == "none")
+    cut = chunks(schedule.stages[stage], whole=not keeping.recomputes)
     moves: Moves = []
     for i, chunk in enumerate(cut if kind in (Pass.F, Pass.W) else cut[::-1]):
-        step = _Step(moves, chunk, program.shape, program.batch, segment, keeping)
+        step = _Step(moves, chunk, Work(program.shape, program.batch, segment, keeping))
         match kind:
             case Pass.F:
                 step.forward(keeps_past=schedule.segments > 1)
             case Pass.R if ahead and i == 0:
                 step.recompute()
             case Pass.B | Pass.I:
-                if keeping.recompute != "none" and not (ahead and i == 0):
+                if keeping.recomputes and not (ahead and i == 0):
                     step.recompute()
                 step.backward(puts_off=kind is Pass.I, kept_past=schedule.segments > 1)
             case Pass.W:
                 for part in chunk.parts:
-                    step.hold(put_off(part, *step.of), -1)
+                    step.hold(step.work.put_off(part), -1)
     return moves
 
 
@@ -150,51 +151,45 @@ class _Step:
 
     moves: Moves
     chunk: Chunk
-    shape: ModelShape
-    batch: Batch
-    segment: int
-    keeping: Keeping
+    work: Work
 
     def hold(self, held: Kept, by: int) -> None:
         if held:
             self.moves.append(Move(held, by))
 
-    @property
-    def of(self) -> tuple[ModelShape, Batch, int, Keeping]:
-        return self.shape, self.batch, self.segment, self.keeping
-
     def forward(self, keeps_past: bool) -> None:
-        if self.keeping.recompute == "none":
+        if not self.work.keeping.recomputes:
             self._hold_graph()
         else:
-            self.hold(kept(self.chunk, *self.of), 1)
+            self.hold(kept(self.chunk, self.work), 1)
         if keeps_past:
-            self.hold(key_values(self.chunk, *self.of), 1)
+            self.hold(key_values(self.chunk, self.work), 1)
 
     def recompute(self) -> None:
         """What was kept gives way to the graph."""
         self._hold_graph()
-        self.hold(kept(self.chunk, *self.of), -1)
+        self.hold(kept(self.chunk, self.work), -1)
 
     def _hold_graph(self) -> None:
         for part in self.chunk.parts:
-            self.hold(saved(part, *self.of), 1)
+            self.hold(self.work.saved(part), 1)
 
     def backward(self, puts_off: bool, kept_past: bool) -> None:
         """Autograd lets go of each part's share of the graph as it passes it, but for what is put off."""
         for part in reversed(self.chunk.parts):
-            left = put_off(part, *self.of) if puts_off else {}
+            left = self.work.put_off(part) if puts_off else {}
             inputs = {name: size for name, size in left.items() if not name.startswith("d ")}
             self.hold(inputs, 1)
-            if part.kind == "attn":
+            if part.about.attends:
                 self._owe()
-            self.hold(saved(part, *self.of), -1)
+            self.hold(self.work.saved(part), -1)
             self.hold({name: size for name, size in left.items() if name not in inputs}, 1)
         if kept_past:
-            self.hold(key_values(self.chunk, *self.of), -1)
+            self.hold(key_values(self.chunk, self.work), -1)
 
     def _owe(self) -> None:
         """The last segment's backward is the first to owe anything to those before; each takes its own."""
-        mine, *before = (owed(self.shape, self.batch, s, self.keeping) for s in (self.segment, *range(self.segment)))
-        is_last = self.segment == len(self.batch.segment_lengths) - 1
+        segment = self.work.segment
+        mine, *before = (owed(replace(self.work, segment=s)) for s in (segment, *range(segment)))
+        is_last = segment == len(self.work.batch.segment_lengths) - 1
         self.moves.append(Move({}, 1, sum(before)) if is_last else Move({}, -1, mine))

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from helixpipe.errors import ConfigError
+from helixpipe.parts.part import AROUND_ATTENTION
 from helixpipe.predict.alternatives import alternatives
 from helixpipe.predict.estimate import Estimate, Setting, check_actions, priced
 from helixpipe.schedule import families
@@ -158,7 +159,7 @@ def candidates(
         "seq1f1b_interleaved": {"segments": segments, "stages_per_rank": stages},
         "slimpipe": {"segments": segments, "stages_per_rank": [1, *stages]},
         "helix": {
-            "folds": (1, 2), "travel": ("none", "qkv", "attention"), "groups": ("sequential", "forward_first"),
+            "folds": (1, 2), "travel": tuple(AROUND_ATTENTION), "groups": ("sequential", "forward_first"),
         },
     }  # fmt: skip
     chunks = _chunks(sequence_length)

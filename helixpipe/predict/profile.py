@@ -21,19 +21,23 @@ from typing import Any, NamedTuple
 
 from helixpipe.errors import ConfigError, nearest
 from helixpipe.files import read_text, write_text
+from helixpipe.parts.kind import KINDS
+from helixpipe.parts.part import Part, chain, layer_parts
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.shapes import SHAPES
+from helixpipe.parts.work import Batch, Keeping
 from helixpipe.predict.curves import ATTENTION, LINEAR, Curve, Size, fit
 from helixpipe.predict.hardware import Link
 from helixpipe.schedule.action import Pass
-from helixpipe.schedule.parts import LAYER_KINDS, Part
-from helixpipe.shape import SHAPES, Batch, ModelShape
 
 FORMAT = "helixpipe profile 1"
-KINDS = ("embed", *LAYER_KINDS, "head")
-WITH_WEIGHTS = ("qkv", "proj", "mlp", "head")
+PROFILED = tuple(part.kind for part in chain(1))
+"""Kinds that are timed; an opaque layer takes what its parts do."""
+WITH_WEIGHTS = tuple(kind for kind in PROFILED if KINDS[kind].splits)
 """Kinds whose weight gradients can be put off; those of norms and tables are part of their I."""
 FORWARD, INPUT, WEIGHT = "forward", "input", "weight"
 PASSES = {FORWARD: Pass.F, INPUT: Pass.I, WEIGHT: Pass.W}
-CURVES = tuple((kind, name) for kind in KINDS for name in PASSES if name != WEIGHT or kind in WITH_WEIGHTS)
+CURVES = tuple((kind, name) for kind in PROFILED for name in PASSES if name != WEIGHT or kind in WITH_WEIGHTS)
 # what a part's cost depends on; layers, eps, the rope's base and tied tables change none
 SIZES = (
     "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocabulary", "norm", "mlp", "positions", "qkv_bias", "bias",
@@ -81,13 +85,13 @@ class Profile:
                 raise ConfigError(f"timings: {kind} {name} has fewer than two lengths; measure again: {self.command()}")
 
     def forward_s(self, part: Part, batch: Batch, segment: int) -> float:
-        return self._seconds(part.kind, FORWARD, _size(batch, segment))
+        return self._part_s(part, FORWARD, _size(batch, segment))
 
     def input_s(self, part: Part, batch: Batch, segment: int) -> float:
-        return self._seconds(part.kind, INPUT, _size(batch, segment))
+        return self._part_s(part, INPUT, _size(batch, segment))
 
     def weight_s(self, part: Part, batch: Batch, segment: int) -> float:
-        return self._seconds(part.kind, WEIGHT, _size(batch, segment))
+        return self._part_s(part, WEIGHT, _size(batch, segment))
 
     def partition_seconds(self, recompute: str = "selective", microbatch_size: int = 1) -> Callable[[int, int], float]:
         """(length, context) -> seconds of a layer's forward, recompute and backward: for `partition.from_costs`.
@@ -95,8 +99,9 @@ class Profile:
         Of two segments, neither the sequence's first, one that is the end of the other costs less. The first merges
         with nothing and may cost less than its own end would; no two cuts of a sequence differ in having one.
         """
-        again = {"none": (), "full": LAYER_KINDS, "selective": tuple(k for k in LAYER_KINDS if k != "attn")}[recompute]
-        runs = [(kind, name) for kind in LAYER_KINDS for name in PASSES] + [(kind, FORWARD) for kind in again]
+        layer, keeping = layer_parts(0), Keeping(recompute)
+        runs = [(part.kind, name) for part in layer for name in PASSES]
+        runs += [(part.kind, FORWARD) for part in layer if keeping.runs_again(part)]
 
         def seconds(length: int, context: int) -> float:
             size = Size(microbatch_size, length, context)
@@ -121,8 +126,8 @@ class Profile:
     @cached_property
     def curves(self) -> dict[tuple[str, str], Curve]:
         """(kind, forward | input | weight) -> curve."""
-        terms = {"attn": ATTENTION}
-        return {(kind, name): fit(self.points(kind, name), terms.get(kind, LINEAR)) for kind, name in CURVES}
+        terms = {kind: ATTENTION if KINDS[kind].attends else LINEAR for kind in PROFILED}
+        return {(kind, name): fit(self.points(kind, name), terms[kind]) for kind, name in CURVES}
 
     @cached_property
     def worst_error(self) -> float:
@@ -193,9 +198,10 @@ class Profile:
     def _of(self, kind: str, name: str) -> list[Timing]:
         return [timing for timing in self.timings if timing.kind == kind and timing.run is PASSES[name]]
 
+    def _part_s(self, part: Part, name: str, size: Size) -> float:
+        return math.fsum(self._seconds(inner.kind, name, size) for inner in part.about.inside(part))
+
     def _seconds(self, kind: str, name: str, size: Size) -> float:
-        if kind == "block":
-            return math.fsum(self._seconds(inner, name, size) for inner in LAYER_KINDS)
         curve = self.curves.get((kind, name))
         return curve.seconds(size) if curve else 0.0
 
@@ -262,6 +268,6 @@ def _timing(row: object, place: str) -> Timing:
         kind, run, length, context, seconds = row
         whole = type(length) is type(context) is int and length > 0 <= context
         timed = type(seconds) in (int, float) and 0 < seconds < math.inf
-        if kind in KINDS and run in tuple(PASSES.values()) and whole and timed:
+        if kind in PROFILED and run in tuple(PASSES.values()) and whole and timed:
             return Timing(kind, Pass(run), length, context, float(seconds))
     raise ConfigError(f'{place}: {json.dumps(row)[:60]} is not a timing; one is ["qkv", "F", 1024, 0, 0.0125]')

@@ -13,7 +13,7 @@ import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from helixpipe.predict.keeping import Keeping
+from helixpipe.parts.work import Keeping
 from helixpipe.predict.memory import activation_bytes
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
 from helixpipe.schedule.action import Action

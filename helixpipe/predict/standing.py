@@ -13,11 +13,11 @@ With tensor parallelism these are of one accelerator, which holds its share of s
 from __future__ import annotations
 
 from helixpipe.mesh import deal
-from helixpipe.predict.keeping import Keeping
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.work import Keeping
 from helixpipe.predict.timeline import Standing
 from helixpipe.schedule.program import parameter_owners
 from helixpipe.schedule.schedule import Schedule
-from helixpipe.shape import ModelShape
 
 Elements = dict[str, int]
 """Full name of a parameter -> elements of it."""

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from helixpipe.errors import ConfigError
-from helixpipe.model.attention import Attention, AttentionState, KeptAttention, KeyValues, attend
-from helixpipe.schedule.parts import Part
+from helixpipe.model.attention import AttentionState, KeptAttention, KeyValues, attend
+from helixpipe.model.attn import Attention
+from helixpipe.parts.part import Part
 from helixpipe.sequence.attention import to_heads, to_sequence
 from helixpipe.sequence.layout import Layout
 from helixpipe.sequence.mesh import SequenceMesh
@@ -43,10 +44,10 @@ class Context:
     def join(self, part: Part, module: nn.Module) -> None:
         """Let a part's attention run over the ranks; raises ConfigError when it has one that is not known here."""
         found = [inner for inner in module.modules() if isinstance(inner, Attention)]
-        if part.kind in ("attn", "block") and not found:
+        if (part.about.attends or part.about.opaque) and not found:
             raise ConfigError(
                 f"mesh.cp: the attention inside {part} is {type(module).__name__}'s own and cannot be spread over ranks; "
-                "use cp 1, or helixpipe.model.attention.Attention in it"
+                "use cp 1, or helixpipe.Attention in it"
             )
         for inner in found:
             inner.attend = self.attend

@@ -14,9 +14,12 @@ from torch.distributed.distributed_c10d import Store, _get_default_store
 
 from helixpipe.errors import ConfigError, RankError
 from helixpipe.mesh import MeshShape
-from helixpipe.model.attention import Attention
+from helixpipe.model.attn import Attention
+from helixpipe.model.chunked import Chunked
 from helixpipe.model.decoder import Model
-from helixpipe.model.layers import IGNORED, MLP, Head
+from helixpipe.model.head import IGNORED
+from helixpipe.parts.part import Part
+from helixpipe.parts.work import Batch
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
 from helixpipe.runtime.context import Context
 from helixpipe.runtime.executor import execute
@@ -34,10 +37,8 @@ from helixpipe.runtime.weights import Weights
 from helixpipe.schedule.action import Action
 from helixpipe.schedule.check import check
 from helixpipe.schedule.lower import flops, lower
-from helixpipe.schedule.parts import Part
 from helixpipe.schedule.program import Program
 from helixpipe.schedule.schedule import Schedule
-from helixpipe.shape import Batch
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -98,7 +99,7 @@ class Pipeline:
             if context is not None:
                 context.join(part, module)
             for inner in module.modules():
-                if isinstance(inner, MLP | Head):
+                if isinstance(inner, Chunked):
                     inner.shards = self.mesh.shape.cp * self.mesh.shape.tp
         self._watch = self.mesh.watch(_store() if self.mesh.everyone is not None else None)
         self._reduction = Reduction(self.parameters, self._tensor.cuts if self._tensor else (), self.mesh, self._watch)
@@ -262,7 +263,7 @@ def _check_segments(model: Model, schedule: Schedule, lengths: tuple[int, ...] |
         raise ConfigError(
             "model.causal: false; a segment of bidirectional attention needs the segments after it: use helix, or one segment"
         )
-    block = next((part for stage in schedule.stages for part in stage.parts if part.kind == "block"), None)
+    block = next((part for stage in schedule.stages for part in stage.parts if part.about.opaque), None)
     if block is not None:
         raise ConfigError(
             f"schedule.segments: {block} is opaque, so what it carries from segment to segment is not known"
@@ -272,10 +273,10 @@ def _check_segments(model: Model, schedule: Schedule, lengths: tuple[int, ...] |
 def _check_attention(modules: Mapping[Part, nn.Module], segments: int) -> None:
     """Another's attention would see no more than its own segment, and nobody would notice."""
     for part, module in modules.items():
-        if segments > 1 and part.kind == "attn" and not isinstance(module, Attention):
+        if segments > 1 and part.about.attends and not isinstance(module, Attention):
             raise ConfigError(
                 f"schedule.segments: {part} is {type(module).__name__}, which is not handed the keys and values of earlier "
-                "segments; use helixpipe.model.attention.Attention, or segments = 1"
+                "segments; use helixpipe.Attention, or segments = 1"
             )
 
 

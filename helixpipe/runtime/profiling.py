@@ -28,6 +28,9 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from helixpipe.errors import ConfigError, HelixpipeError, RankError
 from helixpipe.model.decoder import Decoder
+from helixpipe.parts.part import chain
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.work import Batch
 from helixpipe.predict.curves import Size, fit
 from helixpipe.predict.hardware import Link
 from helixpipe.predict.profile import WITH_WEIGHTS, Profile, Timing, merged
@@ -42,10 +45,9 @@ from helixpipe.runtime.watch import Watch
 from helixpipe.runtime.weights import Weights
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.lower import lower
-from helixpipe.schedule.parts import Stage, chain
 from helixpipe.schedule.schedule import Schedule
+from helixpipe.schedule.stage import Stage
 from helixpipe.sequence.wire import wire_of
-from helixpipe.shape import Batch, ModelShape
 
 Cut = tuple[int, ...]
 """Lengths of a sequence's segments, in tokens."""

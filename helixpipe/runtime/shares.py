@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from helixpipe.errors import ConfigError
-from helixpipe.model.layers import Start
+from helixpipe.model.rope import Start
+from helixpipe.parts.work import Batch
 from helixpipe.runtime.context import Context
 from helixpipe.runtime.mesh import Mesh
 from helixpipe.runtime.tape import Feed
-from helixpipe.shape import Batch
 
 
 class Shares:

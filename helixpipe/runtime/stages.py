@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from helixpipe.model.attention import KeyValues
+from helixpipe.parts.part import loss_of
 from helixpipe.runtime.ledger import Ledger
 from helixpipe.runtime.tape import Feed, Record, Tape, Tensors, Waiting
 from helixpipe.runtime.weights import Weights
 from helixpipe.schedule.action import Action, Pass
-from helixpipe.schedule.parts import Edge, Value
 from helixpipe.schedule.program import Kind, Message, Program
+from helixpipe.schedule.stage import Edge
 
 # what waits: forward values or gradients, of which edge, micro-batch and segment
 Slot = tuple[Kind, int, int, int, int]
@@ -88,9 +89,9 @@ class Stages:
             self._mailbox[_edge_slot(Kind.VALUES, edge, mb, seg)] = [values[value] for value in edge.values]
         if not self.training and seg == schedule.segments - 1:  # no backward will let them go
             for part in schedule.stages[stage].parts:
-                if part.kind == "attn" and mb in self._key_values:
+                if part.about.attends and mb in self._key_values:
                     self._key_values[mb].pop(part.layer, None)
-        if (loss := _loss(schedule.layers)) in values:
+        if (loss := loss_of(schedule.layers)) in values:
             self.losses[mb, seg] = values[loss]
 
     def _backward(self, action: Action) -> None:
@@ -101,9 +102,9 @@ class Stages:
             waiting = self._mailbox.pop(_edge_slot(Kind.GRADIENTS, edge, mb, seg))
             for value, gradient in zip(edge.values, waiting, strict=True):
                 gradients[value] = gradients[value] + gradient if value in gradients else gradient
-        if (mb, seg) in self.losses and _loss(schedule.layers) in schedule.stages[stage].parts[-1].makes:
+        if (mb, seg) in self.losses and loss_of(schedule.layers) in schedule.stages[stage].parts[-1].makes:
             loss = self.losses[mb, seg]
-            gradients[_loss(schedule.layers)] = torch.full_like(loss, self.scale)
+            gradients[loss_of(schedule.layers)] = torch.full_like(loss, self.scale)
         records = self._records.pop(action.sibling(Pass.F))
         if action.kind is Pass.I:
             gradients, self._waiting[action] = self.tapes[stage].input_backward(records, gradients, self._feed(action))
@@ -122,10 +123,6 @@ class KeyValuesByLayer(dict[int, KeyValues]):
     def __missing__(self, layer: int) -> KeyValues:
         self[layer] = KeyValues(self._ledger.keep)
         return self[layer]
-
-
-def _loss(layers: int) -> Value:
-    return Value("loss", layers)
 
 
 def _edge_slot(kind: Kind, edge: Edge, microbatch: int, segment: int) -> Slot:

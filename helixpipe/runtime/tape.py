@@ -21,13 +21,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from helixpipe.model.attention import Attention, AttentionState, Holder, KeptAttention, KeyValues
+from helixpipe.model.attention import AttentionState, Holder, KeptAttention, KeyValues
+from helixpipe.model.attn import Attention
 from helixpipe.model.chunked import unread
-from helixpipe.model.layers import Start
 from helixpipe.model.linear import Linear, WeightQueue
+from helixpipe.model.rope import Start
+from helixpipe.parts.part import Part, Value
 from helixpipe.runtime.ledger import Kept, Ledger
 from helixpipe.schedule.chunks import Chunk, chunks
-from helixpipe.schedule.parts import Part, Stage, Value
+from helixpipe.schedule.stage import Stage
 
 POLICIES = ("none", "full", "selective")
 Tensors = dict[Value, Tensor]
@@ -169,7 +171,7 @@ class Tape:
 def run_part(
     part: Part, module: nn.Module, inputs: Sequence[Tensor], feed: Feed, kept: KeptAttention | None
 ) -> Sequence[Tensor]:
-    """Call a part's module as `model.layers` draws it; what it makes, in the order of `part.makes`."""
+    """Call a part's module as the first line of its file in `model` says; what it makes, in the order of `part.makes`."""
     match part.kind:
         case "embed":
             return (module(feed.tokens, feed.start),)

@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from helixpipe.errors import ConfigError, RankError
-from helixpipe.model.layers import MLP, QKV, Proj
-from helixpipe.schedule.parts import Part, Value
+from helixpipe.model.divided import TensorDivided
+from helixpipe.parts.kind import maker
+from helixpipe.parts.part import Part, Value
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.work import Batch
 from helixpipe.sequence.wire import wire_of
-from helixpipe.shape import Batch, ModelShape
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class TensorShape(ModelShape):
 
     def value_shape(self, value: Value, batch: Batch, segment: int) -> tuple[int, ...]:
         b, s, *rest = super().value_shape(value, batch, segment)
-        return (b, s // self.tensor, *rest) if value.name in ("x", "n", "y") else (b, s, *rest)
+        return (b, s // self.tensor, *rest) if maker(value.name).over_tokens else (b, s, *rest)
 
 
 class TensorParallel:
@@ -75,21 +77,17 @@ class TensorParallel:
             parameter.data = parameter.data.chunk(self.ranks, dim)[self.rank].clone()
             self.cuts[self.whole.parameter_name(part, name)] = dim
         for inner in module.modules():
-            if isinstance(inner, QKV | MLP):
-                inner.gather = self.gather
-            if isinstance(inner, Proj):
-                inner.o.scatter = self.scatter
-            if isinstance(inner, MLP):
-                inner.down.scatter = self.scatter
+            if isinstance(inner, TensorDivided):
+                inner.divide(self.gather, self.scatter)
 
     def _known(self, part: Part, module: nn.Module, name: str, shape: tuple[int, ...]) -> nn.Parameter:
         """A parameter to be cut."""
         parameter = dict(module.named_parameters()).get(name)
-        homes = [path and f"{path}." for path, inner in module.named_modules() if isinstance(inner, QKV | MLP | Proj)]
+        homes = [path and f"{path}." for path, inner in module.named_modules() if isinstance(inner, TensorDivided)]
         if parameter is None or parameter.shape != shape or not name.startswith(tuple(homes)):
             raise ConfigError(
                 f"mesh.tp: {self.ranks}; {part} is {type(module).__name__}, whose {name} cannot be divided; "
-                "use tp 1, or QKV, Proj and MLP of helixpipe.model.layers in it"
+                "use tp 1, or QKV, Proj and MLP of helixpipe.model in it"
             )
         return parameter
 

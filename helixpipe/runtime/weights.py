@@ -15,12 +15,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from helixpipe.model.attention import Attention
+from helixpipe.model.attn import Attention
 from helixpipe.model.decoder import Model
 from helixpipe.model.kernels import check_head_dim
 from helixpipe.model.linear import add_product
+from helixpipe.parts.part import Part
 from helixpipe.runtime.tensor import TensorParallel
-from helixpipe.schedule.parts import Part
 from helixpipe.schedule.program import parameter_owners
 from helixpipe.schedule.schedule import Schedule
 

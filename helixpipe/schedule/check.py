@@ -7,9 +7,9 @@ stage on several ranks has one home; every order can be carried out (else the cy
 from __future__ import annotations
 
 from helixpipe.errors import ScheduleError
+from helixpipe.parts.part import chain
 from helixpipe.schedule.action import BACKWARD, Action, Pass
 from helixpipe.schedule.order import Stuck, times
-from helixpipe.schedule.parts import chain
 from helixpipe.schedule.schedule import Schedule
 
 Place = dict[Action, tuple[int, int]]  # action -> (rank, position)
@@ -37,7 +37,7 @@ def _check_stages(schedule: Schedule) -> None:
         if not stage.parts:
             raise ScheduleError(f"stage {s} has no parts; leave it out")
     parts = [part for stage in schedule.stages for part in stage.parts]
-    opaque = {part.layer for part in parts if part.kind == "block"}
+    opaque = {part.layer for part in parts if part.about.opaque}
     # a layer has a part at least: a file that names layer 999999999 need not make us list them all
     whole = chain(min(schedule.layers, len(parts)), opaque)
     if tuple(parts) != whole:

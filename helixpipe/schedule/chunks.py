@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from helixpipe.schedule.parts import Part, Stage, Value
+from helixpipe.parts.part import Part, Value
+from helixpipe.schedule.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,10 @@ class Chunk:
 
 
 def chunks(stage: Stage, whole: bool) -> tuple[Chunk, ...]:
-    """No kind of part twice in one chunk, and the head alone; or one chunk for all of the stage when `whole`."""
+    """No kind of part twice in one chunk, and by itself what is to be alone (the head); or one chunk for all of the stage when `whole`."""
     runs: list[list[Part]] = [[]]
     for part in stage.parts:
-        full = part.kind == "head" or part.kind in {other.kind for other in runs[-1]}
+        full = part.about.alone or part.kind in {other.kind for other in runs[-1]}
         if full and runs[-1] and not whole:
             runs.append([])
         runs[-1].append(part)

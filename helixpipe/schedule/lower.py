@@ -22,9 +22,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from helixpipe.errors import ConfigError
+from helixpipe.parts.part import Part
 from helixpipe.schedule.action import BACKWARD, Action, Pass
 from helixpipe.schedule.order import Times, times
-from helixpipe.schedule.parts import Part
 from helixpipe.schedule.program import (
     Accumulate,
     Instruction,
@@ -39,7 +39,8 @@ from helixpipe.schedule.program import (
 from helixpipe.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
-    from helixpipe.shape import Batch, ModelShape
+    from helixpipe.parts.shape import ModelShape
+    from helixpipe.parts.work import Batch
 
 # a message is received so many actions before it can leave: buffers against jitter
 LOOKAHEAD = 1
@@ -85,10 +86,10 @@ def flops(schedule: Schedule, shape: ModelShape, batch: Batch) -> Callable[[Acti
     segments = range(len(batch.segment_lengths))
 
     def total(of: Callable[[Part, Batch, int], float]) -> list[list[float]]:
-        """By stage and segment, from one price a kind: layers are alike."""
-        kinds = {part.kind for stage in schedule.stages for part in stage.parts}
-        prices = {kind: [of(Part(kind, 0), batch, s) for s in segments] for kind in kinds}
-        return [[sum(prices[part.kind][s] for part in stage.parts) for s in segments] for stage in schedule.stages]
+        """By stage and segment; of parts that are alike, one is priced."""
+        one = {shape.alike(part): part for stage in schedule.stages for part in stage.parts}
+        prices = {like: [of(part, batch, s) for s in segments] for like, part in one.items()}
+        return [[sum(prices[shape.alike(p)][s] for p in stage.parts) for s in segments] for stage in schedule.stages]
 
     forward, backward, weight = total(shape.forward_flops), total(shape.backward_flops), total(shape.weight_flops)
 

@@ -22,10 +22,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from helixpipe.errors import ConfigError
-from helixpipe.schedule.parts import LAYER_KINDS, Part
+from helixpipe.parts.part import layer_parts
+from helixpipe.parts.work import Batch, Keeping
 
 if TYPE_CHECKING:
-    from helixpipe.shape import ModelShape
+    from helixpipe.parts.shape import ModelShape
 
 MULTIPLE = 128
 BISECTIONS = 60
@@ -77,16 +78,15 @@ def for_shape(
 
     Embedding and head are left out: they are on one rank each, and the layers on all.
     """
-    from helixpipe.shape import Batch
 
     refuse_bidirectional(shape, segments)
     batch = Batch(1, (length,))
     linear = quadratic = 0.0
-    for part in (Part(kind, 0) for kind in LAYER_KINDS):
+    for part in layer_parts(0):
         forward, backward = shape.forward_flops(part, batch, 0), shape.backward_flops(part, batch, 0)
-        again = recompute == "full" or (recompute == "selective" and part.kind != "attn")
+        again = Keeping(recompute).runs_again(part)
         flops = forward + backward + (forward if again else 0.0)
-        if part.kind == "attn":
+        if part.about.attends:
             quadratic += flops / length**2
         else:
             linear += flops / length

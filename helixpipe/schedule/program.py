@@ -14,7 +14,8 @@ from helixpipe.schedule.action import Action
 from helixpipe.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
-    from helixpipe.shape import Batch, ModelShape
+    from helixpipe.parts.shape import ModelShape
+    from helixpipe.parts.work import Batch
 
 
 class Kind(StrEnum):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from helixpipe.schedule.action import BACKWARD, Action, Pass
-from helixpipe.schedule.parts import Edge, Stage, edges
+from helixpipe.schedule.stage import Edge, Stage, edges
 
 
 @dataclass(frozen=True)

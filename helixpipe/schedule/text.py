@@ -20,9 +20,10 @@ from typing import Any
 
 from helixpipe.errors import ScheduleError, nearest
 from helixpipe.files import read_text, write_text
+from helixpipe.parts.part import Part
 from helixpipe.schedule.action import Action
-from helixpipe.schedule.parts import Part, Stage
 from helixpipe.schedule.schedule import Schedule
+from helixpipe.schedule.stage import Stage
 from helixpipe.schedule.torch_text import read_cell, whole_layers
 
 STAGE_ROW = re.compile(r"#\s*stage\s+([0-9]{1,9})(?:\s+home\s+([0-9]{1,9}))?\s*:(.*)")

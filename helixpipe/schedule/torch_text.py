@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from helixpipe.errors import ScheduleError, nearest
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.families.split import split_layers
-from helixpipe.schedule.parts import Stage
 from helixpipe.schedule.schedule import Schedule
+from helixpipe.schedule.stage import Stage
 
 PASSES = (Pass.F, Pass.B, Pass.I, Pass.W)
 MOVES = ("SEND_F", "RECV_F", "SEND_B", "RECV_B", "UNSHARD", "RESHARD")

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from helixpipe.errors import CheckpointError
-from helixpipe.shape import ModelShape
+from helixpipe.parts.shape import ModelShape
 
 NAME = "manifest.json"
 _FORMAT = 1

@@ -14,12 +14,10 @@ from collections.abc import Callable
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.schedule import Schedule
 
-UNITS = {"norm": 0, "qkv": 1, "attn": 3, "proj": 0, "mlp": 2, "block": 6, "embed": 0, "head": 0}
-
 
 def unit_durations(schedule: Schedule) -> Callable[[Action], float]:
     """Action -> its units: F and R as the parts say, B twice that, I and W once each; segments share alike."""
-    forward = [max(1, sum(UNITS[part.kind] for part in stage.parts)) for stage in schedule.stages]
+    forward = [max(1, sum(part.about.units for part in stage.parts)) for stage in schedule.stages]
 
     def duration(action: Action) -> float:
         return forward[action.stage] * (2 if action.kind is Pass.B else 1) / schedule.segments

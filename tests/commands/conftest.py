@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from helixpipe.parts.shapes import SHAPES
 from helixpipe.predict.profile import CURVES, PASSES, Profile, Timing
-from helixpipe.shape import SHAPES
 
 
 @pytest.fixture

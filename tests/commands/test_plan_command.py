@@ -11,10 +11,10 @@ import pytest
 
 from helixpipe.cli import main
 from helixpipe.config_text import build_config, read_toml
+from helixpipe.parts.shapes import SHAPES
 from helixpipe.predict.estimate import Setting
 from helixpipe.predict.plan import estimate_candidate, plan
 from helixpipe.schedule.families import FAMILIES
-from helixpipe.shape import SHAPES
 
 TINY = "--ranks 4 --microbatches 4 --model tiny --sequence-length 1024 --processes 1"
 SMALL = "--ranks 2 --microbatches 4 --model tiny --sequence-length 1024 --hardware laptop-core --processes 1"

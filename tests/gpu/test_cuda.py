@@ -15,9 +15,9 @@ import torch.distributed as dist
 from oracle import batch, plain_attention, plain_step
 
 from helixpipe.model.kernels import attention_backward, attention_forward
+from helixpipe.parts.shape import ModelShape
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.schedule.families import build_schedule
-from helixpipe.shape import ModelShape
 
 pytestmark = [
     pytest.mark.gpu,

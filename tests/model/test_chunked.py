@@ -7,12 +7,12 @@ from collections import Counter
 import pytest
 import torch
 
-from helixpipe.model.chunked import shard_chunk
 from helixpipe.model.decoder import Decoder
-from helixpipe.model.layers import MLP, Head
+from helixpipe.model.head import Head
+from helixpipe.model.mlp import MLP
+from helixpipe.parts.shape import ModelShape
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.schedule.families import build_schedule
-from helixpipe.shape import ModelShape
 
 LAYERS, LENGTH, CHUNK = 2, 8, 4
 SLICES = LENGTH // CHUNK
@@ -51,9 +51,9 @@ def test_forwards_of_a_slice(
 
 @pytest.mark.parametrize(("chunk", "shards", "own"), [(0, 4, 0), (4096, 1, 4096), (4096, 8, 512), (5, 2, 2), (3, 4, 1)])
 def test_a_chunk_is_tokens_of_all_ranks_that_share_a_sequence(chunk: int, shards: int, own: int) -> None:
-    assert shard_chunk(chunk, shards) == own
     mlp = MLP(SHAPE, chunk)
     mlp.shards = shards
+    assert mlp.local_chunk == own
     ran: list[int] = []
     mlp.norm.register_forward_hook(lambda module, inputs, output: ran.append(inputs[0].shape[1]))
     mlp(torch.zeros(1, LENGTH, SHAPE.hidden))

@@ -10,12 +10,12 @@ from oracle import batch
 
 from helixpipe.model.attention import KeyValues
 from helixpipe.model.decoder import Decoder
-from helixpipe.predict.keeping import Keeping
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.work import Batch, Keeping
 from helixpipe.predict.memory import activation_bytes
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
-from helixpipe.shape import Batch, ModelShape
 
 
 def test_what_is_owed_is_summed_in_float32() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from helixpipe.model.layers import KEPT_SEQUENCES, Rope, Start
+from helixpipe.model.rope import KEPT_SEQUENCES, Rope, Start
+from helixpipe.parts.shapes import SHAPES
 from helixpipe.runtime.profiling import default_cuts
-from helixpipe.shape import SHAPES
 
 CPU = torch.device("cpu")
 

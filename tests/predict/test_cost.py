@@ -8,16 +8,16 @@ from dataclasses import replace
 import pytest
 
 from helixpipe.errors import ConfigError
+from helixpipe.parts.part import Part, chain
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.work import Batch, Keeping
 from helixpipe.predict.cost import Analytic, accelerator_bytes, action_seconds, message_bytes
 from helixpipe.predict.hardware import ACCELERATORS, LINKS, Accelerator, Link, named_accelerator, named_link
-from helixpipe.predict.keeping import Keeping
 from helixpipe.predict.memory import peak_activation_bytes
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
-from helixpipe.schedule.parts import Part, chain
 from helixpipe.schedule.program import Kind
-from helixpipe.shape import Batch, ModelShape
 
 SHAPE = ModelShape(layers=2, hidden=8, heads=2, ffn=32, vocabulary=16, mlp="gelu", norm="layer")
 BATCH = Batch(3, (10,))
@@ -108,7 +108,7 @@ def test_tensor_parallel_divides_the_work_and_pays_for_its_messages() -> None:
 
 
 def seconds_of(schedule: object, recompute: str, **chunks: int) -> object:
-    return action_seconds(schedule, BATCH, IDEAL, Keeping(recompute, 4, **chunks))  # type: ignore[arg-type]
+    return action_seconds(schedule, SHAPE, BATCH, IDEAL, Keeping(recompute, 4, **chunks))  # type: ignore[arg-type]
 
 
 def test_an_action_costs_what_its_parts_do() -> None:

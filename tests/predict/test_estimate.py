@@ -9,19 +9,20 @@ import pytest
 
 import helixpipe as hp
 from helixpipe.errors import ConfigError
+from helixpipe.parts.part import Part
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.shapes import SHAPES
+from helixpipe.parts.work import Batch, Keeping
 from helixpipe.predict.cost import PartCosts
 from helixpipe.predict.estimate import Setting, estimate, estimate_family
 from helixpipe.predict.hardware import Link, named_accelerator, named_link
-from helixpipe.predict.keeping import Keeping
 from helixpipe.predict.replay import replayed
 from helixpipe.predict.standing import owned_and_visiting, standing_bytes
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
 from helixpipe.schedule.partition import even
-from helixpipe.schedule.parts import Part
 from helixpipe.schedule.program import Run
 from helixpipe.schedule.schedule import Schedule
-from helixpipe.shape import SHAPES, Batch, ModelShape
 
 # the 7B model of the papers; a head that weighs nothing, as their formulas have it
 SHAPE = replace(SHAPES["7b"], vocabulary=1)

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.work import Batch
 from helixpipe.predict.explain import Reason, critical_path, idle, idle_by_reason
 from helixpipe.predict.simulate import simulate_program
 from helixpipe.predict.timeline import Span, Timeline
@@ -16,7 +18,6 @@ from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
 from helixpipe.schedule.program import Program
-from helixpipe.shape import Batch, ModelShape
 
 
 def program_of(family: str, ranks: int, layers: int, microbatches: int, **options: object) -> Program:

@@ -9,14 +9,15 @@ from dataclasses import replace
 import pytest
 
 from helixpipe.errors import ConfigError
+from helixpipe.parts.part import Part
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.shapes import SHAPES
+from helixpipe.parts.work import Keeping
 from helixpipe.predict.alternatives import alternatives
 from helixpipe.predict.estimate import Setting
 from helixpipe.predict.hardware import Link, named_accelerator, named_link
-from helixpipe.predict.keeping import Keeping
 from helixpipe.predict.plan import Candidate, Plan, candidates, estimate_candidate, plan
 from helixpipe.schedule.families import FAMILIES
-from helixpipe.schedule.parts import Part
-from helixpipe.shape import SHAPES, ModelShape
 from helixpipe.view.front import picture
 
 SHAPE = ModelShape(layers=8, hidden=512, heads=4, ffn=2048, vocabulary=512)

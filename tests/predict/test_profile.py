@@ -13,22 +13,22 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from helixpipe.errors import ConfigError
+from helixpipe.parts.part import LAYER_KINDS, Part, chain
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.work import Batch, Keeping
 from helixpipe.predict.cost import action_seconds
 from helixpipe.predict.curves import ATTENTION, LINEAR, TERMS, Size, fit
 from helixpipe.predict.hardware import Link
-from helixpipe.predict.keeping import Keeping
-from helixpipe.predict.profile import CURVES, KINDS, WITH_WEIGHTS, Profile, Timing, merged
+from helixpipe.predict.profile import CURVES, PROFILED, WITH_WEIGHTS, Profile, Timing, merged
 from helixpipe.schedule.action import Pass
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.partition import from_costs
-from helixpipe.schedule.parts import LAYER_KINDS, Part, chain
-from helixpipe.shape import Batch, ModelShape
 
 SHAPE = ModelShape(layers=4, hidden=128, heads=4, ffn=512, vocabulary=256, mlp="gelu")
 SIZES = [Size(1, n) for n in (256, 512, 1024, 2048)] + [Size(1, 512, z) for z in (512, 1024, 1536)]
 SIZES += [Size(1, 1024, 1024), Size(1, 256, 256), Size(1, 256, 1792)]
 # seconds of a part's forward, I and W: a start, and so much a token; attention by the pairs of tokens
-PRICES = {kind: {"start": 1e-5 * i, "tokens": 1e-6 * i} for i, kind in enumerate(KINDS, start=1)}
+PRICES = {kind: {"start": 1e-5 * i, "tokens": 1e-6 * i} for i, kind in enumerate(PROFILED, start=1)}
 PRICES["attn"] = {"start": 2e-5, "tokens": 1e-7, "own": 3e-9, "earlier": 5e-9, "gathered": 2e-8, "merged": 4e-7}
 FACTOR = {"forward": 1.0, "input": 2.0, "weight": 1.5}
 LINK = Link("measured", 1.5e9, 8e-5, "ping-pong between two ranks of this machine over gloo")
@@ -45,7 +45,7 @@ def profile_of(noise: float = 0.0, **changes: Any) -> Profile:
     runs = {Pass.F: "forward", Pass.I: "input", Pass.W: "weight"}
     timings = tuple(
         Timing(kind, run, at.length, at.context, cost(kind, name, at) * (1 + (-1) ** i * noise))
-        for kind in KINDS
+        for kind in PROFILED
         for run, name in runs.items()
         for i, at in enumerate(SIZES)
         if (kind, name) in CURVES
@@ -104,7 +104,7 @@ def test_a_fit_weighs_relative_errors() -> None:
 
 def test_a_profile_prices_any_segment() -> None:
     batch = Batch(2, (700, 300, 500))
-    for kind in KINDS:
+    for kind in PROFILED:
         for segment, context in enumerate((0, 700, 1000)):
             size = Size(2, batch.segment_lengths[segment], context)
             part = Part(kind, 0)
@@ -126,17 +126,19 @@ def test_an_opaque_layer_whose_mlp_runs_in_slices_costs_as_much_as_one_that_is_n
     batch, keeping = Batch(1, (1024,)), Keeping("none", mlp_chunk=256)
     split = build_schedule(family, ranks=1, layers=2, microbatches=1)
     opaque = build_schedule(family, ranks=1, layers=2, microbatches=1, opaque=(0, 1))
-    taken = action_seconds(split, batch, PROFILE, keeping)
-    assert [action_seconds(opaque, batch, PROFILE, keeping)(a) for a in opaque.ranks[0]] == pytest.approx(
-        [taken(a) for a in split.ranks[0]]
+    taken = action_seconds(split, PROFILE.shape, batch, PROFILE, keeping)
+    assert [
+        action_seconds(opaque, PROFILE.shape, batch, PROFILE, keeping)(a) for a in opaque.ranks[0]
+    ] == pytest.approx([taken(a) for a in split.ranks[0]])
+    assert taken(split.ranks[0][1]) > action_seconds(split, PROFILE.shape, batch, PROFILE, Keeping("none"))(
+        split.ranks[0][1]
     )
-    assert taken(split.ranks[0][1]) > action_seconds(split, batch, PROFILE, Keeping("none"))(split.ranks[0][1])
 
 
 def test_actions_are_priced_from_it() -> None:
     """B of a stage under selective recompute: all but attention once more, then I and W."""
     schedule, batch = build_schedule("1f1b", ranks=1, layers=1, microbatches=1), Batch(1, (1024,))
-    seconds = action_seconds(schedule, batch, PROFILE, Keeping("selective"))
+    seconds = action_seconds(schedule, PROFILE.shape, batch, PROFILE, Keeping("selective"))
     forward, backward = (seconds(action) for action in schedule.ranks[0])
     at, kinds = Size(1, 1024), [part.kind for part in chain(1)]
     assert forward == pytest.approx(sum(cost(kind, "forward", at) for kind in kinds), rel=1e-4)

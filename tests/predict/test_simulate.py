@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.work import Batch
 from helixpipe.predict.peak import peak_kept
 from helixpipe.predict.simulate import simulate_program, simulate_schedule
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
@@ -17,7 +19,6 @@ from helixpipe.schedule.lower import lower
 from helixpipe.schedule.program import Kind, Program, Receive, Run
 from helixpipe.schedule.schedule import Schedule
 from helixpipe.schedule.text import from_csv
-from helixpipe.shape import Batch, ModelShape
 
 
 def program_of(schedule: Schedule, **changes: object) -> Program:

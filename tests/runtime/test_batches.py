@@ -7,9 +7,9 @@ import torch
 
 from helixpipe.errors import ConfigError
 from helixpipe.model.decoder import Decoder
+from helixpipe.parts.shape import ModelShape
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.schedule.families import build_schedule
-from helixpipe.shape import ModelShape
 
 SHAPE = ModelShape(layers=1, hidden=16, heads=2, ffn=32, vocabulary=17, positions="learned", context=8)
 

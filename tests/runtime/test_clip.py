@@ -10,9 +10,9 @@ from ranks import Ranks
 from test_gradients import mesh_of
 
 from helixpipe.model.decoder import Decoder
+from helixpipe.parts.shape import ModelShape
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.schedule.families import build_schedule
-from helixpipe.shape import ModelShape
 
 SHAPE = ModelShape(layers=3, hidden=16, heads=2, ffn=32, vocabulary=17)
 

@@ -11,9 +11,9 @@ from torch import nn
 from helixpipe.errors import ConfigError
 from helixpipe.model.decoder import Decoder
 from helixpipe.model.kernels import check_head_dim
+from helixpipe.parts.shape import ModelShape
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.schedule.families import build_schedule
-from helixpipe.shape import ModelShape
 
 SHAPE = ModelShape(layers=1, hidden=16, heads=2, ffn=32, vocabulary=17)
 SCHEDULE = build_schedule("gpipe", ranks=1, layers=1, microbatches=1)

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from helixpipe.errors import ConfigError, RankError
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.work import Batch
 from helixpipe.predict.simulate import simulate_program
 from helixpipe.predict.timeline import Span
 from helixpipe.runtime import emulated
@@ -21,7 +23,6 @@ from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
 from helixpipe.schedule.program import Program
-from helixpipe.shape import Batch, ModelShape
 
 P = 4
 

@@ -23,11 +23,11 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from helixpipe.errors import RankError
 from helixpipe.mesh import MeshShape
 from helixpipe.model.decoder import Decoder
-from helixpipe.model.layers import MLP
+from helixpipe.model.mlp import MLP
+from helixpipe.parts.shape import ModelShape
 from helixpipe.runtime.mesh import Mesh, make_device_mesh
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.schedule.families import build_schedule
-from helixpipe.shape import ModelShape
 from helixpipe.train.loop import _check_same_data
 
 SHAPE = ModelShape(layers=2, hidden=16, heads=2, ffn=32, vocabulary=17)

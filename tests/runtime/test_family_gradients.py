@@ -15,9 +15,9 @@ from ranks import Ranks
 from test_gradients import mesh_of
 
 from helixpipe.model.decoder import Decoder
+from helixpipe.parts.shape import ModelShape
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.schedule.families import FAMILIES, build_schedule, options
-from helixpipe.shape import ModelShape
 
 LENGTHS = {1: (12,), 2: (7, 5), 3: (6, 1, 5), 5: (4, 3, 2, 2, 1)}
 RECOMPUTE = ("none", "full", "selective")

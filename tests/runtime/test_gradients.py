@@ -16,9 +16,9 @@ from ranks import Ranks
 from torch.distributed.device_mesh import DeviceMesh
 
 from helixpipe.model.decoder import Decoder
+from helixpipe.parts.shape import ModelShape
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.schedule.families import build_schedule
-from helixpipe.shape import ModelShape
 
 BASE: dict[str, Any] = {"layers": 3, "hidden": 16, "heads": 4, "ffn": 24, "vocabulary": 19}
 LENGTH = 12

@@ -25,14 +25,14 @@ from torch.distributed.pipelining.schedules import (
 from helixpipe.errors import ScheduleError
 from helixpipe.model.decoder import Decoder
 from helixpipe.model.linear import Linear
+from helixpipe.parts.shape import ModelShape
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.schedule.check import check
 from helixpipe.schedule.families import FAMILIES, build_schedule
-from helixpipe.schedule.parts import Stage
 from helixpipe.schedule.schedule import Schedule
+from helixpipe.schedule.stage import Stage
 from helixpipe.schedule.text import from_csv
 from helixpipe.schedule.torch_text import to_torch_csv
-from helixpipe.shape import ModelShape
 
 SHAPE = ModelShape(layers=8, hidden=8, heads=2, kv_heads=1, ffn=12, vocabulary=11)
 LENGTH = 6

@@ -14,13 +14,13 @@ from test_split_and_segments import Case as SplitCase
 from test_split_and_segments import schedule_of as by_hand
 
 from helixpipe.model.decoder import Decoder
-from helixpipe.predict.keeping import Keeping
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.work import Batch, Keeping, Work
 from helixpipe.predict.memory import activation_bytes
 from helixpipe.predict.timeline import Timeline
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
-from helixpipe.shape import Batch, ModelShape
 
 BASE: dict[str, Any] = {"layers": 4, "hidden": 64, "heads": 4, "ffn": 256, "vocabulary": 64, "mlp": "gelu"}
 LENGTH = 64
@@ -154,10 +154,10 @@ def test_selective_by_hand() -> None:
         found = 0
         for stage in schedule.stages[2:4]:  # the serial block between layers 0 and 1, and attention of layer 1
             for chunk in chunks(stage, whole=False):
-                found += sum(kept(chunk, shape, Batch(1, (LENGTH,)), 0, Keeping("selective")).values())
+                found += sum(kept(chunk, Work(shape, Batch(1, (LENGTH,)), 0, Keeping("selective"))).values())
         assert found == elements * unit + lse
     one = build_schedule("1f1b", ranks=1, layers=4, microbatches=1)
-    none = sum(kept(chunks(one.stages[0], True)[0], shape, Batch(1, (LENGTH,)), 0, Keeping("none")).values())
+    none = sum(kept(chunks(one.stages[0], True)[0], Work(shape, Batch(1, (LENGTH,)), 0, Keeping("none"))).values())
     per_layer = 12 * unit + lse + 4 * LENGTH * 4  # and two norms' mean and deviation
     head = 2 * unit + LENGTH * shape.vocabulary * 4 + 2 * LENGTH * 4
     assert none == 4 * per_layer + head

@@ -16,10 +16,10 @@ from ranks import Ranks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from helixpipe.model.decoder import Decoder
+from helixpipe.parts.shape import ModelShape
 from helixpipe.runtime.mesh import Place
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.schedule.families import build_schedule
-from helixpipe.shape import ModelShape
 
 BASE: dict[str, Any] = {"layers": 3, "hidden": 16, "heads": 4, "ffn": 24, "vocabulary": 19}
 SHAPES: list[dict[str, Any]] = [

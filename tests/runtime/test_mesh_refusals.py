@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from helixpipe.errors import ConfigError, RankError
 from helixpipe.mesh import MeshShape
 from helixpipe.model.decoder import Decoder
+from helixpipe.parts.part import Part
+from helixpipe.parts.shape import ModelShape
 from helixpipe.runtime.ledger import Ledger
 from helixpipe.runtime.mesh import make_device_mesh
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.schedule.families import build_schedule
-from helixpipe.schedule.parts import Part
-from helixpipe.shape import ModelShape
 
 SHAPE = ModelShape(layers=2, hidden=16, heads=2, ffn=32, vocabulary=17)
 
@@ -121,12 +121,12 @@ def refused(what: str) -> str:
         (
             "attention",
             "mesh.cp: the attention inside attn.{layer} is OwnAttention's own and cannot be spread over ranks; use cp 1, or "
-            "helixpipe.model.attention.Attention in it",
+            "helixpipe.Attention in it",
         ),
         (
             "attention of segments",
             "schedule.segments: attn.{layer} is OwnAttention, which is not handed the keys and values of earlier segments; "
-            "use helixpipe.model.attention.Attention, or segments = 1",
+            "use helixpipe.Attention, or segments = 1",
         ),
         ("recompute", "runtime.recompute: 'half' is not known; known: none, full, selective"),
         (
@@ -136,12 +136,12 @@ def refused(what: str) -> str:
         (
             "mlp",
             "mesh.tp: 2; mlp.{layer} is OwnMLP, whose gate.weight cannot be divided; "
-            "use tp 1, or QKV, Proj and MLP of helixpipe.model.layers in it",
+            "use tp 1, or QKV, Proj and MLP of helixpipe.model in it",
         ),
         (
             "block",
             "mesh.tp: 2; block.{layer} is Linear, whose qkv.q.weight cannot be divided; "
-            "use tp 1, or QKV, Proj and MLP of helixpipe.model.layers in it",
+            "use tp 1, or QKV, Proj and MLP of helixpipe.model in it",
         ),
         ("heads", "mesh.tp: 4 ranks do not divide model.heads 2; tp may be 1 or 2"),
         ("method", "mesh.context_method: 'star' is not known; known: ring, ulysses"),

@@ -11,14 +11,15 @@ from ranks import Ranks
 from test_gradients import mesh_of
 
 from helixpipe.model.decoder import Decoder
+from helixpipe.parts.part import Part, chain
+from helixpipe.parts.shape import ModelShape
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.runtime.weights import Weights
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.chunks import chunks
 from helixpipe.schedule.families import build_schedule
-from helixpipe.schedule.parts import Part, Stage, chain, cut
 from helixpipe.schedule.schedule import Schedule
-from helixpipe.shape import ModelShape
+from helixpipe.schedule.stage import Stage, cut
 
 SHAPE = ModelShape(layers=3, hidden=16, heads=2, ffn=32, vocabulary=17, tied=True)
 CUTS = {

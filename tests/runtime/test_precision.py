@@ -9,10 +9,11 @@ from ranks import Ranks
 from test_gradients import mesh_of
 
 from helixpipe.model.decoder import Decoder
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.work import Batch
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.program import Kind
-from helixpipe.shape import Batch, ModelShape
 
 SHAPE = ModelShape(layers=3, hidden=32, heads=4, ffn=64, vocabulary=23, tied=True)
 

@@ -20,13 +20,15 @@ from ranks import Ranks
 
 from helixpipe.commands.profile import _parser, _shape, _words, profile
 from helixpipe.errors import ConfigError, HelixpipeError, RankError
+from helixpipe.parts.part import Part, chain
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.shapes import SHAPES
+from helixpipe.parts.work import Batch
 from helixpipe.predict.hardware import Link
-from helixpipe.predict.profile import KINDS, SIZES, WITH_WEIGHTS, Profile, Timing
+from helixpipe.predict.profile import PROFILED, SIZES, WITH_WEIGHTS, Profile, Timing
 from helixpipe.runtime.profiling import Asked, Parts, default_cuts, measure, measure_link, measure_machine
 from helixpipe.schedule.action import Pass
 from helixpipe.schedule.check import check
-from helixpipe.schedule.parts import Part, chain
-from helixpipe.shape import SHAPES, Batch, ModelShape
 
 TINY = ModelShape(layers=3, hidden=16, heads=4, kv_heads=2, ffn=24, vocabulary=19, tied=True)
 CUTS = ((16,), (32,), (16, 16), (8, 16, 8))
@@ -36,7 +38,7 @@ CUTS = ((16,), (32,), (16, 16), (8, 16, 8))
 def test_every_pass_of_every_part_is_timed_at_every_length_and_context(dtype: torch.dtype) -> None:
     found = measure(TINY, "cpu", dtype, CUTS, rounds=2)
     places = {(16, 0), (32, 0), (16, 16), (8, 0), (16, 8), (8, 24)}
-    for kind in KINDS:
+    for kind in PROFILED:
         for run in (Pass.F, Pass.I, *([Pass.W] if kind in WITH_WEIGHTS else [])):
             timed = [(t.length, t.context) for t in found.timings if t[:2] == (kind, run)]
             assert sorted(timed) == sorted(places)
@@ -157,7 +159,7 @@ def test_timings_that_scatter_are_told() -> None:
     even = Timing("mlp", Pass.F, 64, 0, 1e-3)
     told = "timings are up to 60% off their curves: other work on this machine, or parts too small to time; measure when it is idle, with more --rounds or a longer --sequence-length"
     for slowest, expected in ((1.0, False), (3.0, True)):
-        timings = [Timing(kind, run, n, 0, 1e-6 * n) for kind in KINDS for run in "FIW" for n in (64, 128)]
+        timings = [Timing(kind, run, n, 0, 1e-6 * n) for kind in PROFILED for run in "FIW" for n in (64, 128)]
         timings += [even._replace(seconds=64e-6 * slowest)]
         found = replace(measure_once(), timings=tuple(t._replace(run=Pass(t.run)) for t in timings))
         assert any(told == line for line in _words(found)) is expected

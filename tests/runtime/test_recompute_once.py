@@ -10,9 +10,9 @@ from oracle import batch
 from test_split_and_segments import BACKWARDS, LENGTHS, SHAPE, Case, schedule_of
 
 from helixpipe.model import attention
-from helixpipe.model.attention import Attention
+from helixpipe.model.attn import Attention
 from helixpipe.model.decoder import Decoder
-from helixpipe.model.layers import MLP
+from helixpipe.model.mlp import MLP
 from helixpipe.runtime.pipeline import Pipeline
 
 MICROBATCHES = 2

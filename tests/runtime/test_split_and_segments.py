@@ -17,12 +17,12 @@ from helixpipe.errors import ConfigError
 from helixpipe.model.attention import merge
 from helixpipe.model.decoder import Decoder
 from helixpipe.model.kernels import attention_forward
+from helixpipe.parts.shape import ModelShape
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.families.split import split_layers
 from helixpipe.schedule.schedule import Schedule
-from helixpipe.shape import ModelShape
 
 SHAPE = ModelShape(layers=4, hidden=16, heads=4, kv_heads=2, ffn=24, vocabulary=19, tied=True)
 LENGTHS = {1: (12,), 2: (7, 5), 3: (6, 1, 5), 5: (4, 3, 2, 2, 1)}

@@ -10,7 +10,8 @@ from ranks import Ranks
 from test_mesh import Case, device_mesh, sized
 
 from helixpipe.model.decoder import Decoder
-from helixpipe.predict.keeping import Keeping
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.work import Batch, Keeping
 from helixpipe.predict.memory import activation_bytes
 from helixpipe.predict.standing import owned_and_visiting
 from helixpipe.predict.timeline import Timeline
@@ -18,7 +19,6 @@ from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
 from helixpipe.schedule.schedule import Schedule
-from helixpipe.shape import Batch, ModelShape
 
 SHAPE = ModelShape(layers=4, hidden=64, heads=4, ffn=256, vocabulary=64, kv_heads=2, mlp="gelu", norm="layer")
 LENGTH = 64

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from ranks import Ranks
 
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.work import Batch
 from helixpipe.runtime.tensor import TensorParallel
 from helixpipe.runtime.transport import Transport
 from helixpipe.runtime.watch import Watch
@@ -16,7 +18,6 @@ from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
 from helixpipe.sequence import wire
 from helixpipe.sequence.wire import wire_of
-from helixpipe.shape import Batch, ModelShape
 
 SHAPE = ModelShape(layers=8, hidden=8, heads=2, ffn=16, vocabulary=11)
 

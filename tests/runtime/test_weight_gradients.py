@@ -13,9 +13,9 @@ from torch import nn
 
 from helixpipe.model.decoder import Decoder
 from helixpipe.model.linear import add_product
+from helixpipe.parts.shape import ModelShape
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.schedule.families import build_schedule
-from helixpipe.shape import ModelShape
 
 SHAPE = ModelShape(layers=2, hidden=16, heads=4, ffn=24, vocabulary=19)
 

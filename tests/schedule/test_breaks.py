@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from test_lower import run_like_nccl, shape_of
 
 from helixpipe.errors import ScheduleError
+from helixpipe.parts.work import Batch
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.check import check
 from helixpipe.schedule.families import FAMILIES, build_schedule, options
 from helixpipe.schedule.lower import lower
 from helixpipe.schedule.schedule import Schedule
-from helixpipe.shape import Batch
 
 Orders = list[list[Action]]
 TWO_STAGES_A_RANK = ("zb_v", "v_half", "v_min", "dualpipe_v")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from helixpipe.errors import ScheduleError
+from helixpipe.parts.part import Part
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.check import check
 from helixpipe.schedule.families import build_schedule
-from helixpipe.schedule.parts import Part, Stage
 from helixpipe.schedule.schedule import Schedule
+from helixpipe.schedule.stage import Stage
 from helixpipe.schedule.text import from_csv
 
 # two ranks, two stages, two micro-batches, right as it is

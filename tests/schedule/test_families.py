@@ -9,16 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helixpipe.errors import ConfigError
+from helixpipe.parts.part import AROUND_ATTENTION
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.shapes import SHAPES
+from helixpipe.parts.work import Batch
 from helixpipe.predict.peak import peak_kept
 from helixpipe.predict.simulate import simulate_program, simulate_schedule
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.check import check
 from helixpipe.schedule.families import FAMILIES, build_schedule, gpipe, helix, one_f_one_b, options
-from helixpipe.schedule.families.helix import TRAVEL
 from helixpipe.schedule.families.split import split_layers
 from helixpipe.schedule.lower import lower
 from helixpipe.schedule.schedule import Schedule
-from helixpipe.shape import SHAPES, Batch, ModelShape
 from helixpipe.view.text import staircase
 
 some = settings(max_examples=100, deadline=None)
@@ -95,7 +97,9 @@ def test_any_size_of_whole_layers(ranks: int, more: int, microbatches: int, fami
 
 
 @some
-@given(*sizes, st.integers(1, 4), st.sampled_from(list(TRAVEL)), st.sampled_from(["sequential", "forward_first"]))
+@given(
+    *sizes, st.integers(1, 4), st.sampled_from(list(AROUND_ATTENTION)), st.sampled_from(["sequential", "forward_first"])
+)
 def test_any_size_of_helix(ranks: int, layers: int, microbatches: int, folds: int, travel: str, groups: str) -> None:
     schedule = build_schedule(
         "helix", ranks=ranks, layers=layers, microbatches=microbatches, folds=folds, travel=travel, groups=groups

@@ -12,15 +12,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from helixpipe.errors import ConfigError
+from helixpipe.parts.part import chain
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.shapes import SHAPES
+from helixpipe.parts.work import Batch
 from helixpipe.predict.simulate import simulate_program, simulate_schedule
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.check import check
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import flops, lower
-from helixpipe.schedule.parts import Stage, chain
 from helixpipe.schedule.program import Accumulate, Kind, Message, Program, Receive, Run, Send, parameter_owners
 from helixpipe.schedule.schedule import Schedule
-from helixpipe.shape import SHAPES, Batch, ModelShape
+from helixpipe.schedule.stage import Stage
 
 
 def shape_of(layers: int, **changes: object) -> ModelShape:

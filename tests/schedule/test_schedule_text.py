@@ -11,16 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helixpipe.errors import HelixpipeError, ScheduleError
+from helixpipe.parts.kind import KINDS
+from helixpipe.parts.part import Part
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.families import build_schedule
-from helixpipe.schedule.parts import KINDS, Part, Stage
 from helixpipe.schedule.schedule import Schedule
+from helixpipe.schedule.stage import Stage
 from helixpipe.schedule.text import from_csv, from_json, load, save, to_csv, to_json
 from helixpipe.schedule.torch_text import to_torch_csv
 
 numbers = st.integers(0, 10**9 - 1)
 actions = st.builds(Action, numbers, st.sampled_from(Pass), numbers, numbers)
-parts = st.builds(lambda kind, layer: Part(kind, 0 if kind == "embed" else layer), st.sampled_from(KINDS), numbers)
+parts = st.builds(
+    lambda kind, layer: Part(kind, 0 if kind == "embed" else layer), st.sampled_from(list(KINDS)), numbers
+)
 stages = st.builds(Stage, st.lists(parts, max_size=5).map(tuple), st.none() | numbers)
 schedules = st.builds(  # any at all, also such as check refuses
     Schedule,

@@ -13,8 +13,9 @@ import pytest
 from helixpipe.config import Config, ModelConfig
 from helixpipe.config_text import build_config, merged, parse_arguments, read_toml, to_table, write_toml
 from helixpipe.errors import ConfigError
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.shapes import SHAPES
 from helixpipe.schedule.partition import even
-from helixpipe.shape import SHAPES, ModelShape
 from helixpipe.train import main
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -11,13 +11,14 @@ import pytest
 from helixpipe.config import Config
 from helixpipe.config_text import read_toml, to_table
 from helixpipe.errors import ConfigError, HelixpipeError
+from helixpipe.parts.part import chain
+from helixpipe.parts.work import Batch
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
 from helixpipe.predict.timeline_text import load
 from helixpipe.schedule.action import Action
 from helixpipe.schedule.lower import lower
-from helixpipe.schedule.parts import Stage, chain
 from helixpipe.schedule.schedule import Schedule
-from helixpipe.shape import Batch
+from helixpipe.schedule.stage import Stage
 from helixpipe.train.job import Job
 from helixpipe.train.log import Log, StepRecord
 

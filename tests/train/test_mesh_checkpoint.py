@@ -15,9 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from helixpipe.config import Config
 from helixpipe.model.decoder import Decoder
+from helixpipe.parts.shape import ModelShape
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.schedule.families import build_schedule
-from helixpipe.shape import ModelShape
 from helixpipe.train import manifest
 from helixpipe.train.checkpoint import Checkpoints
 from helixpipe.train.optimizer import Optimizer

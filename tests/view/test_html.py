@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from helixpipe.errors import ConfigError
-from helixpipe.predict.keeping import Keeping
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.work import Batch, Keeping
 from helixpipe.predict.simulate import simulate_program, simulate_schedule
 from helixpipe.predict.timeline import MemoryPoint, Span, Standing, Timeline
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
-from helixpipe.shape import Batch, ModelShape
 from helixpipe.view.html import page
 from helixpipe.view.palette import colour
 from helixpipe.view.units import unit_durations

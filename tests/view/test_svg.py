@@ -7,12 +7,13 @@ from xml.etree import ElementTree
 
 import pytest
 
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.work import Batch
 from helixpipe.predict.simulate import simulate_program, simulate_schedule
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
-from helixpipe.shape import Batch, ModelShape
 from helixpipe.view.svg import LEFT, RIGHT, WIDTH, render
 from helixpipe.view.units import unit_durations
 

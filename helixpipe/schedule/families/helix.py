@@ -27,12 +27,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from helixpipe.errors import ConfigError
+from helixpipe.parts.part import AROUND_ATTENTION, Part, chain
 from helixpipe.schedule.action import Action, Pass
-from helixpipe.schedule.parts import Part, Stage, chain, cut
 from helixpipe.schedule.schedule import Schedule
+from helixpipe.schedule.stage import Stage, cut
 
-# what travels -> the kind that opens the travelling stage, the kind that opens the serial one after it
-TRAVEL = {"none": ("attn", "proj"), "qkv": ("qkv", "proj"), "attention": ("norm", "mlp")}
 GROUPS = ("sequential", "forward_first")
 
 
@@ -45,8 +44,8 @@ def helix(
     bubble for each. `groups="forward_first"` runs every group's forward, then every backward, last group
     first: one bubble, memory of all groups. Any `microbatches` and `layers`; the last group may be short.
     """
-    if travel not in TRAVEL:
-        raise ConfigError(f"schedule.travel: '{travel}' is not known; known: {', '.join(TRAVEL)}")
+    if travel not in AROUND_ATTENTION:
+        raise ConfigError(f"schedule.travel: '{travel}' is not known; known: {', '.join(AROUND_ATTENTION)}")
     if groups not in GROUPS:
         raise ConfigError(f"schedule.groups: '{groups}' is not known; known: {', '.join(GROUPS)}")
     if folds < 1:
@@ -65,7 +64,7 @@ def helix(
 
 
 def _stages(ranks: int, layers: int, travel: str) -> tuple[Stage, ...]:
-    opens = [Part(kind, layer) for layer in range(layers) for kind in TRAVEL[travel]]
+    opens = [Part(kind, layer) for layer in range(layers) for kind in AROUND_ATTENTION[travel]]
     pieces = cut(chain(layers), opens)
     # a travelling stage with weights is at home where the block before it is
     return tuple(

@@ -20,8 +20,8 @@ from helixpipe.errors import ConfigError
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.families.split import most_stages, split_layers
 from helixpipe.schedule.families.units import Unit, backward_units, forward_units, take_turns
-from helixpipe.schedule.parts import Stage
 from helixpipe.schedule.schedule import Schedule
+from helixpipe.schedule.stage import Stage
 
 
 def looped(

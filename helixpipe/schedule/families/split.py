@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from helixpipe.errors import ConfigError
-from helixpipe.schedule.parts import Stage, chain, cut, layer_parts
+from helixpipe.parts.part import chain, layer_parts
+from helixpipe.schedule.stage import Stage, cut
 
 
 def split_layers(

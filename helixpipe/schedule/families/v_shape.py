@@ -14,8 +14,8 @@ from collections.abc import Collection, Sequence
 from helixpipe.errors import ConfigError
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.families.split import split_layers
-from helixpipe.schedule.parts import Stage
 from helixpipe.schedule.schedule import Schedule
+from helixpipe.schedule.stage import Stage
 
 CHUNKS = (0, 1)
 

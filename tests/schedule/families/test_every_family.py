@@ -12,15 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helixpipe.errors import ConfigError
+from helixpipe.parts.part import Part
+from helixpipe.parts.shapes import SHAPES
+from helixpipe.parts.work import Batch
 from helixpipe.predict.simulate import simulate_schedule
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.check import check
 from helixpipe.schedule.families import FAMILIES, build_schedule, options
 from helixpipe.schedule.families.split import split_layers
 from helixpipe.schedule.partition import even, for_shape
-from helixpipe.schedule.parts import Part
 from helixpipe.schedule.schedule import Schedule
-from helixpipe.shape import SHAPES, Batch
 from helixpipe.view.text import staircase
 
 LOOPED = ("interleaved", "breadth_first", "seq1f1b_interleaved", "slimpipe")

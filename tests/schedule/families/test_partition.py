@@ -10,6 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helixpipe.errors import ConfigError
+from helixpipe.parts.part import LAYER_KINDS, Part
+from helixpipe.parts.shapes import SHAPES, named_shape
+from helixpipe.parts.work import Batch
 from helixpipe.schedule.partition import (
     computation_wise,
     even,
@@ -18,8 +21,6 @@ from helixpipe.schedule.partition import (
     pipelined,
     refuse_bidirectional,
 )
-from helixpipe.schedule.parts import LAYER_KINDS, Part
-from helixpipe.shape import SHAPES, Batch, named_shape
 
 some = settings(max_examples=150, deadline=None)
 

@@ -1,0 +1,46 @@
+"""mlp(y) -> x' [b, s, h]"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from helixpipe.model.chunked import Chunked, chunked
+from helixpipe.model.divided import Exchange, TensorDivided
+from helixpipe.model.linear import Linear, activated
+from helixpipe.model.norm import norm
+from helixpipe.model.recipe import Recipe
+from helixpipe.parts.shape import ModelShape
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+class MLP(Chunked, TensorDivided):
+    """Norm, GELU or SwiGLU MLP and residual add; over slices of `chunk` tokens when that is not 0."""
+
+    def __init__(self, shape: ModelShape, chunk: int = 0) -> None:
+        super().__init__()
+        self.norm = norm(shape)
+        self.gate = Linear(shape.hidden, shape.ffn, bias=shape.bias) if shape.mlp == "swiglu" else None
+        self.up = Linear(shape.hidden, shape.ffn, bias=shape.bias)
+        self.down = Linear(shape.ffn, shape.hidden, bias=shape.bias)
+        self.chunk = chunk
+
+    def divide(self, gather: Exchange, scatter: Exchange) -> None:
+        super().divide(gather, scatter)
+        self.down.scatter = scatter
+
+    def forward(self, y: Tensor) -> Tensor:
+        return chunked(self, self.local_chunk, y)
+
+    def whole(self, x: Tensor, *others: Tensor) -> Tensor:
+        n = self.gather(self.norm(x))
+        if self.gate is None:
+            return x + activated(self.down, F.gelu, self.up(n))
+        return x + activated(self.down, _swiglu, self.gate(n), self.up(n))
+
+
+def make(recipe: Recipe) -> nn.Module:
+    return MLP(recipe.shape, recipe.mlp_chunk)

@@ -1,0 +1,28 @@
+"""proj(o [b, s, heads * d], x) -> y [b, s, h]"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from helixpipe.model.divided import Exchange, TensorDivided
+from helixpipe.model.linear import Linear
+from helixpipe.model.recipe import Recipe
+from helixpipe.parts.shape import ModelShape
+
+
+class Proj(TensorDivided):
+    """Attention's output projection and the residual add."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.o = Linear(shape.q_size, shape.hidden, bias=shape.bias)
+
+    def divide(self, gather: Exchange, scatter: Exchange) -> None:
+        self.o.scatter = scatter
+
+    def forward(self, o: Tensor, x: Tensor) -> Tensor:
+        return x + self.o(o)  # type: ignore[no-any-return]
+
+
+def make(recipe: Recipe) -> nn.Module:
+    return Proj(recipe.shape)

@@ -1,0 +1,18 @@
+"""Recipe: what the module of a part is made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from helixpipe.model.rope import Rope
+from helixpipe.parts.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model's shape, its rotary tables, and tokens at a time through the MLP and the head (0: all at once)."""
+
+    shape: ModelShape
+    rope: Rope | None = None
+    mlp_chunk: int = 0
+    head_chunk: int = 0

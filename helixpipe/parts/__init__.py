@@ -1,0 +1,8 @@
+"""What the parts of a model are: one file a kind, no torch. What each computes is in `model`, in a file of the same name."""
+
+from __future__ import annotations
+
+# each of these adds its kind to the registry
+from helixpipe.parts import attn, block, embed, head, mlp, norm, proj, qkv
+
+__all__ = ["attn", "block", "embed", "head", "mlp", "norm", "proj", "qkv"]

@@ -1,0 +1,49 @@
+"""block: a whole layer as one part, x to the next layer's x. It costs and keeps what the parts of a layer do."""
+
+from __future__ import annotations
+
+from helixpipe.parts.kind import KINDS, Kept, Kind, Shapes, register
+from helixpipe.parts.part import LAYER_KINDS, Part
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.work import Work
+
+
+@register
+class BlockKind(Kind):
+    name = "block"
+    reads = ("x",)
+    makes = ("x",)
+    ends_layer = True
+    opaque = True
+    units = 6
+
+    def inside(self, part: Part) -> tuple[Part, ...]:
+        return tuple(Part(kind, part.layer) for kind in LAYER_KINDS)
+
+    def parameters(self, shape: ModelShape) -> Shapes:
+        return {f"{kind}.{name}": size for kind in LAYER_KINDS for name, size in KINDS[kind].parameters(shape).items()}
+
+    def parameter_name(self, part: Part, name: str, shape: ModelShape) -> str:
+        return f"layers.{part.layer}.{name}"
+
+    def forward_flops(self, part: Part, work: Work) -> float:
+        return sum(inner.about.forward_flops(inner, work) for inner in self.inside(part))
+
+    def backward_flops(self, part: Part, work: Work) -> float:
+        return sum(inner.about.backward_flops(inner, work) for inner in self.inside(part))
+
+    def weight_flops(self, part: Part, work: Work) -> float:
+        return sum(inner.about.weight_flops(inner, work) for inner in self.inside(part))
+
+    def moved_elements(self, shape: ModelShape) -> float:
+        return sum(KINDS[kind].moved_elements(shape) for kind in LAYER_KINDS)
+
+    @property
+    def exchanges(self) -> int:
+        return sum(KINDS[kind].exchanges for kind in LAYER_KINDS)
+
+    def saved(self, part: Part, work: Work) -> Kept:
+        return {name: size for inner in self.inside(part) for name, size in inner.about.saved(inner, work).items()}
+
+    def put_off(self, part: Part, work: Work) -> Kept:
+        return {name: size for inner in self.inside(part) for name, size in inner.about.put_off(inner, work).items()}

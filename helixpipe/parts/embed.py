@@ -1,0 +1,32 @@
+"""embed: rows of the table, and of learned positions, to x of layer 0."""
+
+from __future__ import annotations
+
+from helixpipe.parts.kind import Kind, Shapes, register
+from helixpipe.parts.part import Part
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.work import Work
+
+
+@register
+class EmbedKind(Kind):
+    name = "embed"
+    reads = ()
+    makes = ("x",)
+
+    def parameters(self, shape: ModelShape) -> Shapes:
+        rows = {"tokens": shape.vocabulary} | ({"positions": shape.context} if shape.positions == "learned" else {})
+        return {f"{name}.weight": (count, shape.hidden) for name, count in rows.items()}
+
+    def parameter_name(self, part: Part, name: str, shape: ModelShape) -> str:
+        return f"embed.{name}"
+
+    def forward_flops(self, part: Part, work: Work) -> float:
+        return 0.0
+
+    def moved_elements(self, shape: ModelShape) -> float:
+        return 2.0 * shape.hidden
+
+    @property
+    def exchanges(self) -> int:
+        return 1

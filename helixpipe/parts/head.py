@@ -1,0 +1,54 @@
+"""head: final norm, logits and cross entropy, x of layer L to the loss. It may run in slices."""
+
+from __future__ import annotations
+
+from helixpipe.parts.kind import Kept, Kind, Shapes, linear, register
+from helixpipe.parts.norm import norm_parameters, norm_saved
+from helixpipe.parts.part import FIRST, Part
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.work import Keeping, Work
+
+
+@register
+class HeadKind(Kind):
+    name = "head"
+    reads = ("x",)
+    makes = ("loss",)
+    alone = True
+    splits = True
+
+    def parameters(self, shape: ModelShape) -> Shapes:
+        """A tied head lists its table too: see `parameter_name`."""
+        return norm_parameters(shape, "norm.") | linear("output", shape.vocabulary, shape.hidden, False)
+
+    def parameter_name(self, part: Part, name: str, shape: ModelShape) -> str:
+        if name == "output.weight" and shape.tied:
+            return f"{FIRST}.tokens.weight"
+        return f"head.{name}"
+
+    def value_shape(self, name: str, work: Work) -> tuple[int, ...]:
+        """The loss, summed over tokens."""
+        return ()
+
+    def chunk(self, keeping: Keeping) -> int:
+        return keeping.head_chunk
+
+    def moved_elements(self, shape: ModelShape) -> float:
+        return 2.0 * shape.hidden + 4.0 * shape.vocabulary
+
+    @property
+    def exchanges(self) -> int:
+        return 1
+
+    def saved(self, part: Part, work: Work) -> Kept:
+        reads = work.values(part.reads)
+        if work.slices(part):
+            return reads
+        inner = {
+            f"{part}.normed": work.tokens * work.shape.hidden * work.keeping.element_bytes,
+            f"{part}.logits": work.tokens * work.shape.vocabulary * work.keeping.wide_bytes,
+        }
+        return reads | norm_saved(work, f"{part}.norm") | inner
+
+    def linears(self, part: Part, work: Work) -> dict[str, tuple[int, int]]:
+        return {f"{part}.normed": (work.shape.vocabulary, work.shape.hidden)}

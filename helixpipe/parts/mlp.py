@@ -1,0 +1,56 @@
+"""mlp: norm, GELU or SwiGLU MLP and the residual add, y to the next layer's x. It may run in slices."""
+
+from __future__ import annotations
+
+from helixpipe.parts.kind import Kept, Kind, Shapes, linear, register
+from helixpipe.parts.norm import norm_parameters, norm_saved
+from helixpipe.parts.part import Part
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.work import Keeping, Work
+
+
+@register
+class MLPKind(Kind):
+    name = "mlp"
+    reads = ("y",)
+    makes = ("x",)
+    ends_layer = True
+    splits = True
+    units = 2
+
+    def parameters(self, shape: ModelShape) -> Shapes:
+        h, ffn = shape.hidden, shape.ffn
+        gate = linear("gate", ffn, h, shape.bias) if shape.mlp == "swiglu" else {}
+        up_down = linear("up", ffn, h, shape.bias) | linear("down", h, ffn, shape.bias)
+        return norm_parameters(shape, "norm.") | gate | up_down
+
+    def chunk(self, keeping: Keeping) -> int:
+        return keeping.mlp_chunk
+
+    def moved_elements(self, shape: ModelShape) -> float:
+        return 5.0 * shape.hidden + (3.0 if shape.mlp == "swiglu" else 2.0) * shape.ffn
+
+    @property
+    def exchanges(self) -> int:
+        return 2
+
+    def saved(self, part: Part, work: Work) -> Kept:
+        reads = work.values(part.reads)
+        if work.slices(part):
+            return reads
+        shape, keeping = work.shape, work.keeping
+        unit = work.tokens * keeping.element_bytes
+        wides = 1 if shape.mlp == "gelu" else 2
+        if keeping.keeps_activated:  # and, of a gated one, what its gate became
+            wides += 1 if shape.mlp == "gelu" else 2
+        inner = {
+            f"{part}.normed": unit * shape.hidden * keeping.tensor_parallel,  # gathered, on each rank
+            f"{part}.wide": wides * unit * shape.ffn,
+        }
+        return reads | norm_saved(work, f"{part}.norm") | inner
+
+    def linears(self, part: Part, work: Work) -> dict[str, tuple[int, int]]:
+        shape = work.shape
+        gathered = shape.hidden * work.keeping.tensor_parallel
+        ups = shape.ffn if shape.mlp == "gelu" else 2 * shape.ffn
+        return {f"{part}.normed": (ups, gathered), f"{part}.act": (gathered, shape.ffn)}

@@ -1,0 +1,50 @@
+"""qkv: three linear layers, norms of q and k where a model has them, and rotary positions; n to q, k, v."""
+
+from __future__ import annotations
+
+from helixpipe.parts.kind import Kept, Kind, Shapes, linear, register
+from helixpipe.parts.norm import norm_saved
+from helixpipe.parts.part import Part
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.work import Work
+
+
+@register
+class QKVKind(Kind):
+    name = "qkv"
+    reads = ("n",)
+    makes = ("q", "k", "v")
+    splits = True
+    over_tokens = False
+    units = 1
+
+    def parameters(self, shape: ModelShape) -> Shapes:
+        h, q, kv, bias = shape.hidden, shape.q_size, shape.kv_size, shape.qkv_bias
+        found = linear("q", q, h, bias) | linear("k", kv, h, bias) | linear("v", kv, h, bias)
+        extra = {"q_norm.weight": (shape.head_dim,), "k_norm.weight": (shape.head_dim,)}
+        return found | (extra if shape.qk_norm else {})
+
+    def value_shape(self, name: str, work: Work) -> tuple[int, ...]:
+        heads = work.shape.heads if name == "q" else work.shape.kv_heads
+        return (*work.lead, heads, work.shape.head_dim)
+
+    def moved_elements(self, shape: ModelShape) -> float:
+        return 2.0 * (shape.q_size + 2 * shape.kv_size) if shape.positions == "rope" else 0.0
+
+    @property
+    def exchanges(self) -> int:
+        return 1
+
+    def saved(self, part: Part, work: Work) -> Kept:
+        shape, unit = work.shape, work.tokens * work.keeping.element_bytes
+        (n,) = part.reads
+        found = {work.gathered(n): work.value_bytes(n) * work.keeping.tensor_parallel}
+        if shape.qk_norm:  # over each head of q and k
+            for name, size, heads in (("q", shape.q_size, shape.heads), ("k", shape.kv_size, shape.kv_heads)):
+                found |= {f"{part}.{name}": unit * size} | norm_saved(work, f"{part}.{name}_norm", size, heads)
+        return found
+
+    def linears(self, part: Part, work: Work) -> dict[str, tuple[int, int]]:
+        shape = work.shape
+        gathered = shape.hidden * work.keeping.tensor_parallel  # on each rank
+        return {work.gathered(part.reads[0]): (shape.q_size + 2 * shape.kv_size, gathered)}

@@ -1,0 +1,144 @@
+"""ModelShape: a decoder described by data. Costs, messages and parameters are computed from it, without torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, replace
+
+from helixpipe.errors import ConfigError
+from helixpipe.parts.kind import Kind, Shapes, maker
+from helixpipe.parts.part import Part, Value, chain
+from helixpipe.parts.work import Batch, Work
+
+TENSOR_DIVIDED = ("heads", "kv_heads", "ffn")
+"""What tensor parallelism divides, and with it every matrix that has such a side; all else is whole on each of its ranks."""
+
+
+# field -> the least it may be; kv_heads and head_dim of 0 follow from the others
+_AT_LEAST = {
+    "layers": 1, "hidden": 1, "heads": 1, "ffn": 1, "vocabulary": 1, "kv_heads": 0, "head_dim": 0, "context": 0,
+    "norm_eps": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder: every size and every choice. Subclass it to describe a model of your own."""
+
+    layers: int
+    hidden: int
+    heads: int
+    ffn: int
+    vocabulary: int
+    kv_heads: int = 0
+    """Key/value heads; 0 means as many as `heads`."""
+    head_dim: int = 0
+    """Size of a head; 0 means hidden / heads."""
+    norm: str = "rms"
+    """`rms` or `layer`."""
+    norm_eps: float = 1e-5
+    positions: str = "rope"
+    """`rope` or `learned`."""
+    rope_base: float = 10000.0
+    context: int = 0
+    """The longest sequence that learned positions have room for; unused by rope."""
+    mlp: str = "swiglu"
+    """`swiglu` (three matrices) or `gelu` (two)."""
+    qkv_bias: bool = False
+    bias: bool = False
+    """Biases of the other linear layers."""
+    qk_norm: bool = False
+    tied: bool = False
+    """Whether the head uses the embedding's table."""
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in _AT_LEAST.items():
+            if not getattr(self, name) >= least:
+                raise ConfigError(f"model.{name}: {getattr(self, name)}; give at least {least}")
+        if not self.rope_base > 0:
+            raise ConfigError(f"model.rope_base: {self.rope_base:g}; give more than 0")
+        object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
+        if not self.head_dim and self.hidden % self.heads:
+            raise ConfigError(
+                f"model.heads: {self.heads} heads do not divide hidden size {self.hidden}; "
+                "choose a divisor or set model.head_dim"
+            )
+        object.__setattr__(self, "head_dim", self.head_dim or self.hidden // self.heads)
+        if self.heads % self.kv_heads:
+            raise ConfigError(f"model.kv_heads: {self.kv_heads} do not divide {self.heads} heads; choose a divisor")
+        if self.positions == "rope" and self.head_dim % 2:
+            raise ConfigError(f"model.head_dim: {self.head_dim} is odd; rope needs an even one")
+        if self.positions == "learned" and self.context < 1:
+            raise ConfigError("model.context: learned positions need one; give the longest sequence")
+        choices = {"norm": ("rms", "layer"), "positions": ("rope", "learned"), "mlp": ("swiglu", "gelu")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"model.{name}: '{getattr(self, name)}' is not known; known: {', '.join(known)}")
+
+    @property
+    def q_size(self) -> int:
+        """Elements of q, and of o, per token."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Elements of k, and of v, per token."""
+        return self.kv_heads * self.head_dim
+
+    def check_length(self, sequence_length: int) -> None:
+        """Raise ConfigError for a sequence longer than learned positions."""
+        if self.positions == "learned" and sequence_length > self.context:
+            raise ConfigError(
+                f"train.sequence_length: {sequence_length} tokens, and learned positions have room for {self.context}; "
+                "shorten it or raise model.context"
+            )
+
+    def about(self, part: Part) -> Kind:
+        """What a part is in this model: the one road to everything that is said of it."""
+        return part.about
+
+    def alike(self, part: Part) -> Hashable:
+        """What parts that cost the same have in common, so that one of them is priced for all."""
+        return part.kind
+
+    def value_shape(self, value: Value, batch: Batch, segment: int) -> tuple[int, ...]:
+        """Shape of a value for one segment: [b, s, h]; q, k and v [b, s, heads, head_dim]; o [b, s, heads * head_dim]."""
+        return maker(value.name).value_shape(value.name, Work(self, batch, segment))
+
+    def parameters(self, part: Part) -> Shapes:
+        """Name within the part -> shape. A tied head lists `output.weight` too: see `parameter_name`."""
+        return self.about(part).parameters(self)
+
+    def parameter_name(self, part: Part, name: str) -> str:
+        """The one name of a parameter in checkpoints, gradients and messages, whatever the placement."""
+        return self.about(part).parameter_name(part, name, self)
+
+    def parameter_elements(self, parts: Iterable[Part]) -> dict[str, int]:
+        """Full name of every parameter of these parts -> its elements."""
+        return {
+            self.parameter_name(part, name): math.prod(size)
+            for part in parts
+            for name, size in self.parameters(part).items()
+        }
+
+    def tensor_share(self, ranks: int) -> ModelShape:
+        """What each of so many tensor-parallel ranks holds of the parameters."""
+        return replace(self, **{name: getattr(self, name) // ranks for name in TENSOR_DIVIDED})
+
+    def forward_flops(self, part: Part, batch: Batch, segment: int) -> float:
+        """Multiply-adds counted twice. Causal attention counts the half that kernels compute."""
+        return self.about(part).forward_flops(part, Work(self, batch, segment))
+
+    def backward_flops(self, part: Part, batch: Batch, segment: int) -> float:
+        """Twice the forward; 2.5 times for fused attention, which computes the scores again."""
+        return self.about(part).backward_flops(part, Work(self, batch, segment))
+
+    def weight_flops(self, part: Part, batch: Batch, segment: int) -> float:
+        """The share of the backward that makes weight gradients; none in attention."""
+        return self.about(part).weight_flops(part, Work(self, batch, segment))
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(self.parameter_elements(chain(self.layers)).values())

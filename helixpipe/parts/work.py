@@ -1,0 +1,115 @@
+"""Work: what a part has to do and how what it leaves is kept: a model's shape, a batch, a segment, a keeping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from helixpipe.parts.kind import Kept
+from helixpipe.parts.part import Part, Value
+
+if TYPE_CHECKING:
+    from helixpipe.parts.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one micro-batch looks like: `microbatch_size` sequences, cut into segments of these lengths (tokens)."""
+
+    microbatch_size: int
+    segment_lengths: tuple[int, ...]
+
+    @property
+    def sequence_length(self) -> int:
+        return sum(self.segment_lengths)
+
+    def start(self, segment: int) -> int:
+        """The segment's first position in the sequence."""
+        return sum(self.segment_lengths[:segment])
+
+    def tokens(self, segment: int) -> int:
+        return self.microbatch_size * self.segment_lengths[segment]
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """How a run keeps activations: policy, precision, chunked parts."""
+
+    recompute: str = "selective"
+    """`none`, `full` or `selective`: see `runtime.tape`."""
+    element_bytes: int = 4
+    mlp_chunk: int = 0
+    head_chunk: int = 0
+    fused_rms: bool = False
+    """Whether the device has a fused RMSNorm; torch's CPU one keeps the normalised input as well, in float32."""
+
+    keeps_activated: bool = False
+    """Whether an MLP keeps its activated tensor too, as plain autograd does: 16 and not 12. For others' runs."""
+    tensor_parallel: int = 1
+    """Ranks that divide the matrices. Bytes are those of all of them together."""
+
+    @property
+    def wide_bytes(self) -> int:
+        """An element in float32, or wider when the run is."""
+        return max(4, self.element_bytes)
+
+    @property
+    def recomputes(self) -> bool:
+        return self.recompute != "none"
+
+    def runs_again(self, part: Part) -> bool:
+        """Whether the policy recomputes a part."""
+        return self.recompute == "full" or (self.recompute == "selective" and not part.about.attends)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One segment of a micro-batch of a model. Bytes are those of all accelerators of a rank together."""
+
+    shape: ModelShape
+    batch: Batch
+    segment: int = 0
+    keeping: Keeping = field(default_factory=Keeping)
+
+    @property
+    def length(self) -> int:
+        """Tokens of each sequence in the segment."""
+        return self.batch.segment_lengths[self.segment]
+
+    @property
+    def lead(self) -> tuple[int, int]:
+        """b and s: every value's first two sizes."""
+        return self.batch.microbatch_size, self.length
+
+    @property
+    def tokens(self) -> int:
+        return self.batch.tokens(self.segment)
+
+    def slices(self, part: Part) -> bool:
+        """Whether a part runs in slices: where the segment is longer than the part's chunk (see `model.chunked`)."""
+        return 0 < self.shape.about(part).chunk(self.keeping) < self.length
+
+    def value_bytes(self, value: Value) -> int:
+        return math.prod(self.shape.value_shape(value, self.batch, self.segment)) * self.keeping.element_bytes
+
+    def values(self, values: Iterable[Value]) -> Kept:
+        """Bytes of these, by name."""
+        return {str(value): self.value_bytes(value) for value in values}
+
+    def gathered(self, value: Value) -> str:
+        """The name of a value that tensor-parallel ranks gather: another tensor than their shares of it."""
+        return f"{value} gathered" if self.keeping.tensor_parallel > 1 else str(value)
+
+    def saved(self, part: Part) -> Kept:
+        """What autograd saves of a part."""
+        return self.shape.about(part).saved(part, self)
+
+    def kept(self, part: Part) -> Kept:
+        """What a selective recompute keeps of a part beside its chunk's inputs."""
+        return self.shape.about(part).kept(part, self)
+
+    def put_off(self, part: Part) -> Kept:
+        """What an I leaves of a part for its W."""
+        return self.shape.about(part).put_off(part, self)
