@@ -1,45 +1,102 @@
-"""Plain autograd on one process: what every pipeline must equal. Shares only the modules' parameters with it."""
+"""Plain autograd on one process: what every pipeline must equal.
+
+Written with torch alone. Of the library it reads a ModelShape and the values of parameters, by name; it runs no part
+and no autograd function of the library, so what is wrong there is not wrong here.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from values import initial_values
 
-from helixpipe.model.decoder import Decoder
-from helixpipe.parts.part import Part, chain
-from helixpipe.parts.shape import ModelShape
+import helixpipe as hp
+
+Weights = dict[str, Tensor]
 
 
 def plain_step(
-    shape: ModelShape, tokens: Tensor, targets: Tensor, seed: int = 0, dtype: torch.dtype = torch.float64
+    shape: hp.ModelShape, tokens: Tensor, targets: Tensor, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> tuple[float, dict[str, Tensor]]:
-    """Mean loss and the gradient of every parameter, by full name."""
-    decoder = Decoder(shape, seed)
-    modules = {part: decoder.part(part).to(dtype) for part in chain(shape.layers)}
-    parameters: dict[str, nn.Parameter] = {}
-    for part, module in modules.items():
-        for local, parameter in module.named_parameters():
-            parameters.setdefault(shape.parameter_name(part, local), parameter)
-    x = modules[Part("embed", 0)](tokens, 0)
+    """Mean loss of a Decoder's first step and the gradient of every parameter, by full name."""
+    return plain_gradients(shape, initial_values(shape, seed), tokens, targets, dtype)
+
+
+def plain_gradients(
+    shape: hp.ModelShape, values: Weights, tokens: Tensor, targets: Tensor, dtype: torch.dtype = torch.float64
+) -> tuple[float, dict[str, Tensor]]:
+    """The same with parameters of these values. A parameter that the model does not read is an error."""
+    w = {name: value.to(dtype, copy=True).requires_grad_() for name, value in values.items()}
+    logits = plain_logits(shape, w, tokens)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    gradients = torch.autograd.grad(loss, list(w.values()))
+    return float(loss.detach()), dict(zip(w, gradients, strict=True))
+
+
+def plain_logits(shape: hp.ModelShape, w: Weights, tokens: Tensor) -> Tensor:
+    """tokens [b, s] -> [b, s, vocabulary]"""
+    x = F.embedding(tokens, w["embed.tokens.weight"])
+    if shape.positions == "learned":
+        x = x + w["embed.positions.weight"][: tokens.shape[1]]
     for layer in range(shape.layers):
-        n = modules[Part("norm", layer)](x)
-        q, k, v = (t.transpose(1, 2) for t in modules[Part("qkv", layer)](n, 0))
-        scores = q @ k.repeat_interleave(shape.heads // shape.kv_heads, 1).mT * shape.head_dim**-0.5
-        if shape.causal:
-            scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), float("-inf"))
-        o = scores.softmax(-1) @ v.repeat_interleave(shape.heads // shape.kv_heads, 1)
-        y = modules[Part("proj", layer)](o.transpose(1, 2).flatten(2), x)
-        x = modules[Part("mlp", layer)].whole(y)
-    head = modules[Part("head", shape.layers)]
-    table = parameters["embed.tokens.weight"] if shape.tied else head.output.weight
-    logits = F.linear(head.norm(x), table).flatten(0, 1)
-    loss = F.cross_entropy(logits, targets.flatten(), ignore_index=-100)
-    gradients = torch.autograd.grad(loss, list(parameters.values()))
-    return float(loss.detach()), dict(zip(parameters, gradients, strict=True))
+        at = f"layers.{layer}"
+        q, k, v = _qkv(shape, w, f"{at}.qkv", _norm(shape, w, f"{at}.norm", x))
+        o, _ = plain_attention(q, k, v, shape.causal)
+        y = x + _linear(w, f"{at}.proj.o", o.transpose(1, 2).flatten(2), shape.bias)
+        x = y + _mlp(shape, w, f"{at}.mlp", _norm(shape, w, f"{at}.mlp.norm", y))
+    return _linear(w, "embed.tokens" if shape.tied else "head.output", _norm(shape, w, "head.norm", x), False)
 
 
-def batch(shape: ModelShape, sequences: int, length: int, seed: int = 1) -> tuple[Tensor, Tensor]:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """softmax(QKᵀ/√d)V [b, heads, s, d] and its log-sum-exp [b, heads, s]; k and v may have fewer heads."""
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+def _linear(w: Weights, name: str, x: Tensor, bias: bool) -> Tensor:
+    return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"] if bias else None)
+
+
+def _norm(shape: hp.ModelShape, w: Weights, name: str, x: Tensor) -> Tensor:
+    weight, size = w[f"{name}.weight"], x.shape[-1:]
+    if shape.norm == "rms":
+        return F.rms_norm(x, size, weight, shape.norm_eps)
+    return F.layer_norm(x, size, weight, w[f"{name}.bias"], shape.norm_eps)
+
+
+def _qkv(shape: hp.ModelShape, w: Weights, name: str, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """n [b, s, h] -> three of [b, heads, s, d]"""
+    q, k, v = (
+        _linear(w, f"{name}.{each}", n, shape.qkv_bias).unflatten(-1, (heads, shape.head_dim)).transpose(1, 2)
+        for each, heads in (("q", shape.heads), ("k", shape.kv_heads), ("v", shape.kv_heads))
+    )
+    if shape.qk_norm:
+        q, k = _norm(shape, w, f"{name}.q_norm", q), _norm(shape, w, f"{name}.k_norm", k)
+    if shape.positions == "rope":
+        q, k = _rotated(q, shape.rope_base), _rotated(k, shape.rope_base)
+    return q, k, v
+
+
+def _rotated(t: Tensor, base: float) -> Tensor:
+    """Rotary positions: numbers i and d/2 + i of a head are a complex one, turned by position * base^(-2i/d)."""
+    length, d = t.shape[-2:]
+    frequencies = torch.tensor([base ** (-2 * i / d) for i in range(d // 2)], dtype=torch.float64)
+    angles = torch.arange(length, dtype=torch.float64).unsqueeze(1) * frequencies
+    turned = torch.complex(*t.chunk(2, -1)) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat((turned.real, turned.imag), -1).to(t.dtype)
+
+
+def _mlp(shape: hp.ModelShape, w: Weights, name: str, n: Tensor) -> Tensor:
+    wide = _linear(w, f"{name}.up", n, shape.bias)
+    wide = F.gelu(wide) if shape.mlp == "gelu" else F.silu(_linear(w, f"{name}.gate", n, shape.bias)) * wide
+    return _linear(w, f"{name}.down", wide, shape.bias)
+
+
+def batch(shape: hp.ModelShape, sequences: int, length: int, seed: int = 1) -> tuple[Tensor, Tensor]:
     """Random tokens and targets, a few of them ignored."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(shape.vocabulary, (sequences, length), generator=generator)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from oracle import batch, plain_step
+from oracle import batch, plain_attention, plain_step
 
 from helixpipe.model.kernels import attention_backward, attention_forward
 from helixpipe.parts.shape import ModelShape
@@ -35,8 +35,9 @@ def test_fused_attention(dtype: torch.dtype, causal: bool, kv_heads: int) -> Non
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, heads, 90, 32) for heads in (4, kv_heads, kv_heads, 4)]  # 90: some kernels pad to 96
     q, k, v, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-    expected = [*attention_forward(q, k, v, causal)]
-    expected += attention_backward(grad, q, k, v, *expected, causal)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    out, lse = plain_attention(*leaves, causal)
+    expected = [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, grad)]
     on = [t.to("cuda", dtype) for t in (q, k, v, grad)]
     found = [*attention_forward(*on[:3], causal)]
     found += attention_backward(on[3], *on[:3], *found, causal)

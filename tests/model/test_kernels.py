@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import plain_attention
 from torch import Tensor
 
 from helixpipe.model import kernels
@@ -18,6 +19,24 @@ class OnCuda(torch.Tensor):
     """A tensor that says so and is not."""
 
     device = property(lambda self: torch.device("cuda"))  # type: ignore[assignment]
+
+
+# causality in the explicit one needs a mask on its device
+@pytest.mark.parametrize(("kind", "causal"), [(Tensor, True), (Tensor, False), (OnCuda, False)])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_equals_plain_autograd(kind: type[Tensor], causal: bool, kv_heads: int) -> None:
+    """The CPU's kernel, and the explicit one that CUDA has for float64."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, heads, 20, 8) for heads in (4, kv_heads, kv_heads, 4)]
+    q, k, v, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    out, lse = plain_attention(*leaves, causal)
+    expected = [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, grad)]
+    given = [t.as_subclass(kind) for t in (q, k, v, grad)]
+    found = [*attention_forward(*given[:3], causal)]
+    found += attention_backward(given[3], *given[:3], *found, causal)
+    for mine, plain in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.as_subclass(Tensor), plain, rtol=1e-12, atol=1e-12)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *others: object) -> tuple[Tensor, Tensor]:

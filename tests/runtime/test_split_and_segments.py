@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import batch, plain_step
+from oracle import batch, plain_attention, plain_step
 from ranks import Ranks
 from test_gradients import mesh_of
 
@@ -140,7 +140,7 @@ def test_gradients(four_ranks: Ranks, case: Case) -> None:
 
 def test_merge_of_two_sets_of_keys() -> None:
     q, k, v = (torch.randn(2, 3, 8, 4, dtype=torch.float64) for _ in range(3))
-    whole = attention_forward(q, k, v, False)
+    whole = plain_attention(q, k, v, False)
     merged = merge(
         *attention_forward(q, k[:, :, :3], v[:, :, :3], False), *attention_forward(q, k[:, :, 3:], v[:, :, 3:], False)
     )
