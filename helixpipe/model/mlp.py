@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from helixpipe.model.chunked import Chunked, chunked
 from helixpipe.model.divided import Exchange, TensorDivided
-from helixpipe.model.linear import Linear, activated
+from helixpipe.model.linear import Activation, Linear, activated, added
 from helixpipe.model.norm import norm
 from helixpipe.model.recipe import Recipe
 from helixpipe.parts.shape import ModelShape
@@ -37,9 +37,10 @@ class MLP(Chunked, TensorDivided):
 
     def whole(self, x: Tensor, *others: Tensor) -> Tensor:
         n = self.gather(self.norm(x))
-        if self.gate is None:
-            return x + activated(self.down, F.gelu, self.up(n))
-        return x + activated(self.down, _swiglu, self.gate(n), self.up(n))
+        activation: Activation = F.gelu if self.gate is None else _swiglu
+        wide = [self.up(n)] if self.gate is None else [self.gate(n), self.up(n)]
+        del n  # not needed any more where nothing keeps it
+        return added(self.down, activated(self.down, activation, *wide), x)
 
 
 def make(recipe: Recipe) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from helixpipe.model.divided import Exchange, TensorDivided
-from helixpipe.model.linear import Linear
+from helixpipe.model.linear import Linear, added
 from helixpipe.model.recipe import Recipe
 from helixpipe.parts.shape import ModelShape
 
@@ -21,7 +21,7 @@ class Proj(TensorDivided):
         self.o.scatter = scatter
 
     def forward(self, o: Tensor, x: Tensor) -> Tensor:
-        return x + self.o(o)  # type: ignore[no-any-return]
+        return added(self.o, self.o(o), x)
 
 
 def make(recipe: Recipe) -> nn.Module:

@@ -26,12 +26,17 @@ class QKV(TensorDivided):
 
     def forward(self, n: Tensor, start: Start) -> tuple[Tensor, Tensor, Tensor]:
         n = self.gather(n)
-        q, k, v = (linear(n).unflatten(-1, (-1, self.head_dim)) for linear in (self.q, self.k, self.v))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.rope is not None:
-            q, k = self.rope(q, start), self.rope(k, start)
-        return q, k, v
+        return (
+            self._heads(self.q(n), self.q_norm, start),
+            self._heads(self.k(n), self.k_norm, start),
+            self.v(n).unflatten(-1, (-1, self.head_dim)),
+        )
+
+    def _heads(self, x: Tensor, norm: nn.Module | None, start: Start) -> Tensor:
+        """One after another, so that what is no longer needed is gone before the next comes."""
+        x = x.unflatten(-1, (-1, self.head_dim))
+        x = x if norm is None else norm(x)
+        return x if self.rope is None else self.rope(x, start)
 
 
 def make(recipe: Recipe) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,5 +43,26 @@ class Rope:
     def __call__(self, x: Tensor, start: Start) -> Tensor:
         """Rotate x [b, s, heads, d]."""
         cos, sin = self.table(start, x.shape[1], x.device, x.dtype)
-        first, second = x.chunk(2, -1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+        return _Rotate.apply(x, cos, sin)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Rotate(torch.autograd.Function):
+    """Pairs (x_i, x_{i + d/2}) by angles; the gradient is turned back. No temporaries: x is as wide as a layer's input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, sin, -1), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    turned = torch.empty_like(x, memory_format=torch.contiguous_format)
+    (first, second), (new_first, new_second) = x.chunk(2, -1), turned.chunk(2, -1)
+    torch.mul(first, cos, out=new_first).addcmul_(second, sin, value=-direction)
+    torch.mul(second, cos, out=new_second).addcmul_(first, sin, value=direction)
+    return turned
