@@ -246,14 +246,12 @@ class Config:
         """
         runtime, schedule = self.runtime, self.schedule
         shape = self.shape()
-        profile, fused_rms = None, (device or runtime.device).startswith("cuda")
+        profile, kind = None, "cuda" if (device or runtime.device).startswith("cuda") else "cpu"
         if schedule.profile:
             profile = Profile.load(schedule.profile)
             profile.check_fits(shape, dtype=runtime.dtype)
-            fused_rms = fused_rms or profile.fused_rms
-        keeping = Keeping(
-            runtime.recompute, ELEMENT_BYTES[runtime.dtype], runtime.mlp_chunk, runtime.head_chunk, fused_rms
-        )
+            kind = profile.device_type
+        keeping = Keeping(runtime.recompute, ELEMENT_BYTES[runtime.dtype], runtime.mlp_chunk, runtime.head_chunk, kind)
         found = Setting(
             shape,
             self.train.sequence_length,

@@ -112,7 +112,7 @@ def _predicted(
     if profile is not None:
         costs = load_profile(profile)
         costs.check_fits(setting.shape, dtype=config.runtime.dtype)
-        keeping = replace(setting.keeping, fused_rms=costs.fused_rms)
+        keeping = replace(setting.keeping, device=costs.device_type)
         setting = replace(setting, profile=costs, keeping=keeping, link=joined or costs.link or named_link("free"))
         source = f"the profile {profile}"
     elif hardware is not None:
@@ -121,7 +121,7 @@ def _predicted(
             setting,
             accelerator=accelerator,
             profile=None,
-            keeping=replace(setting.keeping, fused_rms=accelerator.fused_rms),
+            keeping=replace(setting.keeping, device=accelerator.device),
             link=joined or named_link("free"),
             tensor_link=named_link(accelerator.tensor_link),
         )

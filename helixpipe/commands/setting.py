@@ -87,7 +87,7 @@ def setting_from(args: argparse.Namespace) -> Setting:
     shape.check_length(args.sequence_length)
     accelerator = named_accelerator(args.hardware)
     dtype = args.dtype or ("float32" if accelerator.name == "laptop-core" else "bfloat16")
-    joined, fused_rms = named_link(args.link or accelerator.link), accelerator.fused_rms
+    joined, device = named_link(args.link or accelerator.link), accelerator.device
     if args.profile is not None:
         profile = load_profile(args.profile)
         if told := profile.beyond(args.sequence_length):
@@ -95,7 +95,7 @@ def setting_from(args: argparse.Namespace) -> Setting:
         dtype = args.dtype or profile.dtype
         profile.check_fits(shape, dtype=dtype)
         joined = named_link(args.link) if args.link else profile.link or named_link("free")
-        fused_rms = profile.fused_rms
+        device = profile.device_type
     recompute, evenness = getattr(args, "recompute", "none"), getattr(args, "evenness", 0.0)
     mlp_chunk, head_chunk = getattr(args, "mlp_chunk", 0), getattr(args, "head_chunk", 0)
     choices: tuple[tuple[str, str, Collection[str]], ...] = (
@@ -108,7 +108,7 @@ def setting_from(args: argparse.Namespace) -> Setting:
             raise ConfigError(f"{name}: '{value}' is not known; known: {', '.join(known)}")
     if min(mlp_chunk, head_chunk) < 0:
         raise ConfigError("mlp_chunk, head_chunk: below 0; give tokens, or 0 for all at once")
-    keeping = Keeping(recompute, ELEMENT_BYTES[dtype], mlp_chunk, head_chunk, fused_rms)
+    keeping = Keeping(recompute, ELEMENT_BYTES[dtype], mlp_chunk, head_chunk, device)
     return Setting(
         shape,
         args.sequence_length,

@@ -61,7 +61,7 @@ def as_json(estimate: Estimate) -> dict[str, Any]:
             "idle_s": timeline.idle_s[rank],
             "idle_by_reason_s": reasons[rank],
             "peak_activation_bytes": timeline.peak_activation_bytes[rank],
-            "peak_buffer_bytes": timeline.peak_buffer_bytes[rank],
+            "peak_transit_bytes": timeline.peak_transit_bytes[rank],
             **timeline.standing[rank]._asdict(),
             "peak_bytes": timeline.peak_bytes[rank],
         }

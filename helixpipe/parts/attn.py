@@ -6,6 +6,10 @@ from helixpipe.parts.kind import Kept, Kind, register
 from helixpipe.parts.part import Part
 from helixpipe.parts.work import Work
 
+# torch's CPU kernel: from so many queries on, so many rows of a tile; and its columns
+CPU_TILES = ((768, 256), (192, 64), (0, 32))
+CPU_COLUMNS = 512
+
 
 @register
 class AttnKind(Kind):
@@ -41,3 +45,35 @@ class AttnKind(Kind):
         """The output and the log-sum-exp: with them a recompute need not attend again."""
         lse = work.tokens * work.shape.heads * work.keeping.wide_bytes
         return work.values(part.makes) | {f"lse.{part.layer}": lse}
+
+    def forward_workspace(self, part: Part, work: Work, graph: bool) -> int:
+        """What the kernel holds, and of segments the attention to an earlier one before it is merged."""
+        found = self._kernel(work, backward=False)
+        if not work.segment:
+            return found
+        q, before = work.shape.q_size, work.batch.microbatch_size * work.batch.start(work.segment)
+        if work.keeping.device == "cuda":  # which joins all earlier keys and values
+            found += 2 * before * work.shape.kv_size * work.keeping.element_bytes
+        return found + q * (work.unit if work.is_wide else work.unit + work.wide_unit)
+
+    def backward_workspace(self, part: Part, work: Work) -> int:
+        shape, keeping, batch = work.shape, work.keeping, work.batch
+        found = super().backward_workspace(part, work) + self._kernel(work, backward=True)
+        if not work.segment:
+            return found
+        earlier = [batch.tokens(segment) for segment in range(work.segment)]
+        joined = sum(earlier) if keeping.device == "cuda" else max(earlier)  # keys whose gradients come at once
+        found += 2 * joined * shape.kv_size * keeping.element_bytes * (2 if keeping.device == "cuda" else 1)
+        return found + shape.q_size * (work.unit if work.is_wide else work.unit + work.wide_unit)
+
+    @staticmethod
+    def _kernel(work: Work, backward: bool) -> int:
+        """CPU: a tile of scores a thread, two in a backward. CUDA: q's gradient in float32, and those of repeated heads."""
+        shape = work.shape
+        if work.keeping.device == "cuda":
+            repeated = 2 * shape.q_size * work.unit if shape.kv_heads != shape.heads else 0
+            return shape.q_size * work.wide_unit + repeated if backward else 0
+        rows = next(rows for least, rows in CPU_TILES if work.length >= least)
+        columns = min(CPU_COLUMNS, work.length)
+        elements = rows * (2 * columns if backward else columns + shape.head_dim)
+        return work.keeping.threads * elements * work.keeping.wide_bytes

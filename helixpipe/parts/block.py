@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from helixpipe.parts.kind import KINDS, Kept, Kind, Shapes, register
+from helixpipe.parts.lifetimes import lifetimes
 from helixpipe.parts.part import LAYER_KINDS, Part
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Work
@@ -47,3 +48,32 @@ class BlockKind(Kind):
 
     def put_off(self, part: Part, work: Work) -> Kept:
         return {name: size for inner in self.inside(part) for name, size in inner.about.put_off(inner, work).items()}
+
+    def forward_workspace(self, part: Part, work: Work, graph: bool) -> int:
+        """At its widest part: what that needs, and the values that live inside beside the layer's own."""
+        parts = self.inside(part)
+        alive: Kept = work.values(part.reads)
+        saved: Kept = {}
+        most = 0
+        for inner, drops in zip(parts, lifetimes(parts, part.reads, part.makes).drops, strict=True):
+            alive |= work.values(inner.makes)
+            saved |= inner.about.saved(inner, work) if graph else {}
+            here = sum((alive | saved).values()) + inner.about.forward_workspace(inner, work, graph)
+            most = max(most, here)
+            for value in drops:
+                if value not in part.makes:
+                    alive.pop(str(value), None)
+        return max(0, most - sum((alive | saved).values()))
+
+    def backward_workspace(self, part: Part, work: Work) -> int:
+        """What is saved goes part by part, while gradients come."""
+        parts = self.inside(part)
+        pending = lifetimes(parts, part.makes, part.makes).pending
+        saved = [inner.about.saved(inner, work) for inner in parts]
+        whole = sum(self.saved(part, work).values()) + sum(work.values(part.makes).values())
+        most = 0
+        for i, inner in enumerate(parts):
+            left = {name: size for each in saved[: i + 1] for name, size in each.items()}
+            held = sum(left.values()) + sum(work.values(pending[i]).values())
+            most = max(most, held + inner.about.backward_workspace(inner, work) - whole)
+        return most

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from helixpipe.parts.kind import Kept, Kind, Shapes, linear, register
-from helixpipe.parts.norm import norm_parameters, norm_saved
+from helixpipe.parts.norm import norm_backward, norm_parameters, norm_saved
 from helixpipe.parts.part import FIRST, Part
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Keeping, Work
@@ -52,3 +52,19 @@ class HeadKind(Kind):
 
     def linears(self, part: Part, work: Work) -> dict[str, tuple[int, int]]:
         return {f"{part}.normed": (work.shape.vocabulary, work.shape.hidden)}
+
+    def forward_workspace(self, part: Part, work: Work, graph: bool) -> int:
+        """Logits beside their log-softmax, which a graph keeps."""
+        if work.slices(part):
+            return self.forward_workspace(part, work.sliced(part), graph=False)
+        narrow = 0 if work.is_wide else work.unit
+        return work.shape.vocabulary * (work.wide_unit * (1 if graph else 2) + narrow)
+
+    def backward_workspace(self, part: Part, work: Work) -> int:
+        """The gradients of the log-softmax and of the logits."""
+        if work.slices(part):
+            piece = work.sliced(part)
+            graph = sum(self.saved(part, piece).values())
+            return work.value_bytes(part.reads[0]) + graph + self.backward_workspace(part, piece)
+        most = 2 * work.shape.vocabulary * work.wide_unit
+        return max(most, norm_backward(work) + work.shape.hidden * work.unit) + self.largest_matrix(work)

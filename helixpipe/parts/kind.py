@@ -10,6 +10,7 @@ A kind describes itself from a `Work`: a model's shape, a batch, a segment, and 
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
@@ -103,6 +104,23 @@ class Kind:
         return {name: unit * into for name, (_, into) in linears} | {
             f"d {name}": unit * out for name, (out, _) in linears
         }
+
+    def forward_workspace(self, part: Part, work: Work, graph: bool) -> int:
+        """Bytes at most while its forward runs, beyond its inputs, its outputs and, with a graph, what that saves."""
+        return 0
+
+    def backward_workspace(self, part: Part, work: Work) -> int:
+        """Bytes at most while its backward runs, beyond what is saved and the gradients of its outputs.
+
+        The gradients of its inputs are among them, and those of its largest matrix, which are added to the parameter's.
+        """
+        inputs = sum(map(work.value_bytes, part.reads))
+        return inputs + self.largest_matrix(work)
+
+    def largest_matrix(self, work: Work) -> int:
+        """Bytes of a weight gradient before it is added to the parameter's."""
+        elements = max((math.prod(shape) for shape in self.parameters(work.shape).values()), default=0)
+        return elements * work.keeping.element_bytes
 
     def inside(self, part: Part) -> tuple[Part, ...]:
         """The parts that it is made of, as far as costs go: itself, but for an opaque layer."""

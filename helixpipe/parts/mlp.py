@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from helixpipe.parts.kind import Kept, Kind, Shapes, linear, register
-from helixpipe.parts.norm import norm_parameters, norm_saved
+from helixpipe.parts.norm import norm_backward, norm_forward, norm_parameters, norm_saved
 from helixpipe.parts.part import Part
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Keeping, Work
@@ -54,3 +54,24 @@ class MLPKind(Kind):
         gathered = shape.hidden * work.keeping.tensor_parallel
         ups = shape.ffn if shape.mlp == "gelu" else 2 * shape.ffn
         return {f"{part}.normed": (ups, gathered), f"{part}.act": (gathered, shape.ffn)}
+
+    def forward_workspace(self, part: Part, work: Work, graph: bool) -> int:
+        """What the last linear layer reads, and what the activation reads where no graph keeps it."""
+        if work.slices(part):
+            piece = work.sliced(part)
+            return piece.shape.hidden * piece.unit + self.forward_workspace(part, piece, graph=False)
+        shape, h = work.shape, work.shape.hidden * work.keeping.tensor_parallel
+        kept = 0 if graph else (1 if shape.mlp == "gelu" else 2) * shape.ffn
+        gated = 0 if shape.mlp == "gelu" else max(0, shape.ffn - shape.hidden)
+        normed = 0 if graph else h + norm_forward(work) // work.unit
+        return max(kept + shape.ffn + gated, normed) * work.unit
+
+    def backward_workspace(self, part: Part, work: Work) -> int:
+        """At the last linear layer: its input made anew, that one's gradient, and of what the activation reads."""
+        if work.slices(part):
+            piece = work.sliced(part)
+            graph = sum(self.saved(part, piece).values()) + piece.shape.hidden * piece.unit
+            return work.value_bytes(part.reads[0]) + graph + self.backward_workspace(part, piece)
+        shape = work.shape
+        most = (3 if shape.mlp == "gelu" else 5) * shape.ffn * work.unit
+        return max(most, norm_backward(work) + shape.hidden * work.unit) + self.largest_matrix(work)

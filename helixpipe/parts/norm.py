@@ -14,14 +14,23 @@ def norm_parameters(shape: ModelShape, name: str = "") -> Shapes:
     return {f"{name}{each}": (shape.hidden,) for each in names}
 
 
-def norm_saved(work: Work, name: str, size: int = 0, rows: int = 1) -> Kept:
-    """Beside its input: `rows` of a token together have `size` elements (0: hidden); each has its statistics."""
-    tokens, wide, size = work.tokens, work.keeping.wide_bytes, size or work.shape.hidden
-    if work.shape.norm == "rms" and not work.keeping.fused_rms:
-        inner = {f"{name}.scaled": tokens * size * wide, f"{name}.scale": tokens * rows * wide}
-        widened = {f"{name}.widened": tokens * size * wide} if wide > work.keeping.element_bytes else {}
-        return inner | widened
-    return {f"{name}.statistics": tokens * rows * wide * (1 if work.shape.norm == "rms" else 2)}
+def norm_saved(work: Work, name: str, rows: int = 1) -> Kept:
+    """Beside its input: one number a row, or a LayerNorm's two; `rows` of them a token."""
+    return {f"{name}.statistics": rows * work.wide_unit * (1 if work.shape.norm == "rms" else 2)}
+
+
+def norm_forward(work: Work, size: int = 0) -> int:
+    """Workspace: an RMSNorm is computed in float32 where there is no kernel for it."""
+    widened = work.shape.norm == "rms" and work.keeping.device != "cuda" and not work.is_wide
+    return (size or work.shape.hidden) * work.wide_unit if widened else 0
+
+
+def norm_backward(work: Work, size: int = 0) -> int:
+    """Workspace, the input's gradient included."""
+    size = size or work.shape.hidden
+    if work.shape.norm != "rms" or work.keeping.device == "cuda":
+        return size * work.unit
+    return 2 * size * work.wide_unit + (0 if work.is_wide else size * work.unit)
 
 
 @register
@@ -38,3 +47,9 @@ class NormKind(Kind):
 
     def saved(self, part: Part, work: Work) -> Kept:
         return work.values(part.reads) | norm_saved(work, str(part))
+
+    def forward_workspace(self, part: Part, work: Work, graph: bool) -> int:
+        return norm_forward(work)
+
+    def backward_workspace(self, part: Part, work: Work) -> int:
+        return norm_backward(work)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from helixpipe.parts.kind import Kept, Kind, Shapes, linear, register
-from helixpipe.parts.norm import norm_saved
+from helixpipe.parts.norm import norm_backward, norm_forward, norm_saved
 from helixpipe.parts.part import Part
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Work
@@ -36,15 +36,32 @@ class QKVKind(Kind):
         return 1
 
     def saved(self, part: Part, work: Work) -> Kept:
-        shape, unit = work.shape, work.tokens * work.keeping.element_bytes
+        shape = work.shape
         (n,) = part.reads
         found = {work.gathered(n): work.value_bytes(n) * work.keeping.tensor_parallel}
         if shape.qk_norm:  # over each head of q and k
             for name, size, heads in (("q", shape.q_size, shape.heads), ("k", shape.kv_size, shape.kv_heads)):
-                found |= {f"{part}.{name}": unit * size} | norm_saved(work, f"{part}.{name}_norm", size, heads)
+                found |= {f"{part}.{name}": work.unit * size} | norm_saved(work, f"{part}.{name}_norm", heads)
         return found
 
     def linears(self, part: Part, work: Work) -> dict[str, tuple[int, int]]:
         shape = work.shape
         gathered = shape.hidden * work.keeping.tensor_parallel  # on each rank
         return {work.gathered(part.reads[0]): (shape.q_size + 2 * shape.kv_size, gathered)}
+
+    def forward_workspace(self, part: Part, work: Work, graph: bool) -> int:
+        """q, k and v are made one after another: a projection is there with what is rotated or normed of it."""
+        shape, keeping = work.shape, work.keeping
+        q, kv, left = shape.q_size, shape.kv_size, shape.q_size + 2 * shape.kv_size
+        steps = (shape.positions == "rope") + shape.qk_norm
+        most = max(2 * q, q + 2 * kv) if steps else left
+        gathered = shape.hidden * (keeping.tensor_parallel - (0 if graph else 1)) if keeping.tensor_parallel > 1 else 0
+        return (max(0, most - left) + gathered) * work.unit + (norm_forward(work, q) if shape.qk_norm else 0)
+
+    def backward_workspace(self, part: Part, work: Work) -> int:
+        """v first, then k, then q; each gives a share of n's gradient, which are added up as they come."""
+        shape = work.shape
+        h, q, kv = shape.hidden * work.keeping.tensor_parallel, shape.q_size, shape.kv_size
+        most = max(h, 2 * h - kv, h + q - 2 * kv, 2 * h - 2 * kv)
+        normed = norm_backward(work, q) if shape.qk_norm else 0
+        return max(most * work.unit, (h - 2 * kv) * work.unit + normed) + self.largest_matrix(work)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from helixpipe.parts.kind import Kept
@@ -42,13 +42,15 @@ class Keeping:
     element_bytes: int = 4
     mlp_chunk: int = 0
     head_chunk: int = 0
-    fused_rms: bool = False
-    """Whether the device has a fused RMSNorm; torch's CPU one keeps the normalised input as well, in float32."""
+    device: str = "cpu"
+    """`cpu` or `cuda`: whose kernels decide what a part needs while it runs."""
 
     keeps_activated: bool = False
     """Whether an MLP keeps its activated tensor too, as plain autograd does: 16 and not 12. For others' runs."""
     tensor_parallel: int = 1
     """Ranks that divide the matrices. Bytes are those of all of them together."""
+    threads: int = 1
+    """CPU threads of a rank: each has a tile of attention's scores."""
 
     @property
     def wide_bytes(self) -> int:
@@ -98,6 +100,27 @@ class Work:
         """Bytes of these, by name."""
         return {str(value): self.value_bytes(value) for value in values}
 
+    @property
+    def unit(self) -> int:
+        """Bytes of one element of every token."""
+        return self.tokens * self.keeping.element_bytes
+
+    @property
+    def wide_unit(self) -> int:
+        """The same in float32, or wider when the run is."""
+        return self.tokens * self.keeping.wide_bytes
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the run computes in float32 or wider, so that nothing is widened."""
+        return self.keeping.element_bytes == self.keeping.wide_bytes
+
+    def sliced(self, part: Part) -> Work:
+        """One slice of a part that runs in slices: as many tokens as its chunk, of a segment by itself."""
+        tokens = self.shape.about(part).chunk(self.keeping)
+        whole = replace(self.keeping, mlp_chunk=0, head_chunk=0)
+        return replace(self, batch=Batch(self.batch.microbatch_size, (tokens,)), segment=0, keeping=whole)
+
     def gathered(self, value: Value) -> str:
         """The name of a value that tensor-parallel ranks gather: another tensor than their shares of it."""
         return f"{value} gathered" if self.keeping.tensor_parallel > 1 else str(value)
@@ -113,3 +136,11 @@ class Work:
     def put_off(self, part: Part) -> Kept:
         """What an I leaves of a part for its W."""
         return self.shape.about(part).put_off(part, self)
+
+    def forward_workspace(self, part: Part, graph: bool) -> int:
+        """Bytes beside inputs, outputs and what is saved, at most, while a part's forward runs."""
+        return self.shape.about(part).forward_workspace(part, self, graph)
+
+    def backward_workspace(self, part: Part) -> int:
+        """Bytes beside what is saved and the gradients of its outputs, at most, while a part's backward runs."""
+        return self.shape.about(part).backward_workspace(part, self)

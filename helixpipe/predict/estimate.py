@@ -292,7 +292,9 @@ def per_accelerator(timeline: Timeline, group: int) -> Timeline:
     """Of the activations of all accelerators of a rank, each holds as much."""
     if group == 1:
         return timeline
-    memory = tuple(tuple(MemoryPoint(t, a // group, b) for t, a, b in points) for points in timeline.memory)
+    memory = tuple(
+        tuple(MemoryPoint(t, a // group, b, w // group) for t, a, b, w in points) for points in timeline.memory
+    )
     return replace(timeline, memory=memory)
 
 
@@ -312,5 +314,5 @@ def simulate(
     shape = named_shape(model) if isinstance(model, str) else model
     accelerator = named_accelerator(hardware) if isinstance(hardware, str) else hardware
     joined = named_link(link) if isinstance(link, str) else link
-    keeping = more.pop("keeping", Keeping(recompute, 2, fused_rms=accelerator.fused_rms))
+    keeping = more.pop("keeping", Keeping(recompute, 2, device=accelerator.device))
     return estimate(schedule, Setting(shape, sequence_length, accelerator, joined, keeping, **more)).timeline

@@ -40,8 +40,8 @@ class Accelerator:
     """What joins pipeline ranks where no link is named: one of LINKS."""
     tensor_link: str = "nvlink"
     """The same of the accelerators of one rank, which are in one node."""
-    fused_rms: bool = True
-    """Whether torch has a fused RMSNorm for it: see `Keeping.fused_rms`."""
+    device: str = "cuda"
+    """Whose kernels it runs: see `Keeping.device`."""
 
     def rate(self, element_bytes: int) -> float:
         """FLOPs a second on elements of so many bytes; raises ConfigError where none is stated."""
@@ -82,7 +82,7 @@ ACCELERATORS: dict[str, Accelerator] = {
         Accelerator(
             "laptop-core", 60e9, 8 * _GIB, 10 * _GIGA,
             "one AVX2 core at float32; an order of magnitude, measure yours with helixpipe profile", 0.8, 0.35, 0.35, 0.7, 100e-6,
-            float32_flops_per_s=60e9, link="loopback", tensor_link="loopback", fused_rms=False,
+            float32_flops_per_s=60e9, link="loopback", tensor_link="loopback", device="cpu",
         ),
         Accelerator(
             "h20", 148 * _TERA, 96 * _GIGA, 4000 * _GIGA,

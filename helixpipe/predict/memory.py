@@ -1,44 +1,75 @@
-"""Live bytes of each rank over its actions, each tensor counted once: what is kept (`keeping`), in the order that is run."""
+"""Live bytes of each rank over its actions, each tensor counted once: what is held, in the order that is run.
+
+It follows the tape (`runtime.tape`) and the mailbox (`runtime.stages`) move by move: values from their maker to their last
+reader, what a graph saves, what a policy keeps, gradients that wait, and what each part needs while it runs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from helixpipe.parts.kind import Kept
+from helixpipe.parts.part import Value
 from helixpipe.parts.work import Keeping, Work
 from helixpipe.predict.keeping import kept, key_values, owed
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.chunks import Chunk, chunks
 from helixpipe.schedule.program import Program
+from helixpipe.schedule.schedule import Schedule
+from helixpipe.schedule.stage import Edge
 
 
-def activation_bytes(program: Program, keeping: Keeping) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """Per rank and action, in order: (the most bytes kept while it runs, bytes kept when it has ended)."""
+class Held(NamedTuple):
+    """Bytes of one action: at its fullest moment, kept and workspace; and kept when it has ended."""
+
+    kept_bytes: int
+    workspace_bytes: int
+    left_bytes: int
+
+
+def held_bytes(program: Program, keeping: Keeping) -> tuple[tuple[Held, ...], ...]:
+    """Per rank, of each action in order."""
     return tuple(tuple(_walk(program, rank, keeping)) for rank in range(len(program.ranks)))
 
 
 def peak_activation_bytes(program: Program, keeping: Keeping) -> tuple[int, ...]:
-    """Per rank, the most bytes that forwards keep at one time, the recomputed chunk's included."""
-    return tuple(max((high for high, _ in rank), default=0) for rank in activation_bytes(program, keeping))
+    """Per rank, the most bytes that are kept or worked with at one time."""
+    return tuple(
+        max((held.kept_bytes + held.workspace_bytes for held in rank), default=0)
+        for rank in held_bytes(program, keeping)
+    )
 
 
 class Move(NamedTuple):
-    """What an action takes hold of (`by` +1) or lets go of (-1)."""
+    """What an action takes hold of (`by` +1) or lets go of (-1), or needs for a moment."""
 
     held: Kept
     by: int
     unnamed_bytes: int = 0
     """Beside tensors with names: those that one segment's action makes and another's lets go of."""
+    workspace_bytes: int = 0
+
+
+class Meets(NamedTuple):
+    """Of each edge into a stage, and out of it, whether its other end is on the same rank."""
+
+    before: tuple[bool, ...]
+    after: tuple[bool, ...]
 
 
 class _Live:
     """Bytes that one rank holds, each tensor counted once however many hold it."""
 
     def __init__(self) -> None:
-        self.bytes = self.high_bytes = 0
+        self.bytes = 0
+        self.high = 0, 0
+        """Kept and workspace where their sum is most, since `begin`."""
         self._holders: dict[tuple[int, int, str], int] = {}
+
+    def begin(self) -> None:
+        self.high = self.bytes, 0
 
     def move(self, microbatch: int, segment: int, move: Move) -> None:
         """`by` more holders of each (fewer, when below 0)."""
@@ -48,46 +79,55 @@ class _Live:
             self._holders[key] = before + move.by
             self.bytes += size * ((before + move.by > 0) - (before > 0))
         self.bytes += move.unnamed_bytes * move.by
-        self.high_bytes = max(self.high_bytes, self.bytes)
+        if self.bytes + move.workspace_bytes > sum(self.high):
+            self.high = self.bytes, move.workspace_bytes
 
 
 Moves = list[Move]
-"""Those of an action, in order. The same for every micro-batch."""
-_Key = tuple[int, Pass, int, bool]  # stage, pass, segment, whether an R has recomputed the last chunk
-
+"""Those of an action, in order. The same for every micro-batch that meets the same stages on its rank."""
+_Key = tuple[
+    int, Pass, int, bool, Meets
+]  # stage, pass, segment, whether an R has recomputed the last chunk, neighbours
 _Unit = tuple[int, int, int]  # stage, micro-batch, segment
-_Highs = dict[_Key, tuple[int, int]]
-"""An action -> (the most bytes more while it runs, bytes more when it has ended)."""
+_Highs = dict[_Key, tuple[int, int, int]]
+"""An action -> (kept and workspace at most, kept when it has ended), beyond what was held before."""
 
 
-def _walk(program: Program, rank: int, keeping: Keeping) -> Iterator[tuple[int, int]]:
+def _walk(program: Program, rank: int, keeping: Keeping) -> Iterator[Held]:
     schedule = program.schedule
     has_recompute = keeping.recomputes and any(action.kind is Pass.R for action in schedule.placed)
-    order = [
-        (
-            action,
-            (action.stage, action.kind, action.segment, has_recompute and action.sibling(Pass.R) in schedule.placed),
-        )
-        for action in schedule.ranks[rank]
-    ]
+    meets: dict[tuple[int, int], Meets] = {}
+    order: list[tuple[Action, _Key]] = []
+    for action in schedule.ranks[rank]:
+        stage, kind, mb, segment = action
+        if (stage, mb) not in meets:
+            meets[stage, mb] = _meets(schedule, rank, stage, mb)
+        ahead = has_recompute and action.sibling(Pass.R) in schedule.placed
+        order.append((action, (stage, kind, segment, ahead, meets[stage, mb])))
     moves = {key: _moves(program, keeping, *key) for key in dict.fromkeys(key for _, key in order)}
     sharing = _sharing(moves)
     alone = _alone(order, moves, sharing)
     live = _Live()
     for action, key in order:
         if key[0] in sharing:
-            live.high_bytes = live.bytes
+            live.begin()
             for move in moves[key]:
                 live.move(action.microbatch, action.segment, move)
+            yield Held(*live.high, live.bytes)
         else:
-            high, net = alone[action.stage, action.microbatch, action.segment][key]
-            live.high_bytes = live.bytes + high
+            high, workspace, net = alone[action.stage, action.microbatch, action.segment][key]
             live.bytes += net
-        yield live.high_bytes, live.bytes
+            yield Held(live.bytes - net + high, workspace, live.bytes)
+
+
+def _meets(schedule: Schedule, rank: int, stage: int, microbatch: int) -> Meets:
+    before = tuple(schedule.placement[edge.producer, microbatch] == rank for edge in schedule.edges_into[stage])
+    after = tuple(schedule.placement[edge.consumer, microbatch] == rank for edge in schedule.edges_out_of[stage])
+    return Meets(before, after)
 
 
 def _sharing(moves: dict[_Key, Moves]) -> set[int]:
-    """Stages that keep a tensor which another stage of this rank keeps too: counted once, so one by one."""
+    """Stages that hold a tensor which another stage of this rank holds too: counted once, so one by one."""
     stages_of: dict[str, set[int]] = {}
     for key, each in moves.items():
         for move in each:
@@ -116,76 +156,127 @@ def _highs(keys: list[_Key], moves: dict[_Key, Moves]) -> _Highs:
     live = _Live()
     found: _Highs = {}
     for key in keys:
-        before = live.high_bytes = live.bytes
+        before = live.bytes
+        live.begin()
         for move in moves[key]:
             live.move(0, 0, move)
-        found[key] = live.high_bytes - before, live.bytes - before
+        found[key] = live.high[0] - before, live.high[1], live.bytes - before
     return found
 
 
-def _moves(program: Program, keeping: Keeping, stage: int, kind: Pass, segment: int, ahead: bool) -> Moves:
-    """`ahead`: an R of its own recomputes the last chunk."""
+def _moves(
+    program: Program, keeping: Keeping, stage: int, kind: Pass, segment: int, ahead: bool, meets: Meets
+) -> Moves:
+    """`ahead`: an R of its own recomputes the last chunk. `meets`: which neighbours are on the same rank."""
     schedule = program.schedule
-    cut = chunks(schedule.stages[stage], whole=not keeping.recomputes)
-    moves: Moves = []
-    for i, chunk in enumerate(cut if kind in (Pass.F, Pass.W) else cut[::-1]):
-        step = _Step(moves, chunk, Work(program.shape, program.batch, segment, keeping))
-        match kind:
-            case Pass.F:
-                step.forward(keeps_past=schedule.segments > 1)
-            case Pass.R if ahead and i == 0:
-                step.recompute()
-            case Pass.B | Pass.I:
-                if keeping.recomputes and not (ahead and i == 0):
-                    step.recompute()
-                step.backward(puts_off=kind is Pass.I, kept_past=schedule.segments > 1)
-            case Pass.W:
-                for part in chunk.parts:
-                    step.hold(step.work.put_off(part), -1)
-    return moves
+    cut = chunks(schedule.stages[stage], not keeping.recomputes, schedule.outputs[stage])
+    work = Work(program.shape, program.batch, segment, keeping)
+    step = _Step([], work, schedule.segments > 1)
+    into, out = schedule.edges_into[stage], schedule.edges_out_of[stage]
+    if kind is Pass.F:
+        step.arrive(into, meets.before)
+        for chunk in cut:
+            step.forward(chunk)
+        step.leave(schedule.outputs[stage], out, meets.after)
+    elif kind is Pass.R:
+        if ahead:
+            step.recompute(cut[-1])
+    elif kind is Pass.W:
+        for part in schedule.stages[stage].parts:
+            step.hold(work.put_off(part), -1)
+    else:
+        step.arrive(out, meets.after, GRADIENT)
+        for i, chunk in enumerate(reversed(cut)):
+            if keeping.recomputes and not (ahead and i == 0):
+                step.recompute(chunk)
+            step.backward(chunk, puts_off=kind is Pass.I)
+        step.leave((v for edge in into for v in edge.values), into, meets.before, GRADIENT)
+    return step.moves
+
+
+GRADIENT = "d "
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One chunk of one action."""
+    """One action, as the tape and the mailbox carry it out."""
 
     moves: Moves
-    chunk: Chunk
     work: Work
+    keeps_past: bool
+    """Whether keys and values wait for later segments."""
 
     def hold(self, held: Kept, by: int) -> None:
         if held:
             self.moves.append(Move(held, by))
 
-    def forward(self, keeps_past: bool) -> None:
-        if not self.work.keeping.recomputes:
-            self._hold_graph()
-        else:
-            self.hold(kept(self.chunk, self.work), 1)
-        if keeps_past:
-            self.hold(key_values(self.chunk, self.work), 1)
+    def needs(self, workspace_bytes: int) -> None:
+        self.moves.append(Move({}, 0, 0, workspace_bytes))
 
-    def recompute(self) -> None:
+    def values(self, values: Iterable[Value], by: int, prefix: str = "") -> None:
+        self.hold({f"{prefix}{name}": size for name, size in self.work.values(values).items()}, by)
+
+    def arrive(self, edges: Sequence[Edge], meets: Sequence[bool], prefix: str = "") -> None:
+        """What messages brought; what another stage of this rank made is there already."""
+        for edge, met in zip(edges, meets, strict=True):
+            if not met:
+                self.values(edge.values, 1, prefix)
+
+    def leave(self, values: Iterable[Value], edges: Sequence[Edge], meets: Sequence[bool], prefix: str = "") -> None:
+        """What is made waits for each stage of this rank that reads it; the rest is in transit from here on."""
+        for edge, met in zip(edges, meets, strict=True):
+            if met:
+                self.values(edge.values, 1, prefix)
+        self.values(values, -1, prefix)
+
+    def forward(self, chunk: Chunk) -> None:
+        graph = not self.work.keeping.recomputes
+        if not graph:
+            self.values(chunk.reads, 1)
+        self._run(chunk, graph, again=False)
+
+    def recompute(self, chunk: Chunk) -> None:
         """What was kept gives way to the graph."""
-        self._hold_graph()
-        self.hold(kept(self.chunk, self.work), -1)
+        self._run(chunk, graph=True, again=True)
+        self.values(chunk.gives if not self._is_unread(chunk) else chunk.gives[:-1], -1)
+        self.hold(kept(chunk, self.work), -1)
 
-    def _hold_graph(self) -> None:
-        for part in self.chunk.parts:
-            self.hold(self.work.saved(part), 1)
+    def _run(self, chunk: Chunk, graph: bool, again: bool) -> None:
+        work = self.work
+        selective = work.keeping.recompute == "selective"
+        past = key_values(chunk, work) if self.keeps_past and not again else {}
+        for part, drops in zip(chunk.parts, chunk.lifetimes.drops, strict=True):
+            if not (again and part is chunk.parts[-1] and self._is_unread(chunk)):
+                self.values(part.makes, 1)
+            if graph:
+                self.hold(work.saved(part), 1)
+            elif selective:
+                self.hold(work.kept(part), 1)
+            self.needs(work.forward_workspace(part, graph))
+            if past and part.about.attends:
+                self.hold(past, 1)
+            self.values((v for v in drops if not again or v not in chunk.reads), -1)
 
-    def backward(self, puts_off: bool, kept_past: bool) -> None:
+    def _is_unread(self, chunk: Chunk) -> bool:
+        """Whether a recompute leaves out what the chunk ends in."""
+        return self.work.slices(chunk.parts[-1])
+
+    def backward(self, chunk: Chunk, puts_off: bool) -> None:
         """Autograd lets go of each part's share of the graph as it passes it, but for what is put off."""
-        for part in reversed(self.chunk.parts):
-            left = self.work.put_off(part) if puts_off else {}
-            inputs = {name: size for name, size in left.items() if not name.startswith("d ")}
+        work = self.work
+        self.values(chunk.gives, -1, GRADIENT)
+        for part, pending in reversed(list(zip(chunk.parts, chunk.lifetimes.pending, strict=True))):
+            left = work.put_off(part) if puts_off else {}
+            inputs = {name: size for name, size in left.items() if not name.startswith(GRADIENT)}
+            self.needs(sum(map(work.value_bytes, pending)) + work.backward_workspace(part))
             self.hold(inputs, 1)
             if part.about.attends:
                 self._owe()
-            self.hold(self.work.saved(part), -1)
+            self.hold(work.saved(part), -1)
             self.hold({name: size for name, size in left.items() if name not in inputs}, 1)
-        if kept_past:
-            self.hold(key_values(self.chunk, self.work), -1)
+        self.values(chunk.reads, 1, GRADIENT)
+        if self.keeps_past:
+            self.hold(key_values(chunk, work), -1)
 
     def _owe(self) -> None:
         """The last segment's backward is the first to owe anything to those before; each takes its own."""

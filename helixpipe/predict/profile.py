@@ -74,11 +74,6 @@ class Profile:
     device_type: str = "cpu"
     """cpu or cuda."""
 
-    @property
-    def fused_rms(self) -> bool:
-        """Whether the device has a fused RMSNorm: see `Keeping.fused_rms`."""
-        return self.device_type == "cuda"
-
     def __post_init__(self) -> None:
         for kind, name in CURVES:
             if len({timing.length for timing in self._of(kind, name)}) < 2:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from helixpipe.parts.work import Keeping
-from helixpipe.predict.memory import activation_bytes
+from helixpipe.predict.memory import Held, held_bytes
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
 from helixpipe.schedule.action import Action
 from helixpipe.schedule.order import times
@@ -52,7 +52,7 @@ def simulate_program(
     spans = tuple(map(tuple, run.spans))
     if keeping is None:
         return Timeline(spans, settled_s=run.settled_s)
-    kept = activation_bytes(program, keeping)
+    kept = held_bytes(program, keeping)
     memory = tuple(_memory(*each) for each in zip(spans, kept, run.buffers, strict=True))
     return Timeline(spans, memory, settled_s=run.settled_s)
 
@@ -149,19 +149,16 @@ class _Run:
 
 
 def _memory(
-    spans: tuple[Span, ...], kept: tuple[tuple[int, int], ...], buffers: list[tuple[float, int]]
+    spans: tuple[Span, ...], kept: tuple[Held, ...], buffers: list[tuple[float, int]]
 ) -> tuple[MemoryPoint, ...]:
     """Live bytes of one rank over time. An action holds its most from its start to its end."""
-    moments: list[tuple[float, bool, int]] = [(when, True, size) for when, size in buffers]
-    for span, (high, left) in zip(spans, kept, strict=True):
-        moments += [(span.start_s, False, high), (span.end_s, False, left)]
+    moments: list[tuple[float, tuple[int, int] | None, int]] = [(when, None, size) for when, size in buffers]
+    for span, held in zip(spans, kept, strict=True):
+        moments += [(span.start_s, held[:2], 0), (span.end_s, (held.left_bytes, 0), 0)]
     moments.sort(key=lambda moment: moment[0])
     points = []
-    held = under_way = 0
-    for when, is_buffer, size in moments:
-        if is_buffer:
-            under_way += size
-        else:
-            held = size
-        points.append(MemoryPoint(when, held, under_way))
+    now, under_way = (0, 0), 0
+    for when, held_now, size in moments:
+        now, under_way = now if held_now is None else held_now, under_way + size
+        points.append(MemoryPoint(when, now[0], under_way, now[1]))
     return tuple(points)

@@ -22,11 +22,20 @@ class Span(NamedTuple):
 
 
 class MemoryPoint(NamedTuple):
-    """From `time_s` on, a rank holds so many bytes of activations (what forwards keep) and of message buffers."""
+    """From `time_s` on, a rank holds so many bytes of activations: kept, in transit, and workspace of what runs.
+
+    Kept is what forwards leave for their backwards, and values and gradients that wait for their reader.
+    """
 
     time_s: float
-    activation_bytes: int
-    buffer_bytes: int = 0
+    kept_bytes: int
+    transit_bytes: int = 0
+    workspace_bytes: int = 0
+
+    @property
+    def activation_bytes(self) -> int:
+        """All three: what the allocator holds of the step."""
+        return self.kept_bytes + self.transit_bytes + self.workspace_bytes
 
 
 class Standing(NamedTuple):
@@ -76,20 +85,24 @@ class Timeline:
         return 1 - sum(self.busy_s) / whole if whole else 0.0
 
     @cached_property
-    def peak_activation_bytes(self) -> tuple[int, ...]:
+    def peak_kept_bytes(self) -> tuple[int, ...]:
         """Per rank, the most bytes that forwards kept at one time."""
+        return tuple(max((point.kept_bytes for point in points), default=0) for points in self.memory)
+
+    @cached_property
+    def peak_transit_bytes(self) -> tuple[int, ...]:
+        """Per rank, the most bytes of messages under way at one time."""
+        return tuple(max((point.transit_bytes for point in points), default=0) for points in self.memory)
+
+    @cached_property
+    def peak_activation_bytes(self) -> tuple[int, ...]:
+        """Per rank, the most bytes of activations at one time: kept, in transit and workspace together."""
         return tuple(max((point.activation_bytes for point in points), default=0) for points in self.memory)
 
     @cached_property
-    def peak_buffer_bytes(self) -> tuple[int, ...]:
-        """Per rank, the most bytes of messages under way at one time."""
-        return tuple(max((point.buffer_bytes for point in points), default=0) for points in self.memory)
-
-    @cached_property
     def peak_bytes(self) -> tuple[int, ...]:
-        """Per rank, the most bytes held at one time: what stands, activations and message buffers."""
-        moving = [max((p.activation_bytes + p.buffer_bytes for p in points), default=0) for points in self.memory]
-        return tuple(sum(stands) + moves for stands, moves in zip(self.standing, moving, strict=True))
+        """Per rank, the most bytes held at one time: what stands, and activations."""
+        return tuple(sum(stands) + most for stands, most in zip(self.standing, self.peak_activation_bytes, strict=True))
 
     @property
     def order(self) -> tuple[tuple[Action, ...], ...]:

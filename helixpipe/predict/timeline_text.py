@@ -1,6 +1,6 @@
 """Timelines as JSON: what a training run leaves, and `helixpipe compare` reads.
 
-{"spans": [[["0F0", 0.0, 1.5, ""], ...] a rank], "memory": [[[0.0, 1024, 0], ...] a rank], "standing": [[w, g, o] a rank]}
+{"spans": [[["0F0", 0.0, 1.5, ""], ...] a rank], "memory": [[[0.0, 1024, 0, 0], ...] a rank], "standing": [[w, g, o] a rank]}
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def from_json(text: str) -> Timeline:
     spans = tuple(
         tuple(Span(Action.parse(a), float(s), float(e), str(w)) for a, s, e, w in rank) for rank in data["spans"]
     )
-    memory = tuple(tuple(MemoryPoint(float(t), int(a), int(b)) for t, a, b in rank) for rank in data["memory"])
+    memory = tuple(tuple(MemoryPoint(float(t), *map(int, held)) for t, *held in rank) for rank in data["memory"])
     return Timeline(spans, memory, tuple(Standing(*map(int, each)) for each in data["standing"]))
 
 

@@ -54,8 +54,8 @@ def execute(
                 stages.run(action)  # 3
                 ended = recorder.now()
                 recorder.ran(action, begun, ended, awaited)
-                recorder.holds(begun, stages.ledger.high_bytes, transport.buffer_bytes)
-                recorder.holds(ended, stages.ledger.bytes, transport.buffer_bytes)
+                recorder.holds(begun, stages.ledger.high)
+                recorder.holds(ended, stages.ledger.held)
             case Send(message):  # 4
                 transport.send(message, _take_out(message, stages, weights))
             case Accumulate(message):  # 5

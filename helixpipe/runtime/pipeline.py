@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,12 +19,14 @@ from helixpipe.model.chunked import Chunked
 from helixpipe.model.decoder import Model
 from helixpipe.model.head import IGNORED
 from helixpipe.parts.part import Part
-from helixpipe.parts.work import Batch
+from helixpipe.parts.work import Batch, Keeping, Work
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
 from helixpipe.runtime.context import Context
 from helixpipe.runtime.executor import execute
 from helixpipe.runtime.ledger import Ledger
+from helixpipe.runtime.live import Needs
 from helixpipe.runtime.mesh import Mesh
+from helixpipe.runtime.randomness import Stream, evaluating
 from helixpipe.runtime.recorder import Recorder
 from helixpipe.runtime.reduction import Reduction
 from helixpipe.runtime.shards import Shards
@@ -77,7 +79,7 @@ class Pipeline:
             raise ConfigError(f"runtime.recompute: '{recompute}' is not known; known: {', '.join(POLICIES)}")
         segment_lengths = None if segment_lengths is None else tuple(segment_lengths)
         _check_segments(model, schedule, segment_lengths)
-        self.model, self.schedule, self.device = model, schedule, torch.device(device)
+        self.model, self.schedule, self.device, self.dtype = model, schedule, torch.device(device), dtype
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # events, kernels and gathered objects go to the current one
         self.mesh = Mesh(mesh, timeout_s)
@@ -103,17 +105,26 @@ class Pipeline:
                     inner.shards = self.mesh.shape.cp * self.mesh.shape.tp
         self._watch = self.mesh.watch(_store() if self.mesh.everyone is not None else None)
         self._reduction = Reduction(self.parameters, self._tensor.cuts if self._tensor else (), self.mesh, self._watch)
-        self._transport = Transport(self.group, self.device, dtype, self._weights.master_dtype, timeout_s, self._watch)
+        self._ledger = Ledger(self._weights.is_parameter)
+        self._transport = Transport(
+            self.group, self.device, dtype, self._weights.master_dtype, timeout_s, self._watch, self._ledger
+        )
         if not self._transport.host:  # which pairs there are, any batch tells
             self._transport.meet(lower(schedule, self._shape, Batch(1, (1,) * schedule.segments)).messages)
-        self._ledger = Ledger(self._weights.is_parameter)
         self._tapes = {
-            s: Tape(stage, self._weights.modules, recompute, self._ledger)
+            s: Tape(stage, self._weights.modules, recompute, self._ledger, schedule.outputs[s])
             for s, stage in enumerate(schedule.stages)
             if self.rank in schedule.ranks_of[s]
         }
         self._recorder = Recorder(self.device)
         self._programs: dict[tuple[Batch, bool], Program] = {}
+        self._needs: dict[Batch, list[Needs]] = {}
+        self.keeping = Keeping(
+            recompute, dtype.itemsize, *_chunks_of(model), self.device.type, threads=torch.get_num_threads()
+        )
+        self._seed = torch.initial_seed()
+        self.steps = 0
+        """Steps so far, of which random numbers are a function: set it where a run goes on."""
         self._last: Program | None = None
 
     @property
@@ -226,23 +237,54 @@ class Pipeline:
         counted = int((targets != IGNORED).sum())
         scale = 1.0 / max(counted, 1)
         feeds = self._shares.feeds(tokens, targets, batch)
-        stages = Stages(program, self._tapes, self._weights, self._ledger, feeds, scale, training)
+        stages = Stages(
+            program,
+            self._tapes,
+            self._weights,
+            self._ledger,
+            feeds,
+            scale,
+            training,
+            self._needs_of(batch),
+            self._stream,
+        )
         self._watch.doing = "the start of a step"
         self._gathered([0.0])  # clocks start together
         self._reduction.begin()
         try:
-            execute(program.ranks[self.rank], stages, self._weights, self._transport, self._recorder, self._watch)
+            with nullcontext() if training else evaluating(self._weights.modules.values()):
+                execute(program.ranks[self.rank], stages, self._weights, self._transport, self._recorder, self._watch)
         except RankError as error:
             raise self._watch.placed(error) from error
         self._reduction.finish()
+        self.steps += training
         loss = sum((float(stages.losses[key].double()) for key in sorted(stages.losses)), 0.0) * scale
         loss = math.fsum(row[0] for row in self._gathered([loss]))
         self._watch.doing = "work between steps"
         return loss
 
+    def _needs_of(self, batch: Batch) -> list[Needs]:
+        """What parts need here, segment by segment."""
+        if batch not in self._needs:
+            local = self._shares.local(batch)
+            works = [Work(self._shape, local, segment, self.keeping) for segment in range(self.schedule.segments)]
+            self._needs[batch] = [Needs(work, self.dtype) for work in works]
+        return self._needs[batch]
+
+    def _stream(self, microbatch: int, segment: int) -> Stream:
+        here = self.mesh.here
+        whole = here.dp * self.schedule.microbatches + microbatch
+        return Stream(self._seed, self.steps, whole, segment, (here.cp, here.tp))
+
     def _gathered(self, mine: list[float]) -> list[list[float]]:
         """Every rank's numbers, in the order of `mesh.places`."""
         return self.mesh.gathered(mine, self.device, self._watch)
+
+
+def _chunks_of(model: Model) -> tuple[int, int]:
+    """Tokens at a time through the MLP and the head, where a model says so."""
+    recipe = getattr(model, "recipe", None)
+    return (recipe.mlp_chunk, recipe.head_chunk) if recipe is not None else (0, 0)
 
 
 def _squared(gradients: Iterable[Tensor]) -> float:

@@ -101,9 +101,12 @@ class Parts:
         self.stages = tuple(Stage((part,)) for part in chain(1))
         self.weights = Weights(Decoder(self.shape), self._schedule(1), 0, device, dtype)
         self.ledger = Ledger(self.weights.is_parameter)
-        self.tapes = {s: Tape(stage, self.weights.modules, "none", self.ledger) for s, stage in enumerate(self.stages)}
+        outputs = self._schedule(1).outputs
+        self.tapes = {
+            s: Tape(stage, self.weights.modules, "none", self.ledger, outputs[s]) for s, stage in enumerate(self.stages)
+        }
         self.recorder, self.watch = Recorder(device), Watch(None, 0, 1)
-        self.transport = Transport(None, device, dtype, self.weights.master_dtype, TIMEOUT_S, self.watch)
+        self.transport = Transport(None, device, dtype, self.weights.master_dtype, TIMEOUT_S, self.watch, self.ledger)
 
     def run(self, cut: Cut) -> Iterator[Timing]:
         """One sequence forward and backward: a timing of every action."""

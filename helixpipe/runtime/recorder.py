@@ -7,6 +7,7 @@ import time
 import torch
 
 from helixpipe.predict.timeline import MemoryPoint, Span
+from helixpipe.runtime.ledger import Held
 from helixpipe.schedule.action import Action
 
 Clock = float | torch.cuda.Event
@@ -19,7 +20,7 @@ class Recorder:
         self._cuda = device.type == "cuda"
         self._start: Clock = 0.0
         self._spans: list[tuple[Action, Clock, Clock, str]] = []
-        self._memory: list[tuple[Clock, int, int]] = []
+        self._memory: list[tuple[Clock, Held]] = []
 
     def start(self) -> None:
         self._spans.clear()
@@ -36,14 +37,14 @@ class Recorder:
     def ran(self, action: Action, begun: Clock, ended: Clock, awaited: str) -> None:
         self._spans.append((action, begun, ended, awaited))
 
-    def holds(self, at: Clock, activation_bytes: int, buffer_bytes: int) -> None:
-        self._memory.append((at, activation_bytes, buffer_bytes))
+    def holds(self, at: Clock, held: Held) -> None:
+        self._memory.append((at, held))
 
     def spans(self) -> tuple[Span, ...]:
         return tuple(Span(a, self._seconds(b), self._seconds(e), awaited) for a, b, e, awaited in self._spans)
 
     def memory(self) -> tuple[MemoryPoint, ...]:
-        return tuple(MemoryPoint(self._seconds(at), held, buffers) for at, held, buffers in self._memory)
+        return tuple(MemoryPoint(self._seconds(at), *held) for at, held in self._memory)
 
     def _seconds(self, at: Clock) -> float:
         if isinstance(at, torch.cuda.Event) and isinstance(self._start, torch.cuda.Event):

@@ -9,12 +9,11 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
 
-from torch import Tensor
-
+from helixpipe.model.attention import Holder
 from helixpipe.schedule.program import Message
 
 # how long closing waits for a thread that is still at a send
@@ -30,15 +29,11 @@ class Work(Protocol):
 
 @dataclass
 class InFlight:
-    """A message under way: its requests and the tensors they read or fill."""
+    """A message under way: its requests and the tensors they read or fill, which are on the ledger while it is."""
 
     message: Message
     works: Sequence[Work]
-    tensors: Sequence[Tensor]
-    nbytes: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.nbytes = sum(tensor.nbytes for tensor in self.tensors)
+    held: Sequence[Holder]
 
 
 class SendError(Exception):
@@ -53,10 +48,6 @@ class DeviceSends:
 
     def __init__(self) -> None:
         self._flights: list[InFlight] = []
-
-    @property
-    def nbytes(self) -> int:
-        return sum(flight.nbytes for flight in self._flights)
 
     def hold(self, flight: InFlight) -> None:
         self._flights = [f for f in self._flights if not all(work.is_completed() for work in f.works)]
@@ -79,10 +70,6 @@ class HostSends:
         self.timeout_s = timeout_s
         self._peers: dict[int, _Peer] = {}
 
-    @property
-    def nbytes(self) -> int:
-        return sum(peer.nbytes for peer in self._peers.values())
-
     def hold(self, flight: InFlight) -> None:
         peer = flight.message.dst
         if peer not in self._peers:
@@ -103,7 +90,6 @@ class _Peer:
     """Sends to one rank, and the thread that waits for them. Its lock is its own: others' sends do not wake it."""
 
     def __init__(self, timeout_s: float) -> None:
-        self.nbytes = 0
         self._timeout = timedelta(seconds=timeout_s)
         self._flights: deque[InFlight | None] = deque()
         self._failed: SendError | None = None
@@ -115,7 +101,6 @@ class _Peer:
         with self._changed:
             self._raise()
             self._flights.append(flight)
-            self.nbytes += flight.nbytes
             self._changed.notify_all()
 
     def finish(self) -> None:
@@ -149,7 +134,6 @@ class _Peer:
                     self._changed.notify_all()
                 return
             with self._changed:
-                self.nbytes -= flight.nbytes
                 del flight  # requests go before anyone is told that they are complete, and may destroy the group
                 self._flights.popleft()
                 self._changed.notify_all()

@@ -6,6 +6,7 @@ on this rank too, or by a message. Gradients wait in the same way on their road 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from helixpipe.model.attention import KeyValues
 from helixpipe.parts.part import loss_of
-from helixpipe.runtime.ledger import Ledger
-from helixpipe.runtime.tape import Feed, Record, Tape, Tensors, Waiting
+from helixpipe.runtime.ledger import Kept, Ledger
+from helixpipe.runtime.live import Live, Needs
+from helixpipe.runtime.randomness import Stream
+from helixpipe.runtime.tape import Feed, Gradients, Record, Tape, Waiting
 from helixpipe.runtime.weights import Weights
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.program import Kind, Message, Program
@@ -36,12 +39,15 @@ class Stages:
         feeds: dict[tuple[int, int], Feed],
         scale: float,
         training: bool,
+        needs: Sequence[Needs] = (),
+        streams: Callable[[int, int], Stream] | None = None,
     ) -> None:
+        """`needs`: of each segment. `streams`: where random numbers of a micro-batch and segment come from."""
         self.program, self.tapes, self.weights, self.ledger = program, tapes, weights, ledger
-        self.feeds = feeds
+        self.feeds, self._needs, self._streams = feeds, needs, streams
         self.scale, self.training = scale, training
         self.losses: dict[tuple[int, int], Tensor] = {}
-        self._mailbox: dict[Slot, list[Tensor]] = {}
+        self._mailbox: dict[Slot, list[Kept]] = {}
         self._records: dict[Action, list[Record]] = {}
         self._waiting: dict[Action, Waiting] = {}
         self._key_values: dict[int, KeyValuesByLayer] = {}
@@ -61,55 +67,65 @@ class Stages:
 
     def put(self, message: Message, tensors: list[Tensor]) -> None:
         """A message's values or gradients are here."""
-        self._mailbox[_slot(message)] = tensors
+        self._mailbox[_slot(message)] = [self.ledger.keep(tensor) for tensor in tensors]
 
     def take(self, message: Message) -> list[Tensor]:
         """The values or gradients that a message carries away."""
-        return self._mailbox.pop(_slot(message))
+        return [kept.tensor for kept in self._mailbox.pop(_slot(message))]
 
     def _feed(self, action: Action) -> Feed:
         """An action's feed, with the keys and values of earlier segments where there are any."""
-        feed = self.feeds[action.microbatch, action.segment]
-        if self.program.schedule.segments == 1:
-            return feed
-        past = self._key_values.setdefault(action.microbatch, KeyValuesByLayer(self.ledger))
-        return replace(feed, key_values=past)
+        mb, seg = action.microbatch, action.segment
+        past = None
+        if self.program.schedule.segments > 1:
+            past = self._key_values.setdefault(mb, KeyValuesByLayer(self.ledger))
+        needs = self._needs[seg] if self._needs else None
+        stream = self._streams(mb, seg) if self._streams else None
+        return replace(self.feeds[mb, seg], key_values=past, needs=needs, stream=stream)
 
     def _forward(self, action: Action) -> None:
         stage, _, mb, seg = action
         schedule, feed = self.program.schedule, self._feed(action)
-        inputs: Tensors = {}
+        live = Live(self.ledger)
         for edge in schedule.edges_into[stage]:
-            inputs.update(zip(edge.values, self._mailbox.pop(_edge_slot(Kind.VALUES, edge, mb, seg)), strict=True))
+            waiting = self._mailbox.pop(_edge_slot(Kind.VALUES, edge, mb, seg))
+            for value, kept in zip(edge.values, waiting, strict=True):
+                live.put(value, kept.tensor, kept)
+            del waiting, kept
         if self.training:
-            values, self._records[action] = self.tapes[stage].forward(inputs, feed)
+            self._records[action] = self.tapes[stage].forward(live, feed)
         else:
-            values = self.tapes[stage].evaluate(inputs, feed)
+            self.tapes[stage].evaluate(live, feed)
+        if (loss := loss_of(schedule.layers)) in live:
+            self.losses[mb, seg] = live.pop(loss).tensor
+        outputs = {value: live.pop(value) for value in list(live)}
         for edge in schedule.edges_out_of[stage]:
-            self._mailbox[_edge_slot(Kind.VALUES, edge, mb, seg)] = [values[value] for value in edge.values]
+            self._mailbox[_edge_slot(Kind.VALUES, edge, mb, seg)] = [outputs[value] for value in edge.values]
         if not self.training and seg == schedule.segments - 1:  # no backward will let them go
             for part in schedule.stages[stage].parts:
                 if part.about.attends and mb in self._key_values:
                     self._key_values[mb].pop(part.layer, None)
-        if (loss := loss_of(schedule.layers)) in values:
-            self.losses[mb, seg] = values[loss]
 
     def _backward(self, action: Action) -> None:
         stage, _, mb, seg = action
         schedule = self.program.schedule
-        gradients: Tensors = {}
+        gradients: Gradients = {}
         for edge in schedule.edges_out_of[stage]:
             waiting = self._mailbox.pop(_edge_slot(Kind.GRADIENTS, edge, mb, seg))
             for value, gradient in zip(edge.values, waiting, strict=True):
-                gradients[value] = gradients[value] + gradient if value in gradients else gradient
-        if (mb, seg) in self.losses and loss_of(schedule.layers) in schedule.stages[stage].parts[-1].makes:
-            loss = self.losses[mb, seg]
-            gradients[loss_of(schedule.layers)] = torch.full_like(loss, self.scale)
-        records = self._records.pop(action.sibling(Pass.F))
+                if value in gradients:
+                    gradients[value] = self.ledger.keep(gradients[value].tensor + gradient.tensor)
+                else:
+                    gradients[value] = gradient
+            del waiting, gradient
+        if (mb, seg) in self.losses and loss_of(schedule.layers) in schedule.outputs[stage]:
+            scale = torch.full_like(self.losses[mb, seg], self.scale)
+            gradients[loss_of(schedule.layers)] = self.ledger.keep(scale)
+        records, feed = self._records.pop(action.sibling(Pass.F)), self._feed(action)
         if action.kind is Pass.I:
-            gradients, self._waiting[action] = self.tapes[stage].input_backward(records, gradients, self._feed(action))
+            self._waiting[action] = self.tapes[stage].input_backward(records, gradients, feed)
         else:
-            gradients = self.tapes[stage].backward(records, gradients, self._feed(action))
+            self.tapes[stage].backward(records, gradients, feed)
         for edge in schedule.edges_into[stage]:
             self._mailbox[_edge_slot(Kind.GRADIENTS, edge, mb, seg)] = [gradients[value] for value in edge.values]
 

@@ -10,12 +10,16 @@ backward recomputes and differentiates one chunk at a time:
 
     forward    in -> [chunk 0] -> keep -> [chunk 1] -> keep -> [chunk 2] -> out
     backward   recompute 2, differentiate 2, let go; recompute 1, ...     the transient is one chunk's
+
+A value is dropped as soon as its last reader has run, a gradient as soon as its maker's backward has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +32,13 @@ from helixpipe.model.linear import Linear, WeightQueue
 from helixpipe.model.rope import Start
 from helixpipe.parts.part import Part, Value
 from helixpipe.runtime.ledger import Kept, Ledger
+from helixpipe.runtime.live import Live, Needs
+from helixpipe.runtime.randomness import Stream, may_draw
 from helixpipe.schedule.chunks import Chunk, chunks
 from helixpipe.schedule.stage import Stage
 
 POLICIES = ("none", "full", "selective")
-Tensors = dict[Value, Tensor]
+Gradients = dict[Value, Kept]
 Waiting = list[tuple[nn.Parameter, Holder, Holder]]
 
 
@@ -40,8 +46,9 @@ Waiting = list[tuple[nn.Parameter, Holder, Holder]]
 class Feed:
     """What a stage reads beside values, for one segment: tokens and targets [b, s] and where they are.
 
-    `key_values` are those of earlier segments, by layer; None when the sequence is whole. `gathered_start`: where
-    the tokens of q, k and v are, when tensor parallelism gathers more than are here; None: where these are.
+    `needs`: what its parts need while they run. `key_values` are those of earlier segments, by layer; None when the
+    sequence is whole. `gathered_start`: where the tokens of q, k and v are, when tensor parallelism gathers more than are
+    here; None: where these are.
     """
 
     tokens: Tensor
@@ -50,6 +57,8 @@ class Feed:
     segment: int = 0
     key_values: Mapping[int, KeyValues] | None = None
     gathered_start: Start | None = None
+    needs: Needs | None = None
+    stream: Stream | None = None
 
     @property
     def attended(self) -> Start:
@@ -58,114 +67,165 @@ class Feed:
 
 @dataclass
 class Record:
-    """What one chunk keeps: its inputs and attention, or its graph as edges to start and end at."""
+    """What one chunk keeps: its inputs and attention, or its graph as the edge to start at and the leaves to end at."""
 
-    inputs: Mapping[Value, Kept]
-    attention: tuple[Kept, Kept] | None
-    outputs: dict[Value, GradientEdge]
-    leaves: Tensors
+    inputs: Mapping[Value, Kept] = field(default_factory=dict)
+    attention: tuple[Kept, Kept] | None = None
+    root: GradientEdge | None = None
+    leaves: dict[Value, Tensor] | None = None
+    """None while there is no graph."""
+    gradients: dict[Value, Tensor] = field(default_factory=dict)
+    """What the root hands to the chunk's outputs."""
 
 
 class Tape:
-    """Runs one stage forward and backward on this rank."""
+    """Runs one stage forward and backward on this rank. `outputs` are the values that leave the stage."""
 
-    def __init__(self, stage: Stage, modules: Mapping[Part, nn.Module], policy: str, ledger: Ledger) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        modules: Mapping[Part, nn.Module],
+        policy: str,
+        ledger: Ledger,
+        outputs: Sequence[Value] | frozenset[Value],
+    ) -> None:
         self.stage, self.modules, self.policy, self.ledger = stage, modules, policy, ledger
-        self.chunks = chunks(stage, whole=policy == "none")
+        self.chunks = chunks(stage, policy == "none", outputs)
         self.queue = WeightQueue(ledger.keep)
+        self._draws = {part for part in stage.parts if may_draw(modules[part])}
         for part in stage.parts:
             for module in modules[part].modules():
                 if isinstance(module, Linear):
                     module.queue = self.queue
 
-    def forward(self, inputs: Tensors, feed: Feed) -> tuple[Tensors, list[Record]]:
-        """All values the stage makes, and one record per chunk."""
-        values = dict(inputs)
-        records = []
-        for chunk in self.chunks:
-            given = {value: values[value] for value in chunk.reads}
-            if self.policy == "none":
-                made, record = self._graph(chunk, given, feed, None)
-            else:
-                made, record = self._keep(chunk, given, feed)
-            values.update((value, tensor.detach()) for value, tensor in made.items())
-            records.append(record)
-        return values, records
+    def forward(self, live: Live, feed: Feed) -> list[Record]:
+        """One record per chunk. `live` holds the stage's inputs before, and its outputs after."""
+        return [
+            self._graph(c, live, feed, None) if self.policy == "none" else self._keep(c, live, feed)
+            for c in self.chunks
+        ]
 
-    def evaluate(self, inputs: Tensors, feed: Feed) -> Tensors:
-        """All values the stage makes, and nothing kept."""
-        values = dict(inputs)
+    def evaluate(self, live: Live, feed: Feed) -> None:
+        """The same, and nothing is kept."""
         with torch.no_grad():
             for chunk in self.chunks:
-                values |= self._run(chunk, values, feed, None)
-        return values
+                self._run(chunk, live, feed, None)
 
     def recompute(self, records: list[Record], feed: Feed) -> None:
         """Do ahead what the backward would do first: recompute the last chunk."""
-        if not records[-1].outputs:
+        if records[-1].leaves is None:
             records[-1] = self._recompute(self.chunks[-1], records[-1], feed)
 
-    def input_backward(self, records: list[Record], gradients: Tensors, feed: Feed) -> tuple[Tensors, Waiting]:
-        """`backward`, with the weight gradients of linear layers put off: those, too, are returned."""
+    def input_backward(self, records: list[Record], gradients: Gradients, feed: Feed) -> Waiting:
+        """`backward`, with the weight gradients of linear layers put off: these are returned."""
         self.queue.open = True
         try:
-            return self.backward(records, gradients, feed), self.queue.take()
+            self.backward(records, gradients, feed)
+            return self.queue.take()
         finally:
             self.queue.open = False
 
-    def backward(self, records: list[Record], gradients: Tensors, feed: Feed) -> Tensors:
-        """Gradients of the stage's inputs, from those of its outputs; parameters collect their own."""
-        gradients = dict(gradients)
+    def backward(self, records: list[Record], gradients: Gradients, feed: Feed) -> None:
+        """`gradients` holds those of the stage's outputs before, of its inputs after; parameters collect their own."""
         for chunk in reversed(self.chunks):
             record = records.pop()
-            if not record.outputs:
+            if record.leaves is None:
                 record = self._recompute(chunk, record, feed)
-            roots = [value for value in record.outputs if value in gradients]
-            with self.ledger.graphs():  # a chunked part builds its graphs here
-                torch.autograd.backward([record.outputs[v] for v in roots], [gradients.pop(v) for v in roots])
+            assert record.leaves is not None
+            for value in chunk.gives:
+                if value in gradients:
+                    record.gradients[value] = gradients.pop(value).tensor
+            if record.root is not None:
+                with self.ledger.graphs():  # a chunked part builds its graphs here
+                    torch.autograd.backward([record.root], [feed.tokens.new_zeros((), dtype=torch.float32)])
             for value, leaf in record.leaves.items():
-                if leaf.grad is not None:
-                    gradients[value] = gradients[value] + leaf.grad if value in gradients else leaf.grad
-        return gradients
+                gradient = (
+                    torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device) if leaf.grad is None else leaf.grad
+                )
+                if value in gradients:  # a later chunk reads it too
+                    gradient = gradients[value].tensor + gradient
+                gradients[value] = self.ledger.keep(gradient)
+                leaf.grad = None
 
-    def _keep(self, chunk: Chunk, given: Tensors, feed: Feed) -> tuple[Tensors, Record]:
+    def _keep(self, chunk: Chunk, live: Live, feed: Feed) -> Record:
         """Run without a graph; keep the inputs, and attention's output when that is the policy."""
         kept = KeptAttention() if self.policy == "selective" else None
+        inputs = {value: self.ledger.keep(live[value]) for value in chunk.reads}
         with torch.no_grad():
-            made = self._run(chunk, given, feed, kept)
+            self._run(chunk, live, feed, kept)
         attention = None
         if kept is not None and kept.out is not None and kept.lse is not None:
             attention = self.ledger.keep(kept.out), self.ledger.keep(kept.lse)
-        return made, Record({v: self.ledger.keep(t) for v, t in given.items()}, attention, {}, {})
+        return Record(inputs, attention)
 
     def _recompute(self, chunk: Chunk, record: Record, feed: Feed) -> Record:
         """The graph that a forward under `none` would have kept."""
-        given = {value: kept.tensor for value, kept in record.inputs.items()}
+        live = Live(self.ledger)
+        for value, held in record.inputs.items():
+            live.put(value, held.tensor, held)
         attention = None
         if record.attention is not None:
             attention = KeptAttention(record.attention[0].tensor, record.attention[1].tensor)
         # what the chunk ends in was read by the next one, in the forward
         with unread(self.modules[chunk.parts[-1]]):
-            return self._graph(chunk, given, feed, attention)[1]
+            return self._graph(chunk, live, feed, attention)
 
-    def _graph(self, chunk: Chunk, given: Tensors, feed: Feed, kept: KeptAttention | None) -> tuple[Tensors, Record]:
-        """Run with a graph. Only edges of it are kept: what no operation saved may go."""
-        leaves = {value: tensor.detach().requires_grad_() for value, tensor in given.items()}
+    def _graph(self, chunk: Chunk, live: Live, feed: Feed, kept: KeptAttention | None) -> Record:
+        """Run with a graph. Only the edge of its root is kept: what no operation saved may go."""
+        inside = Live(self.ledger)
+        leaves = {value: live[value].detach().requires_grad_() for value in chunk.reads}
+        for value, leaf in leaves.items():
+            inside.put(value, leaf)
+        live.drop(value for drops in chunk.lifetimes.drops for value in drops)
         with torch.enable_grad(), self.ledger.graphs():
-            made = self._run(chunk, leaves, feed, kept)
-        edges = {value: get_gradient_edge(tensor) for value, tensor in made.items() if tensor.requires_grad}
+            self._run(chunk, inside, feed, kept, graph=True)
+        record = Record(leaves=leaves)
+        outputs = [value for value in chunk.gives if inside[value].requires_grad]
+        if outputs:
+            root: Tensor = _Root.apply(record.gradients, outputs, *inside.read(outputs))  # type: ignore[no-untyped-call]
+            record.root = get_gradient_edge(root)
+        for value in chunk.gives:
+            held = inside.pop(value)
+            live.put(value, held.tensor, held)
         for leaf in leaves.values():  # the leaf is there to collect a gradient; its data is on the ledger if needed
             leaf.data = leaf.data.new_empty(1).expand(leaf.shape)
-        return made, Record({}, None, edges, leaves)
+        return record
 
-    def _run(self, chunk: Chunk, given: Tensors, feed: Feed, kept: KeptAttention | None) -> Tensors:
-        values = dict(given)
-        made: Tensors = {}
-        for part in chunk.parts:
-            out = run_part(part, self.modules[part], [values[value] for value in part.reads], feed, kept)
-            made.update(zip(part.makes, out, strict=True))
-            values.update(made)
-        return made
+    def _run(self, chunk: Chunk, live: Live, feed: Feed, kept: KeptAttention | None, graph: bool = False) -> None:
+        for place, part in enumerate(chunk.parts):
+            self._run_part(chunk, place, live, feed, kept, graph)
+            if feed.needs is not None:
+                self.ledger.works(feed.needs.forward_bytes(part, graph))
+            live.drop(chunk.lifetimes.drops[place])
+
+    def _run_part(
+        self, chunk: Chunk, place: int, live: Live, feed: Feed, kept: KeptAttention | None, graph: bool
+    ) -> None:
+        part = chunk.parts[place]
+        module, inputs = self.modules[part], live.read(part.reads)
+        draws = part in self._draws and feed.stream is not None
+        with feed.stream.of(part, feed.tokens.device) if draws and feed.stream else nullcontext():
+            made = run_part(part, module, inputs, feed, kept)
+        if feed.needs is not None:
+            feed.needs.check(part, module, made)
+            if graph and made[0].requires_grad:
+                nbytes = feed.needs.backward_bytes(chunk, place)
+                made[0].register_hook(lambda _: self.ledger.works(nbytes))
+        for value, tensor in zip(part.makes, made, strict=True):
+            live.put(value, tensor)
+
+
+class _Root(torch.autograd.Function):
+    """Where a chunk's backward starts. It hands out the gradients of outputs, so that nobody holds them longer than needed."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: dict[Value, Tensor], values: Sequence[Value], *outputs: Tensor) -> Tensor:
+        ctx.gradients, ctx.values = gradients, values
+        return torch.zeros((), device=outputs[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(ctx.gradients.pop(value, None) for value in ctx.values)
 
 
 def run_part(

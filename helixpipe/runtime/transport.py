@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helixpipe.errors import RankError
+from helixpipe.runtime.ledger import Ledger
 from helixpipe.runtime.sends import DeviceSends, HostSends, InFlight, SendError, Work
 from helixpipe.runtime.watch import Watch
 from helixpipe.schedule.program import Kind, Message
@@ -37,20 +38,16 @@ class Transport:
         gradient_dtype: torch.dtype,
         timeout_s: float,
         watch: Watch,
+        ledger: Ledger,
     ) -> None:
         self.group, self.device = group, device
         self.dtype, self.gradient_dtype = dtype, gradient_dtype
-        self.timeout_s, self.watch = timeout_s, watch
+        self.timeout_s, self.watch, self.ledger = timeout_s, watch, ledger
         # gloo moves host memory only: CUDA tensors are staged through it
         self._wire = wire_of(group, device)
         self.host = self._wire.type == "cpu"
         self._sends = HostSends(timeout_s) if self.host else DeviceSends()
         self._receives: dict[int, InFlight] = {}
-
-    @property
-    def buffer_bytes(self) -> int:
-        """Bytes in sends not yet complete and receives not yet taken."""
-        return self._sends.nbytes + sum(flight.nbytes for flight in self._receives.values())
 
     def meet(self, messages: Iterable[Message]) -> None:
         """Let every pair that will have messages say one word, in one order. Collective.
@@ -65,19 +62,19 @@ class Transport:
                     self._complete([group.send([word], high, 0) if rank == low else group.recv([word], low, 0)])
 
     def send(self, message: Message, tensors: Sequence[Tensor]) -> None:
-        held = [tensor.to(self._wire).contiguous() for tensor in tensors]
+        held = [self.ledger.carry(tensor.to(self._wire).contiguous()) for tensor in tensors]
         with self._named(message, message.dst):
             group = _known(self.group)
             # the group's own call: what dist.isend does around it costs more than the call
-            works = [group.send([tensor], message.dst, _tag(message, i)) for i, tensor in enumerate(held)]
+            works = [group.send([each.tensor], message.dst, _tag(message, i)) for i, each in enumerate(held)]
             self._sends.hold(InFlight(message, works, held))
 
     def receive(self, message: Message) -> None:
         dtype = self.gradient_dtype if message.kind is Kind.WEIGHT_GRADIENTS else self.dtype
-        held = [torch.empty(shape, dtype=dtype, device=self._wire) for shape in message.shapes]
+        held = [self.ledger.carry(torch.empty(shape, dtype=dtype, device=self._wire)) for shape in message.shapes]
         with self._named(message, message.src):
             group = _known(self.group)
-            works = [group.recv([tensor], message.src, _tag(message, i)) for i, tensor in enumerate(held)]
+            works = [group.recv([each.tensor], message.src, _tag(message, i)) for i, each in enumerate(held)]
         self._receives[message.number] = InFlight(message, works, held)
 
     def wait(self, message: Message) -> list[Tensor]:
@@ -85,7 +82,7 @@ class Transport:
         flight = self._receives.pop(message.number)
         with self._named(message, message.src):
             self._complete(flight.works)
-        return [tensor.to(self.device) for tensor in flight.tensors]
+        return [each.tensor.to(self.device) for each in flight.held]
 
     def finish(self) -> None:
         """Wait for every send of the step."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from helixpipe.parts.part import Value, loss_of
 from helixpipe.schedule.action import BACKWARD, Action, Pass
 from helixpipe.schedule.stage import Edge, Stage, edges
 
@@ -45,6 +46,14 @@ class Schedule:
     def edges_out_of(self) -> tuple[tuple[Edge, ...], ...]:
         """Per stage, the edges that take its outputs on."""
         return tuple(tuple(e for e in self.edges if e.producer == s) for s in range(len(self.stages)))
+
+    @cached_property
+    def outputs(self) -> tuple[frozenset[Value], ...]:
+        """Per stage, the values that other stages read, and the loss, which nobody does."""
+        loss = loss_of(self.layers)
+        found = [{value for edge in edges for value in edge.values} for edges in self.edges_out_of]
+        made = [{value for part in stage.parts for value in part.makes} for stage in self.stages]
+        return tuple(frozenset(out | ({loss} & here)) for out, here in zip(found, made, strict=True))
 
     @cached_property
     def placement(self) -> dict[tuple[int, int], int]:

@@ -190,7 +190,7 @@ def _legend(timelines: Mapping[str, Timeline], data: dict[str, Any]) -> Iterator
     points = [point for t in timelines.values() for rank in t.memory for point in rank]
     if points:
         yield _item('<i class="activations"></i>', "activations")
-    if any(point.buffer_bytes for point in points):
+    if any(point.transit_bytes for point in points):
         yield _item('<i class="buffers"></i>', "message buffers")
     if points and any(t.standing for t in timelines.values()):
         yield _item('<i class="stands"></i>', "weights, gradients, optimizer")

@@ -74,7 +74,11 @@ def _complete(span: Span, stages: Sequence[str], process: int, thread: int) -> E
 
 def _counters(rank: str, points: Sequence[MemoryPoint], process: int) -> Iterator[Event]:
     for point in points:
-        held = {"activations": point.activation_bytes, "buffers": point.buffer_bytes}
+        held = {
+            "kept": point.kept_bytes,
+            "workspace": point.workspace_bytes,
+            "in transit": point.transit_bytes,
+        }
         yield _counter(f"{rank} bytes", point.time_s, held, process)
 
 

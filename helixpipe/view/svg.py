@@ -110,7 +110,7 @@ class _Drawing:
         """Name -> the colours of its swatches, for what is in the picture."""
         found = [(NAMES[kind], [colour(kind, i, 3) for i in range(3)]) for kind in TONES if kind in self.kinds]
         found += [(MOVING, ["#ddd"])] if self.moving else []
-        buffers = any(point.buffer_bytes for points in self.timeline.memory for point in points)
+        buffers = any(point.transit_bytes for points in self.timeline.memory for point in points)
         found += [("activations", [ACTIVATIONS])] if self.has_memory else []
         return found + ([("message buffers", [BUFFERS])] if buffers else [])
 
@@ -159,16 +159,16 @@ class _Drawing:
         return next((text for text in told if len(text) * LETTER + 1 <= width and self.bar >= 12), "")
 
     def memory(self, points: Sequence[MemoryPoint], y: float) -> Iterator[str]:
-        """Live bytes by time, all ranks on one scale: activations, and message buffers on top of them."""
+        """Live bytes by time, all ranks on one scale: activations, of them message buffers on top."""
         height = self.curve - 4
-        most = max((p.activation_bytes + p.buffer_bytes for rank in self.timeline.memory for p in rank), default=0) or 1
+        most = max(self.timeline.peak_activation_bytes, default=0) or 1
         for buffers, fill in ((True, BUFFERS), (False, ACTIVATIONS)):
             path = [f"M{_n(self.x(0))} {_n(y + height)}"]
             for point in points:
-                total = point.activation_bytes + (point.buffer_bytes if buffers else 0)
+                total = point.activation_bytes - (0 if buffers else point.transit_bytes)
                 path.append(f"H{_n(self.x(point.time_s))}V{_n(y + height - height * total / most)}")
             path.append(f"H{_n(self.x(self.timeline.makespan_s))}V{_n(y + height)}Z")
-            if not buffers or any(point.buffer_bytes for point in points):
+            if not buffers or any(point.transit_bytes for point in points):
                 yield f'<path d="{"".join(path)}" fill="{fill}"/>'
         peak = max((point.activation_bytes for point in points), default=0)
         yield f'<text x="{LEFT - 8}" y="{_n(y + height / 2 + 4)}" class="r m b">{_bytes(peak)}</text>'

@@ -57,7 +57,7 @@ def test_the_peak_is_that_of_the_fullest_rank_and_each_rank_has_its_own() -> Non
     assert found.peak_bytes == max(peaks) == peaks[0]
     assert sorted(peaks[:-1], reverse=True) == list(peaks[:-1])  # the first ranks keep the most forwards
     for rank, standing in enumerate(found.timeline.standing):
-        both = found.timeline.peak_activation_bytes[rank] + found.timeline.peak_buffer_bytes[rank]
+        both = found.timeline.peak_kept_bytes[rank] + found.timeline.peak_transit_bytes[rank]
         assert sum(standing) < peaks[rank] <= sum(standing) + both
 
 
@@ -143,10 +143,10 @@ def test_tensor_parallel_shares_activations_and_messages() -> None:
     eight = estimate_family(replace(setting, tensor_parallel=8, tensor_link=named_link("nvlink")), "1f1b", 4, 8)
     # what qkv and the MLP read is gathered, and each keeps it whole; 4 micro-batches of 8 layers are under way
     gathered = 4 * 8 * 2 * 131072 * SHAPE.hidden * 2
-    kept = alone.timeline.peak_activation_bytes[0]
-    assert eight.timeline.peak_activation_bytes[0] == (kept - gathered) // 8 + gathered
+    kept = alone.timeline.peak_kept_bytes[0]
+    assert eight.timeline.peak_kept_bytes[0] == (kept - gathered) // 8 + gathered
     megatron = replace(setting, tensor_parallel=8, tensor_link=named_link("nvlink"), megatron=True)
-    assert estimate_family(megatron, "1f1b", 4, 8).timeline.peak_activation_bytes[0] == kept // 8
+    assert estimate_family(megatron, "1f1b", 4, 8).timeline.peak_kept_bytes[0] == kept // 8
     assert alone.timeline.makespan_s / 8 < eight.timeline.makespan_s < alone.timeline.makespan_s / 6
     message = alone.program.messages[0]
     assert eight.message_seconds(message) < alone.message_seconds(message)
@@ -156,7 +156,7 @@ def test_context_parallel_shares_tokens_and_pays_for_its_ring() -> None:
     setting = replace(LONG, accelerator=named_accelerator("h20"), link=named_link("infiniband"))
     alone, four = (estimate_family(replace(setting, context_parallel=c), "1f1b", 4, 8) for c in (1, 4))
     assert four.timeline.makespan_s == pytest.approx(alone.timeline.makespan_s / 4, rel=0.01)  # the ring is hidden
-    assert four.timeline.peak_activation_bytes[0] == alone.timeline.peak_activation_bytes[0] // 4
+    assert four.timeline.peak_kept_bytes[0] == alone.timeline.peak_kept_bytes[0] // 4
     assert four.timeline.standing == alone.timeline.standing  # weights are whole on each
     slow = replace(setting, context_parallel=4, link=Link("slow", 1e9, 0.0, "made up"))
     ring_s = 2 * 131072 * SHAPE.kv_size * 0.75 * 2 / 1e9
@@ -191,9 +191,9 @@ def test_a_replay_has_the_bytes_of_one_accelerator() -> None:
     setting = replace(LONG, shape=TINY, sequence_length=64, tensor_parallel=2, context_parallel=2)
     found = estimate_family(setting, "1f1b", 2, 4)
     again = replayed(found.schedule, found.timeline, setting)
-    assert again.peak_activation_bytes == found.timeline.peak_activation_bytes
+    assert again.peak_kept_bytes == found.timeline.peak_kept_bytes
     alone = estimate_family(replace(setting, tensor_parallel=1, context_parallel=1), "1f1b", 2, 4).timeline
-    for shared, whole in zip(again.peak_activation_bytes, alone.peak_activation_bytes, strict=True):
+    for shared, whole in zip(again.peak_kept_bytes, alone.peak_kept_bytes, strict=True):
         assert whole / 4 < shared < whole / 3
 
 
@@ -228,7 +228,7 @@ def test_the_face() -> None:
 def test_the_face_keeps_what_the_accelerator_keeps() -> None:
     schedule = hp.build_schedule("1f1b", ranks=2, layers=4, microbatches=2)
     peaks = {
-        name: hp.simulate(schedule, model="tiny", hardware=name, recompute="none").peak_activation_bytes[0]
+        name: hp.simulate(schedule, model="tiny", hardware=name, recompute="none").peak_kept_bytes[0]
         for name in ("h100", "laptop-core")
     }
     assert peaks["h100"] < peaks["laptop-core"]

@@ -116,12 +116,12 @@ def test_an_empty_timeline_has_answers_too() -> None:
     timeline = Timeline(((), ()))
     assert (timeline.makespan_s, timeline.bubble_ratio, timeline.ranks) == (0.0, 0.0, 2)
     assert timeline.idle_s == (0.0, 0.0)
-    assert timeline.peak_activation_bytes == ()
+    assert timeline.peak_kept_bytes == ()
 
 
 def test_peak_bytes_are_of_activations_by_rank() -> None:
     points = (MemoryPoint(0, 5), MemoryPoint(1, 9, 100), MemoryPoint(2, 0))
-    assert Timeline(((), ()), (points, ())).peak_activation_bytes == (9, 0)
+    assert Timeline(((), ()), (points, ())).peak_kept_bytes == (9, 0)
 
 
 def test_only_runs_are_spans() -> None:

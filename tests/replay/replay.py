@@ -67,7 +67,7 @@ def settings() -> Iterator[tuple[str, Setting]]:
             Setting(LLAMA, 4096, h100, infiniband, Keeping(recompute, 2, chunk, chunk, True)),
         )
         yield f"gpt {recompute} chunk {chunk}", Setting(GPT, 2048, keeping=Keeping(recompute, 4, chunk, chunk))
-    keeping = Keeping("selective", 2, fused_rms=True)
+    keeping = Keeping("selective", 2, device="cuda")
     yield "qwen, two sequences", Setting(QWEN, 4096, keeping=Keeping("none", 8, 512), microbatch_size=2)
     yield "both ways", Setting(BOTH_WAYS, 4096, h100, infiniband, keeping)
     many = {"tensor_parallel": 2, "tensor_link": nvlink, "context_parallel": 2, "data_parallel": 2}

@@ -65,7 +65,7 @@ def many_messages() -> tuple[int, int] | None:
     pipeline.step(*batch(SHAPE, 16, 64))
     program = pipeline.program(Batch(1, (64,)))
     sent = sum(4 * m.elements for m in program.messages if m.kind in (Kind.VALUES, Kind.GRADIENTS))
-    most = max(point.buffer_bytes for point in pipeline.timeline().memory[pipeline.rank])
+    most = max(point.transit_bytes for point in pipeline.timeline().memory[pipeline.rank])
     pipeline.close()
     return most, sent
 

@@ -29,7 +29,7 @@ def met() -> int:
     transport = Transport(dist.group.WORLD, torch.device("cpu"), torch.float32, torch.float32, 20.0, watch)
     transport.meet(lower(schedule, SHAPE, Batch(1, (1,))).messages)
     transport.close()
-    return transport.buffer_bytes
+    return transport.transit_bytes
 
 
 def test_pairs_in_a_circle_meet(four_ranks: Ranks) -> None:

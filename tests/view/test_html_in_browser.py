@@ -102,7 +102,7 @@ def test_actions_are_drawn_at_their_times_in_their_colours(opened: Any) -> None:
         assert len(set(found)) == 8  # two passes of four micro-batches
     idle = next((a.end_s + b.start_s) / 2 for a, b in pairwise(timeline.spans[1]) if b.start_s > a.end_s)
     assert pixel(tab, 1, idle) == "#eff1f3"
-    most = max(timeline.memory[0], key=lambda point: point.activation_bytes)
+    most = max(timeline.memory[0], key=lambda point: point.kept_bytes)
     assert pixel(tab, 0, most.time_s + 1e-5, 58) == "#6f9fd0"
 
 

@@ -1,0 +1,105 @@
+"""Live: values of a stage between their maker and their last reader, and what their parts need beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from helixpipe.errors import ConfigError
+from helixpipe.parts.part import Part, Value, loss_of
+from helixpipe.parts.work import Work
+from helixpipe.runtime.ledger import Kept, Ledger
+from helixpipe.schedule.chunks import Chunk
+
+
+class Live:
+    """Values and their places on the ledger. A value is gone when it is dropped: nobody else may hold it."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._tensors: dict[Value, Tensor] = {}
+        self._kept: dict[Value, Kept] = {}
+
+    def __getitem__(self, value: Value) -> Tensor:
+        return self._tensors[value]
+
+    def __contains__(self, value: object) -> bool:
+        return value in self._tensors
+
+    def __iter__(self) -> Iterator[Value]:
+        return iter(self._tensors)
+
+    def read(self, values: Iterable[Value]) -> list[Tensor]:
+        return [self._tensors[value] for value in values]
+
+    def put(self, value: Value, tensor: Tensor, kept: Kept | None = None) -> None:
+        """`kept`: its place on the ledger, where it has one already."""
+        self._tensors[value] = tensor
+        self._kept[value] = self._ledger.keep(tensor) if kept is None else kept
+
+    def drop(self, values: Iterable[Value]) -> None:
+        for value in values:
+            self._tensors.pop(value, None)
+            self._kept.pop(value, None)
+
+    def pop(self, value: Value) -> Kept:
+        """The value without its graph."""
+        del self._tensors[value]
+        return self._kept.pop(value)
+
+
+class Needs:
+    """What the parts of a rank's stages need and give, of one segment of one batch: `Work`'s answers, asked once."""
+
+    def __init__(self, work: Work, dtype: torch.dtype) -> None:
+        self.work, self.dtype = work, dtype
+        self._forward: dict[tuple[Part, bool], int] = {}
+        self._backward: dict[Part, int] = {}
+        self._shapes: dict[Value, tuple[int, ...]] = {}
+
+    def forward_bytes(self, part: Part, graph: bool) -> int:
+        """Workspace of a part's forward."""
+        key = part, graph
+        if key not in self._forward:
+            self._forward[key] = self.work.forward_workspace(part, graph)
+        return self._forward[key]
+
+    def backward_bytes(self, chunk: Chunk, place: int) -> int:
+        """Workspace of a part's backward, and the gradients that wait in the chunk when it begins."""
+        part = chunk.parts[place]
+        if part not in self._backward:
+            pending = sum(map(self.work.value_bytes, chunk.lifetimes.pending[place]))
+            self._backward[part] = pending + self.work.backward_workspace(part)
+        return self._backward[part]
+
+    def check(self, part: Part, module: torch.nn.Module, made: Collection[Tensor]) -> None:
+        """Raise ConfigError for values of another number, shape or precision than messages will have."""
+        if len(made) != len(part.makes):
+            raise ConfigError(
+                f"{part}: {type(module).__name__} gave {len(made)} tensors; give {self._told(part)}, {len(part.makes)} in all"
+            )
+        for value, tensor in zip(part.makes, made, strict=True):
+            if tensor.dtype is self.dtype and tensor.shape == self._shape(value):
+                continue
+            if value == loss_of(self.work.shape.layers) and tensor.shape == () and tensor.dtype.is_floating_point:
+                continue
+            raise ConfigError(
+                f"{part}: {type(module).__name__} gave {value.name} as {_name(tensor.dtype)} {list(tensor.shape)}; "
+                f"give it as {_name(self.dtype)} {list(self._shape(value))}"
+            )
+
+    def _shape(self, value: Value) -> tuple[int, ...]:
+        if value not in self._shapes:
+            work = self.work
+            self._shapes[value] = work.shape.value_shape(value, work.batch, work.segment)
+        return self._shapes[value]
+
+    @staticmethod
+    def _told(part: Part) -> str:
+        return ", ".join(value.name for value in part.makes)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
