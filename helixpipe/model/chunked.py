@@ -45,7 +45,8 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx: Any, module: Whole, chunk: int, joined: bool, x: Tensor, *others: Tensor) -> Tensor:
         ctx.module, ctx.chunk, ctx.joined = module, chunk, joined
         ctx.save_for_backward(x, *others)
-        if getattr(module, _UNREAD, False):  # the backward needs x alone
+        ctx.unread = getattr(module, _UNREAD, False)
+        if ctx.unread:  # the backward needs x alone
             return x.new_empty(1).expand(x.shape) if joined else torch.zeros((), dtype=_loss_dtype(x), device=x.device)
         pieces = zip(*(t.split(chunk, 1) for t in (x, *others)), strict=True)
         if not joined:
@@ -58,7 +59,8 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *others = ctx.saved_tensors
-        result = torch.empty_like(x)
+        # where nobody reads what was made, its gradient is nobody else's
+        result = grad if ctx.unread and ctx.joined and grad.is_contiguous() else torch.empty_like(x)
         for start in range(0, x.shape[1], ctx.chunk):
             here = slice(start, start + ctx.chunk)
             piece = x[:, here].detach().requires_grad_()

@@ -11,7 +11,7 @@ tensor anew in the backward: elementwise work costs little, and the tensor is th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from helixpipe.model.activation import Activation
 from helixpipe.model.attention import Holder
 
 
@@ -49,10 +50,6 @@ def add_product(weight: nn.Parameter, x: Tensor, grad: Tensor) -> None:
         weight.grad.addmm_(grad.mT, x)
 
 
-Activation = Callable[..., Tensor]
-"""From tensors of one shape to one of that shape, elementwise."""
-
-
 def same(x: Tensor) -> Tensor:
     return x
 
@@ -62,11 +59,11 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, linear: Linear, activation: Activation, weight: Tensor, bias: Tensor | None, *inputs: Tensor
+        ctx: Any, linear: Linear, activation: Activation | None, weight: Tensor, bias: Tensor | None, *inputs: Tensor
     ) -> Tensor:
         ctx.save_for_backward(weight, *inputs)
         ctx.linear, ctx.activation = linear, activation
-        x = activation(*inputs)
+        x = inputs[0] if activation is None else activation.forward(*inputs)
         if bias is None:
             return F.linear(x, weight)
         out = x.new_empty(*x.shape[:-1], weight.shape[0])  # not F.linear's, which is a view that nobody may add to
@@ -76,24 +73,18 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
+        activation = ctx.activation
         needs_dw, needs_db, *needs_dx = ctx.needs_input_grad[2:]
-        dx = grad @ weight if any(needs_dx) else None
-        x, dinputs = _through(ctx.activation, inputs, dx)
-        dw = _weight_gradient(ctx.linear, x, grad) if needs_dw else None
+        dw = None
+        if needs_dw:  # what is activated goes before its gradient comes
+            x = inputs[0] if activation is None else activation.forward(*inputs)
+            dw = _weight_gradient(ctx.linear, x, grad)
+            del x
         db = grad.flatten(0, -2).sum(0) if needs_db else None
-        return None, None, dw, db, *dinputs
-
-
-def _through(
-    activation: Activation, inputs: Sequence[Tensor], grad: Tensor | None
-) -> tuple[Tensor, Sequence[Tensor | None]]:
-    """activation(*inputs), and the gradients of its inputs from that of its output."""
-    if activation is same or grad is None:
-        return activation(*inputs), [grad] * len(inputs)
-    with torch.enable_grad():
-        leaves = [each.detach().requires_grad_() for each in inputs]
-        x = activation(*leaves)
-    return x.detach(), torch.autograd.grad(x, leaves, grad)
+        if not any(needs_dx):
+            return None, None, dw, db, *(None for _ in inputs)
+        dx = grad @ weight
+        return None, None, dw, db, *((dx,) if activation is None else activation.backward(dx, *inputs))
 
 
 def _weight_gradient(linear: Linear, x: Tensor, grad: Tensor) -> Tensor | None:
@@ -127,9 +118,9 @@ class Linear(nn.Linear):
     """Where ranks divide `into`: from this rank's product to its share of the sum of theirs; the bias comes after."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.activated(same, x)
+        return self.activated(None, x)
 
-    def activated(self, activation: Activation, *inputs: Tensor) -> Tensor:
+    def activated(self, activation: Activation | None, *inputs: Tensor) -> Tensor:
         """This layer of activation(*inputs), which is not kept."""
         inside = self.bias if self.scatter is None else None
         y: Tensor = _Linear.apply(self, activation, self.weight, inside, *inputs)  # type: ignore[no-untyped-call]

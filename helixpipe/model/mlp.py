@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from helixpipe.model.activation import GELU, Activation, SwiGLU
 from helixpipe.model.chunked import Chunked, chunked
 from helixpipe.model.divided import Exchange, TensorDivided
-from helixpipe.model.linear import Activation, Linear, activated, added
+from helixpipe.model.linear import Linear, activated, added
 from helixpipe.model.norm import norm
 from helixpipe.model.recipe import Recipe
 from helixpipe.parts.shape import ModelShape
-
-
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
 
 
 class MLP(Chunked, TensorDivided):
@@ -37,7 +33,7 @@ class MLP(Chunked, TensorDivided):
 
     def whole(self, x: Tensor, *others: Tensor) -> Tensor:
         n = self.gather(self.norm(x))
-        activation: Activation = F.gelu if self.gate is None else _swiglu
+        activation: Activation = GELU() if self.gate is None else SwiGLU()
         wide = [self.up(n)] if self.gate is None else [self.gate(n), self.up(n)]
         del n  # not needed any more where nothing keeps it
         return added(self.down, activated(self.down, activation, *wide), x)

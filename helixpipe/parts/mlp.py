@@ -62,16 +62,16 @@ class MLPKind(Kind):
             return piece.shape.hidden * piece.unit + self.forward_workspace(part, piece, graph=False)
         shape, h = work.shape, work.shape.hidden * work.keeping.tensor_parallel
         kept = 0 if graph else (1 if shape.mlp == "gelu" else 2) * shape.ffn
-        gated = 0 if shape.mlp == "gelu" else max(0, shape.ffn - shape.hidden)
         normed = 0 if graph else h + norm_forward(work) // work.unit
-        return max(kept + shape.ffn + gated, normed) * work.unit
+        return max(kept + shape.ffn, normed) * work.unit
 
     def backward_workspace(self, part: Part, work: Work) -> int:
-        """At the last linear layer: its input made anew, that one's gradient, and of what the activation reads."""
+        """At the last linear layer: its input made anew and the weight's gradient; then those of what the activation reads."""
         if work.slices(part):
             piece = work.sliced(part)
             graph = sum(self.saved(part, piece).values()) + piece.shape.hidden * piece.unit
             return work.value_bytes(part.reads[0]) + graph + self.backward_workspace(part, piece)
         shape = work.shape
-        most = (3 if shape.mlp == "gelu" else 5) * shape.ffn * work.unit
-        return max(most, norm_backward(work) + shape.hidden * work.unit) + self.largest_matrix(work)
+        made = shape.ffn * work.unit
+        gradients = made if shape.mlp == "gelu" else 2 * made
+        return max(gradients + self.largest_matrix(work), norm_backward(work))
