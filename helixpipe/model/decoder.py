@@ -52,8 +52,10 @@ class Decoder:
         with torch.device("meta"):
             module = MODULES[part.kind](self.recipe)
         module.to_empty(device="cpu")
-        for name, parameter in module.named_parameters():
-            self._initialise(self.shape.parameter_name(part, name), parameter)
+        for place, parameter in module.named_parameters():
+            name = self.shape.parameter_name(part, place)
+            self._initialise(name, parameter)
+            parameter.requires_grad_(self.shape.trains(name))
         return module
 
     @torch.no_grad()

@@ -8,10 +8,10 @@ from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Work
 
 
-def norm_parameters(shape: ModelShape, name: str = "") -> Shapes:
-    """Of a norm over the hidden size."""
+def norm_parameters(shape: ModelShape, name: str = "", size: int = 0) -> Shapes:
+    """Of a norm over `size` elements (0: the hidden size)."""
     names = ("weight", "bias") if shape.norm == "layer" else ("weight",)
-    return {f"{name}{each}": (shape.hidden,) for each in names}
+    return {f"{name}{each}": (size or shape.hidden,) for each in names}
 
 
 def norm_saved(work: Work, name: str, rows: int = 1) -> Kept:

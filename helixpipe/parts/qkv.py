@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from helixpipe.parts.kind import Kept, Kind, Shapes, linear, register
-from helixpipe.parts.norm import norm_backward, norm_forward, norm_saved
+from helixpipe.parts.norm import norm_backward, norm_forward, norm_parameters, norm_saved
 from helixpipe.parts.part import Part
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Work
@@ -21,8 +21,11 @@ class QKVKind(Kind):
     def parameters(self, shape: ModelShape) -> Shapes:
         h, q, kv, bias = shape.hidden, shape.q_size, shape.kv_size, shape.qkv_bias
         found = linear("q", q, h, bias) | linear("k", kv, h, bias) | linear("v", kv, h, bias)
-        extra = {"q_norm.weight": (shape.head_dim,), "k_norm.weight": (shape.head_dim,)}
-        return found | (extra if shape.qk_norm else {})
+        if shape.qk_norm:
+            found |= norm_parameters(shape, "q_norm.", shape.head_dim) | norm_parameters(
+                shape, "k_norm.", shape.head_dim
+            )
+        return found
 
     def value_shape(self, name: str, work: Work) -> tuple[int, ...]:
         heads = work.shape.heads if name == "q" else work.shape.kv_heads

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import fnmatch
+import glob
 import math
+import re
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from helixpipe.errors import ConfigError
 from helixpipe.parts.kind import Kind, Shapes, maker
@@ -52,6 +57,8 @@ class ModelShape:
     tied: bool = False
     """Whether the head uses the embedding's table."""
     causal: bool = True
+    frozen: tuple[str, ...] = ()
+    """Parameters that are not trained, by full name: `embed.tokens.weight`, or patterns of shells: `embed.*`, `layers.[0-3].*`."""
 
     def __post_init__(self) -> None:
         for name, least in _AT_LEAST.items():
@@ -76,6 +83,10 @@ class ModelShape:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"model.{name}: '{getattr(self, name)}' is not known; known: {', '.join(known)}")
+
+        if isinstance(self.frozen, str):
+            raise ConfigError(f"model.frozen: '{self.frozen}' is one text; give a list of names or patterns")
+        object.__setattr__(self, "frozen", tuple(self.frozen))
 
     @property
     def q_size(self) -> int:
@@ -123,6 +134,16 @@ class ModelShape:
             for name, size in self.parameters(part).items()
         }
 
+    def trains(self, name: str) -> bool:
+        """Whether a parameter, by its full name, has gradients and is updated."""
+        return not self.frozen or _any_of(self.frozen).match(name) is None
+
+    def freezing(self, names: Iterable[str]) -> ModelShape:
+        """The same model with these parameters frozen too."""
+        found = copy.copy(self)
+        object.__setattr__(found, "frozen", (*self.frozen, *map(glob.escape, names)))
+        return found
+
     def tensor_share(self, ranks: int) -> ModelShape:
         """What each of so many tensor-parallel ranks holds of the parameters."""
         return replace(self, **{name: getattr(self, name) // ranks for name in TENSOR_DIVIDED})
@@ -142,3 +163,9 @@ class ModelShape:
     @property
     def parameter_count(self) -> int:
         return sum(self.parameter_elements(chain(self.layers)).values())
+
+
+@lru_cache(maxsize=64)
+def _any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    """One expression for all of them."""
+    return re.compile("|".join(map(fnmatch.translate, patterns)))

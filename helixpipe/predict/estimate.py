@@ -22,7 +22,7 @@ from helixpipe.parts.work import Batch, Keeping
 from helixpipe.predict.cost import Analytic, PartCosts, accelerator_bytes, action_seconds
 from helixpipe.predict.hardware import Accelerator, Link, named_accelerator, named_link
 from helixpipe.predict.simulate import simulate_program
-from helixpipe.predict.standing import dealt, owned_and_visiting, standing_bytes
+from helixpipe.predict.standing import dealt, owned_and_visiting, standing_bytes, trained
 from helixpipe.predict.timeline import MemoryPoint, Timeline
 from helixpipe.schedule import families
 from helixpipe.schedule.action import Action
@@ -225,7 +225,8 @@ class Estimate:
         wholes, _ = owned_and_visiting(self.schedule, setting.shape)
         shares, _ = owned_and_visiting(self.schedule, setting.share)
         slowest = 0.0
-        for whole, share in zip(wholes, shares, strict=True):
+        for whole, held in zip(wholes, shares, strict=True):
+            share = trained(held, setting.share)
             divided = sum(size for name, size in share.items() if size < whole[name])
             undivided = sum(share.values()) - divided
             sums_s = _all_reduce_s(divided * wide, replicas, setting.link)

@@ -228,14 +228,13 @@ def _shape_flags(shape: ModelShape) -> str:
 
 
 def _fields(value: ModelShape | Link) -> dict[str, Any]:
-    kind = ModelShape if isinstance(value, ModelShape) else Link
-    return {field.name: getattr(value, field.name) for field in dataclasses.fields(kind)}
+    return {name: getattr(value, name) for name in _kinds(ModelShape if isinstance(value, ModelShape) else Link)}
 
 
 def _kinds(kind: type[ModelShape] | type[Link]) -> dict[str, type]:
-    """Field -> the type of its value; their annotations are texts."""
+    """Field -> the type of its value; their annotations are texts. What is frozen is not measured."""
     known = {"int": int, "float": float, "str": str, "bool": bool}
-    return {field.name: known[str(field.type)] for field in dataclasses.fields(kind)}
+    return {field.name: known[str(field.type)] for field in dataclasses.fields(kind) if field.name != "frozen"}
 
 
 def _checked(

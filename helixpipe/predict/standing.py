@@ -6,6 +6,7 @@
     float64   8 + 8               (the master)    16
 
 A rank where a stage visits holds its weights in the run's precision and their gradients in the masters' beside what it owns.
+A frozen parameter stands in the run's precision alone, where it is owned and where it visits.
 
 With tensor parallelism these are of one accelerator, which holds its share of some matrices and all of the rest.
 """
@@ -35,9 +36,16 @@ def standing_bytes(
     found = []
     for owned, visiting in zip(*owned_and_visiting(schedule, share), strict=True):
         own, visits = sum(owned.values()), sum(visiting.values())
-        updated = max(dealt(owned, optimizer_shards))
-        found.append(Standing(own * (wide + copy) + visits * narrow, (own + visits) * wide, updated * 2 * wide))
+        updated = trained(owned, share)
+        masters, gradients = sum(updated.values()), sum(updated.values()) + sum(trained(visiting, share).values())
+        weights = masters * (wide + copy) + (own - masters + visits) * narrow
+        found.append(Standing(weights, gradients * wide, max(dealt(updated, optimizer_shards)) * 2 * wide))
     return tuple(found)
+
+
+def trained(elements: Elements, shape: ModelShape) -> Elements:
+    """Those that have gradients."""
+    return {name: size for name, size in elements.items() if shape.trains(name)}
 
 
 def dealt(owned: Elements, replicas: int) -> list[int]:

@@ -15,7 +15,7 @@ Directions that the mesh does not name have one rank; a mesh without names is al
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from helixpipe.sequence.wire import wire_of
 
 Group = dist.ProcessGroup | None
 """None is this process alone."""
+T = TypeVar("T")
 
 
 class Place(NamedTuple):
@@ -112,6 +113,15 @@ class Mesh:
         with watch.together():
             dist.all_gather(rows, row, self.everyone)
         return [r.tolist() for r in rows]
+
+    def told(self, mine: T) -> list[T]:
+        """Every rank's object, in the order of `places`. Collective, before there is a watch."""
+        if self.everyone is None:
+            return [mine]
+        found = [mine] * len(self.places)
+        with starting(self.rank):
+            dist.all_gather_object(found, mine, self.everyone)
+        return found
 
     def _joined(self, axes: tuple[str, ...]) -> Group:
         """The ranks that differ from this one in these directions only."""

@@ -21,14 +21,16 @@ from helixpipe.model.head import IGNORED
 from helixpipe.parts.part import Part
 from helixpipe.parts.work import Batch, Keeping, Work
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
+from helixpipe.runtime.buffers import Buffers
 from helixpipe.runtime.context import Context
 from helixpipe.runtime.executor import execute
 from helixpipe.runtime.ledger import Ledger
 from helixpipe.runtime.live import Needs
 from helixpipe.runtime.mesh import Mesh
+from helixpipe.runtime.modules import Modules
 from helixpipe.runtime.randomness import Stream, evaluating
 from helixpipe.runtime.recorder import Recorder
-from helixpipe.runtime.reduction import Reduction
+from helixpipe.runtime.reduction import Reduction, used_anywhere
 from helixpipe.runtime.shards import Shards
 from helixpipe.runtime.shares import Shares
 from helixpipe.runtime.stages import Stages
@@ -39,7 +41,7 @@ from helixpipe.runtime.weights import Weights
 from helixpipe.schedule.action import Action
 from helixpipe.schedule.check import check
 from helixpipe.schedule.lower import flops, lower
-from helixpipe.schedule.program import Program
+from helixpipe.schedule.program import Kind, Program
 from helixpipe.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -92,10 +94,11 @@ class Pipeline:
         self._divided.check(model.shape, segment_lengths or ())
         cp, tp = self.mesh.group("cp"), self.mesh.group("tp")
         self._tensor = None if tp is None else TensorParallel(tp, model.shape)
-        self._shape = model.shape if self._tensor is None else self._tensor.local
         context = None if cp is None else Context(cp, context_method, layout)
         self._shares = Shares(self.mesh, context, schedule.microbatches, segment_lengths, self.device)
-        self._weights = Weights(model, schedule, self.rank, self.device, dtype, self._tensor)
+        modules = Modules(model, schedule, self.rank, self.device, dtype, self._tensor, self.mesh.told)
+        self._shape, self._weights = modules.shape, Weights(modules)
+        self._buffers = Buffers(modules, self.group, recompute)
         _check_attention(self._weights.modules, schedule.segments)
         for part, module in self._weights.modules.items():
             if context is not None:
@@ -129,8 +132,12 @@ class Pipeline:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The masters this rank owns, by full name."""
+        """The masters this rank owns, by full name. Frozen ones too: `requires_grad` says which are trained."""
         return self._weights.masters
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The persistent buffers of the parts this rank owns, by full name: what a checkpoint has beside parameters."""
+        return self._buffers.persistent()
 
     def shards(self) -> Shards:
         """For an optimizer whose state is divided over replicas: which masters to update here, and how they are shared."""
@@ -249,19 +256,44 @@ class Pipeline:
             self._stream,
         )
         self._watch.doing = "the start of a step"
-        self._gathered([0.0])  # clocks start together
+        if any(stale for (stale,) in self._gathered([self._buffers.stale()])):  # clocks start together
+            with self._watch.together():
+                self._buffers.share()
+        self._buffers.begin()
         self._reduction.begin()
         try:
             with nullcontext() if training else evaluating(self._weights.modules.values()):
                 execute(program.ranks[self.rank], stages, self._weights, self._transport, self._recorder, self._watch)
         except RankError as error:
             raise self._watch.placed(error) from error
+        loss = sum((float(stages.losses[key].double()) for key in sorted(stages.losses)), 0.0) * scale
+        loss = self._settled(loss, training)
+        self._settle_unused(program)
         self._reduction.finish()
         self.steps += training
-        loss = sum((float(stages.losses[key].double()) for key in sorted(stages.losses)), 0.0) * scale
-        loss = math.fsum(row[0] for row in self._gathered([loss]))
         self._watch.doing = "work between steps"
         return loss
+
+    def _settled(self, loss: float, training: bool) -> float:
+        """The losses of all ranks, once buffers are known to be what they should be."""
+        self._watch.doing = "the end of a step"
+        changed = self._buffers.changed()
+        fault = self._buffers.fault(changed, training)
+        losses, changes, faults = zip(*self._gathered([loss, bool(changed), bool(fault)]), strict=True)
+        if any(faults):
+            raise ConfigError(next(filter(None, self.mesh.told(fault))))
+        if any(changes):
+            with self._watch.together():
+                self._buffers.follow(self.mesh.copies)
+        return math.fsum(losses)
+
+    def _settle_unused(self, program: Program) -> None:
+        """A parameter that no rank of the pipeline used has no gradient, though its owner was sent zeros."""
+        home = [message.names for message in program.messages if message.kind is Kind.WEIGHT_GRADIENTS]
+        if names := sorted({name for names in home for name in names}):
+            mine = self._weights.used(names)
+            with self._watch.together():
+                self._weights.settle(used_anywhere(names, mine, self.group, self.device))
 
     def _needs_of(self, batch: Batch) -> list[Needs]:
         """What parts need here, segment by segment."""

@@ -36,6 +36,7 @@ from helixpipe.predict.hardware import Link
 from helixpipe.predict.profile import WITH_WEIGHTS, Profile, Timing, merged
 from helixpipe.runtime.executor import execute
 from helixpipe.runtime.ledger import Ledger
+from helixpipe.runtime.modules import Modules
 from helixpipe.runtime.oom import out_of_memory
 from helixpipe.runtime.recorder import Recorder
 from helixpipe.runtime.stages import Stages
@@ -96,10 +97,10 @@ class Parts:
     """One layer, embed and head on this device, part by part."""
 
     def __init__(self, shape: ModelShape, device: torch.device | str, dtype: torch.dtype) -> None:
-        device = torch.device(device)
+        device, shape = torch.device(device), replace(shape, frozen=())  # every pass is timed
         self.asked, self.shape, self.device, self.dtype = shape, replace(shape, layers=1), device, dtype
         self.stages = tuple(Stage((part,)) for part in chain(1))
-        self.weights = Weights(Decoder(self.shape), self._schedule(1), 0, device, dtype)
+        self.weights = Weights(Modules(Decoder(self.shape), self._schedule(1), 0, device, dtype))
         self.ledger = Ledger(self.weights.is_parameter)
         outputs = self._schedule(1).outputs
         self.tapes = {

@@ -2,11 +2,14 @@
 
 Each rank has run its own sequences (dp), or its own tokens of them (cp, tp). Gradients go in buckets, in the
 masters' precision, after the last action, and every rank gets the same sums bit by bit.
+
+    bucket   [ gradient | gradient | zeros | used? used? used? ]     what this rank did not use, another may have
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,7 +27,7 @@ class Reduction:
     """Of one rank's masters. `divided`: the names of those that tp divides, which its ranks do not share."""
 
     def __init__(self, masters: Mapping[str, nn.Parameter], divided: Collection[str], mesh: Mesh, watch: Watch) -> None:
-        names = sorted(masters)
+        names = sorted(name for name, master in masters.items() if master.requires_grad)
         shares = [
             (mesh.replicas, [n for n in names if n in divided]),
             (mesh.copies, [n for n in names if n not in divided]),
@@ -46,17 +49,22 @@ class Reduction:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Sum this step's gradients over the ranks, and add them to the earlier ones. Collective."""
+        """Sum this step's gradients over the ranks, and add them to the earlier ones. Collective.
+
+        A parameter that no rank used has none, as in plain autograd.
+        """
         self._watch.doing = "the sum of gradients"
         for group, parameters in self._shares:
-            for bucket in buckets(p.grad for p in parameters if p.grad is not None):
+            for bucket in buckets(parameters):
                 self._sum(bucket, group)
         for parameter, before in self._before.items():
             parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
         self._before.clear()
 
-    def _sum(self, gradients: list[Tensor], group: Group) -> None:
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
+    def _sum(self, parameters: list[nn.Parameter], group: Group) -> None:
+        used = [parameter.grad is not None for parameter in parameters]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([*(gradient.flatten() for gradient in gradients), gradients[0].new_tensor(used)])
         wire = flat.to(wire_of(group, flat.device))
         try:
             dist.all_reduce(wire, group=group)
@@ -64,13 +72,26 @@ class Reduction:
             raise RankError(
                 f"{self._watch.me}, at {self._watch.doing}, lost a rank that has the same parameters; {self._watch.others()}"
             ) from error
-        for gradient, total in zip(gradients, wire.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(total.view_as(gradient))
+        *totals, counts = wire.split([*(g.numel() for g in gradients), len(used)])
+        anywhere = used if all(used) else counts.tolist()
+        for parameter, gradient, total, count in zip(parameters, gradients, totals, anywhere, strict=True):
+            if count:
+                parameter.grad = gradient.copy_(total.view_as(gradient))
 
 
-def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+def used_anywhere(names: Sequence[str], mine: Sequence[bool], group: Group, device: torch.device) -> list[str]:
+    """Those that some rank of the group says it used. Collective."""
+    flags = torch.tensor(mine, dtype=torch.float32, device=wire_of(group, device))
+    dist.all_reduce(flags, group=group)
+    return [name for name, count in zip(names, flags.tolist(), strict=True) if count]
+
+
+T = TypeVar("T", bound=Tensor)
+
+
+def buckets(tensors: Iterable[T]) -> Iterator[list[T]]:
     """Runs of tensors of about BUCKET_BYTES."""
-    bucket: list[Tensor] = []
+    bucket: list[T] = []
     for tensor in tensors:
         bucket.append(tensor)
         if sum(t.nbytes for t in bucket) >= BUCKET_BYTES:

@@ -3,7 +3,7 @@ arXiv 1910.02054).
 
     gradients summed on all replicas ── each updates its share ── every share sent to all
 
-Whole parameters are dealt out (`mesh.deal`). An update is the same whoever makes it, so
+Whole parameters that are trained are dealt out (`mesh.deal`). An update is the same whoever makes it, so
 weights stay those of a run without shards, bit by bit.
 """
 
@@ -30,7 +30,7 @@ class Shards:
         self._group, self._watch = mesh.replicas, watch
         replicas = dist.get_world_size(self._group) if self._group is not None else 1
         mine = dist.get_rank(self._group) if self._group is not None else 0
-        dealt = deal({name: parameter.numel() for name, parameter in masters.items()}, replicas)
+        dealt = deal({name: master.numel() for name, master in masters.items() if master.requires_grad}, replicas)
         self._shares = [{name: masters[name] for name in names} for names in dealt]
         self.mine = self._shares[mine]
         """Those to update here, by name."""

@@ -206,6 +206,8 @@ class Tape:
         draws = part in self._draws and feed.stream is not None
         with feed.stream.of(part, feed.tokens.device) if draws and feed.stream else nullcontext():
             made = run_part(part, module, inputs, feed, kept)
+        if graph:  # what follows may count on it, whatever is frozen before
+            made = [each if each.requires_grad else each.detach().requires_grad_() for each in made]
         if feed.needs is not None:
             feed.needs.check(part, module, made)
             if graph and made[0].requires_grad:

@@ -1,87 +1,76 @@
 """Weights: the parameters on one rank.
 
-    masters   parameters this rank owns, float32 or wider: what the optimizer sees
+    masters   parameters this rank owns, float32 or wider: what the optimizer sees; frozen ones in the run's precision
     working   what modules compute with: the master itself when the precision is the same, else a copy made
               anew each step; on a rank where the stage visits, what came from the owner this step
 
+A module keeps its own Parameter objects wherever that can be, so that whoever holds one holds what is trained.
 Gradients collect in the masters' precision. Those of a visiting stage go home as one message.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from helixpipe.model.attn import Attention
-from helixpipe.model.decoder import Model
-from helixpipe.model.kernels import check_head_dim
 from helixpipe.model.linear import add_product
-from helixpipe.parts.part import Part
-from helixpipe.runtime.tensor import TensorParallel
-from helixpipe.schedule.program import parameter_owners
-from helixpipe.schedule.schedule import Schedule
+from helixpipe.runtime.modules import Modules, Named
 
 
 class Weights:
-    """Asks the model for the parts this rank owns or runs, and for no others."""
+    """Of the parts that this rank owns or runs."""
 
-    def __init__(
-        self,
-        model: Model,
-        schedule: Schedule,
-        rank: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        tensor: TensorParallel | None = None,
-    ) -> None:
-        """`tensor`: of each part, this rank holds and computes its share."""
-        self.device, self.dtype = device, dtype
-        self.master_dtype = torch.promote_types(dtype, torch.float32)
-        self.modules: dict[Part, nn.Module] = {}
+    def __init__(self, modules: Modules) -> None:
+        self.dtype = modules.dtype
+        self.master_dtype = torch.promote_types(self.dtype, torch.float32)
+        self.modules = modules.running
         self.masters: dict[str, nn.Parameter] = {}
+        self._found = modules
         self._working: dict[str, nn.Parameter] = {}
         self._collected: dict[str, Tensor] = {}  # gradients of working copies, in the masters' precision
         self._visits: Counter[str] = Counter()  # stages here that a visiting weight came for and that need it still
+        self._used: set[str] = set()  # parameters that travel and had a gradient here this step
+        self._bare: set[str] = set()  # masters without a gradient at the step's start
         self._storages: set[int] = set()
-        owners = parameter_owners(schedule, model.shape)
-        for s, stage in enumerate(schedule.stages):
-            runs, owns = rank in schedule.ranks_of[s], rank == schedule.owner(s)
-            for part in stage.parts if runs or owns else ():
-                module = model.part(part)
-                if any(isinstance(inner, Attention) for inner in module.modules()):
-                    check_head_dim(model.shape.head_dim, device, dtype)
-                if tensor is not None:
-                    tensor.divide(part, module)
-                module = module.to(device)
-                for local, parameter in list(module.named_parameters()):
-                    name = model.shape.parameter_name(part, local)
-                    owner = owners.get(name, schedule.owner(s))
-                    self._adopt(name, parameter, owned=owner == rank, runs=runs)
-                    if runs:
-                        _assign(module, local, self._working[name])
-                if runs:
-                    self.modules[part] = module
+        for part, named in modules.parameters.items():
+            for each in named:
+                self._adopt(each, part in modules.running, modules.shape.trains(each.name))
+                if part in modules.running:
+                    for place in each.places:
+                        _assign(modules.running[part], place, self._working[each.name])
         self._names = {id(working): name for name, working in self._working.items()}
         self._note_storages()
 
-    def _adopt(self, name: str, parameter: nn.Parameter, owned: bool, runs: bool) -> None:
-        if owned and name not in self.masters:
-            self.masters[name] = nn.Parameter(parameter.detach().to(self.master_dtype))
+    def _adopt(self, named: Named, runs: bool, trains: bool) -> None:
+        name, own = named.name, named.parameter
+        _let_go(own)
+        own.requires_grad_(trains).grad = None
+        narrow = self.dtype if own.is_floating_point() else own.dtype
+        if named.owned and name not in self.masters:
+            kept = self.master_dtype if trains else narrow
+            if kept == narrow or not runs:
+                own.data = own.data.to(kept)
+                self.masters[name] = own
+            else:
+                self.masters[name] = nn.Parameter(own.detach().to(kept))
         if not runs or name in self._working:
             return
-        if owned and self.dtype == self.master_dtype:
-            self._working[name] = self.masters[name]
-            return
-        working = nn.Parameter(_nothing(parameter, self.dtype))
-        working.register_post_accumulate_grad_hook(lambda p, name=name: self._collect(name, p))
-        self._working[name] = working
+        master = self.masters.get(name)
+        if master is not None and master.dtype == narrow:
+            self._working[name] = master
+        else:
+            own.data = _nothing(own, narrow)
+            self._working[name] = own
+        if trains and (self._working[name] is not master or name in self._found.travelling):
+            self._working[name].register_post_accumulate_grad_hook(_Hook(self, name))
 
-    def _collect(self, name: str, working: Tensor) -> None:
-        """Add a working copy's fresh gradient to what was collected, in the masters' precision."""
-        if working.grad is None:
+    def came(self, name: str, working: nn.Parameter) -> None:
+        """A gradient was added to a parameter. That of a copy is put to what was collected, in the masters' precision."""
+        self._used.add(name)
+        if working is self.masters.get(name) or working.grad is None:
             return  # put off: autograd calls this with nothing to add
         if name in self._collected:
             self._collected[name].add_(working.grad)
@@ -93,9 +82,7 @@ class Weights:
     def multiply_in(self, weight: nn.Parameter, x: Tensor, grad: Tensor) -> None:
         """Add the weight gradient that a linear layer had put off."""
         add_product(weight, x, grad)
-        name = self._names[id(weight)]
-        if weight is not self.masters.get(name):
-            self._collect(name, weight)
+        self.came(self._names[id(weight)], weight)
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -103,15 +90,19 @@ class Weights:
         for name, working in self._working.items():
             if name in self.masters and working is not self.masters[name]:
                 working.data = self.masters[name].to(self.dtype)
+        self._used.clear()
+        self._bare = {
+            name for name in self._found.travelling if name in self.masters and self.masters[name].grad is None
+        }
         self._note_storages()
 
     def outgoing(self, names: Sequence[str]) -> list[Tensor]:
         """Weights to send to a rank where a stage visits."""
-        return [self.masters[name].detach().to(self.dtype) for name in names]
+        return [self.masters[name].detach().to(self.dtype) for name in self._here(names)]
 
     def arrive(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
         """Weights came from their owner for a stage; they stay until the gradients of the last that shares them leave."""
-        for name, tensor in zip(names, tensors, strict=True):
+        for name, tensor in zip(self._here(names), tensors, strict=True):
             self._visits[name] += 1
             if self._visits[name] == 1:
                 self._working[name].data = tensor
@@ -120,7 +111,7 @@ class Weights:
     def leave(self, names: Sequence[str]) -> list[Tensor]:
         """Gradients to send home; the weights they are of are let go, unless another stage shares them."""
         gradients = []
-        for name in names:
+        for name in self._here(names):
             working = self._working[name]
             gradient = self._collected.pop(name, None)
             gradients.append(torch.zeros_like(working, dtype=self.master_dtype) if gradient is None else gradient)
@@ -134,7 +125,7 @@ class Weights:
     @torch.no_grad()
     def add(self, names: Sequence[str], gradients: Sequence[Tensor]) -> None:
         """Gradients came home."""
-        for name, gradient in zip(names, gradients, strict=True):
+        for name, gradient in zip(self._here(names), gradients, strict=True):
             self._add(self.masters[name], gradient)
 
     @torch.no_grad()
@@ -148,9 +139,22 @@ class Weights:
             if name not in self.masters:
                 working.data = _nothing(working, self.dtype)
 
+    def used(self, names: Sequence[str]) -> list[bool]:
+        """Whether each of these had a gradient on this rank."""
+        return [name in self._used for name in self._here(names)]
+
+    def settle(self, used: Collection[str]) -> None:
+        """What no rank of the pipeline used has no gradient, though zeros came home: plain autograd gives none either."""
+        for name in self._bare - set(self._here(used)):
+            self.masters[name].grad = None
+
     def is_parameter(self, pointer: int) -> bool:
-        """Whether a storage is a weight rather than an activation."""
+        """Whether a storage is a weight or a buffer rather than an activation."""
         return pointer in self._storages
+
+    def _here(self, names: Collection[str]) -> list[str]:
+        """As they are called here, where a module has one parameter under two names."""
+        return [self._found.aliases.get(name, name) for name in names]
 
     def _add(self, master: nn.Parameter, gradient: Tensor) -> None:
         if master.grad is None:
@@ -159,7 +163,25 @@ class Weights:
             master.grad.add_(gradient)
 
     def _note_storages(self) -> None:
-        self._storages = {w.untyped_storage().data_ptr() for w in self._working.values()}
+        buffers = [buffer for module in self.modules.values() for buffer in module.buffers()]
+        self._storages = {t.untyped_storage().data_ptr() for t in (*self._working.values(), *buffers)}
+
+
+class _Hook:
+    """What autograd calls when it has added a parameter's gradient."""
+
+    def __init__(self, weights: Weights, name: str) -> None:
+        self.weights, self.name = weights, name
+
+    def __call__(self, working: nn.Parameter) -> None:
+        self.weights.came(self.name, working)
+
+
+def _let_go(parameter: nn.Parameter) -> None:
+    """A pipeline that had this module before has it no more."""
+    hooks = parameter._post_accumulate_grad_hooks or {}
+    for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
+        del hooks[key]
 
 
 def _nothing(like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -167,8 +189,9 @@ def _nothing(like: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(1, dtype=dtype, device=like.device).expand(like.shape)
 
 
-def _assign(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    *path, leaf = name.split(".")
+def _assign(module: nn.Module, place: str, parameter: nn.Parameter) -> None:
+    *path, leaf = place.split(".")
     for step in path:
         module = getattr(module, step)
-    setattr(module, leaf, parameter)
+    if getattr(module, leaf) is not parameter:
+        setattr(module, leaf, parameter)

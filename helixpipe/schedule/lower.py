@@ -2,7 +2,8 @@
 
 What to send is derived. A value whose producer and consumer run on different ranks becomes a message, and
 its gradient the message back. A parameter used on a rank that does not own it travels there once a step,
-and its gradient home: this is how a visiting stage gets its weights, and a tied head its table.
+and its gradient home: this is how a visiting stage gets its weights, and a tied head its table. Of a frozen
+parameter nothing comes home.
 
 How messages are ordered, and why that cannot deadlock:
 
@@ -34,11 +35,12 @@ from helixpipe.schedule.program import (
     Receive,
     Run,
     Send,
-    parameter_owners,
+    visits,
 )
 from helixpipe.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
+    from helixpipe.parts.kind import Shapes
     from helixpipe.parts.shape import ModelShape
     from helixpipe.parts.work import Batch
 
@@ -137,37 +139,21 @@ def _values(schedule: Schedule, shape: ModelShape, batch: Batch, clock: Times) -
 
 def _parameters(schedule: Schedule, shape: ModelShape, clock: Times) -> list[_Draft]:
     """Weights to each rank that uses but does not own them, before their first use; gradients home after the last."""
-    owners = parameter_owners(schedule, shape)
     drafts = []
-    for stage, rank, names, shapes in _visits(schedule, shape, owners):
+    for stage, rank, owner, parameters in visits(schedule, shape):
         uses = [a for a in schedule.ranks[rank] if a.stage == stage]
-        by_owner: dict[int, list[int]] = {}
-        for i, name in enumerate(names):
-            by_owner.setdefault(owners[name], []).append(i)
-        for owner, chosen in by_owner.items():
-            payload = tuple(names[i] for i in chosen), tuple(shapes[i] for i in chosen)
-            first = uses[0]
-            time, place = _early(schedule.ranks[rank], clock, first)
-            drafts.append(_Draft(time, place, Kind.WEIGHTS, owner, rank, None, first, *payload))
-            last = uses[-1]
-            if last.kind in BACKWARD or last.kind is Pass.W:
-                time, place = clock.end[last], clock.place[last]
-                drafts.append(_Draft(time, place, Kind.WEIGHT_GRADIENTS, rank, owner, last, None, *payload))
+        first, last = uses[0], uses[-1]
+        time, place = _early(schedule.ranks[rank], clock, first)
+        drafts.append(_Draft(time, place, Kind.WEIGHTS, owner, rank, None, first, *_payload(parameters)))
+        trained = {name: size for name, size in parameters.items() if shape.trains(name)}
+        if trained and (last.kind in BACKWARD or last.kind is Pass.W):
+            time, place = clock.end[last], clock.place[last]
+            drafts.append(_Draft(time, place, Kind.WEIGHT_GRADIENTS, rank, owner, last, None, *_payload(trained)))
     return drafts
 
 
-def _visits(
-    schedule: Schedule, shape: ModelShape, owners: dict[str, int]
-) -> list[tuple[int, int, list[str], list[tuple[int, ...]]]]:
-    """(stage, rank, names, shapes) of the parameters that rank uses in that stage and does not own."""
-    found = []
-    for s, stage in enumerate(schedule.stages):
-        named = [(shape.parameter_name(p, n), size) for p in stage.parts for n, size in shape.parameters(p).items()]
-        for rank in schedule.ranks_of[s]:
-            visiting = [(name, size) for name, size in named if owners[name] != rank]
-            if visiting:
-                found.append((s, rank, [name for name, _ in visiting], [size for _, size in visiting]))
-    return found
+def _payload(parameters: Shapes) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
+    return tuple(parameters), tuple(parameters.values())
 
 
 def _early(order: tuple[Action, ...], clock: Times, first: Action) -> tuple[float, int]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from helixpipe.schedule.action import Action
 from helixpipe.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
+    from helixpipe.parts.kind import Shapes
     from helixpipe.parts.shape import ModelShape
     from helixpipe.parts.work import Batch
 
@@ -118,3 +119,27 @@ def parameter_owners(schedule: Schedule, shape: ModelShape) -> dict[str, int]:
             for name in shape.parameters(part):
                 owners.setdefault(shape.parameter_name(part, name), schedule.owner(s))
     return owners
+
+
+class Visit(NamedTuple):
+    """Parameters, shapes by full name, that a rank uses in a stage and another one owns."""
+
+    stage: int
+    rank: int
+    owner: int
+    parameters: Shapes
+
+
+def visits(schedule: Schedule, shape: ModelShape) -> list[Visit]:
+    """All of them, by stage, rank and owner."""
+    owners = parameter_owners(schedule, shape)
+    found = []
+    for s, stage in enumerate(schedule.stages):
+        named = {shape.parameter_name(p, n): size for p in stage.parts for n, size in shape.parameters(p).items()}
+        for rank in schedule.ranks_of[s]:
+            of: dict[int, Shapes] = {}
+            for name, size in named.items():
+                if owners[name] != rank:
+                    of.setdefault(owners[name], {})[name] = size
+            found += [Visit(s, rank, owner, parameters) for owner, parameters in of.items()]
+    return found

@@ -48,7 +48,7 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
         layout=config.mesh.layout,
     )
     shards = pipeline.shards() if config.mesh.optimizer == "sharded" else None
-    optimizer = Optimizer(pipeline.parameters, settings, pipeline.as_whole, shards)
+    optimizer = Optimizer(pipeline.parameters, settings, pipeline.as_whole, shards, pipeline.buffers)
 
     data = corpus.fingerprint()
     _check_same_data(data, pipeline, group)

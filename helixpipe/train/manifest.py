@@ -86,7 +86,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
         if digest != _digest(body):
             raise ValueError
         files = {name: FileSeal(**seal) for name, seal in body["files"].items()}
-        return Manifest(body["step"], body["shape"], body["config"], files, tuple(body.get("data", ())))
+        shape = {name: tuple(value) if isinstance(value, list) else value for name, value in body["shape"].items()}
+        return Manifest(body["step"], shape, body["config"], files, tuple(body.get("data", ())))
     except OSError as error:
         raise CheckpointError(f"{path}: {_reason(error)}; this is no whole checkpoint, choose another") from None
     except (ValueError, KeyError, TypeError, AttributeError):

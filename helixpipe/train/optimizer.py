@@ -1,4 +1,7 @@
-"""AdamW with weight decay on matrices alone, and a learning rate that is a function of the step."""
+"""AdamW with weight decay on matrices alone, and a learning rate that is a function of the step.
+
+Frozen parameters and buffers are not updated, and are in the state all the same.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +36,14 @@ class Optimizer:
         config: TrainConfig,
         as_whole: Callable[[str, Tensor], Tensor] = lambda name, mine: mine,
         shards: Shards | None = None,
+        buffers: Callable[[], Mapping[str, Tensor]] = dict,
     ) -> None:
         """`as_whole`: how checkpoints see a tensor of a parameter of which this rank has a part. `shards`: of the
-        parameters, those to update here; None is all.
+        parameters, those to update here; None is all that are trained. `buffers`: what else is in a checkpoint.
         """
-        self.parameters, self.config, self.as_whole = dict(parameters), config, as_whole
-        self.shards, self.updated = shards, shards.mine if shards is not None else self.parameters
+        self.parameters, self.config, self.as_whole, self.buffers = dict(parameters), config, as_whole, buffers
+        trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
+        self.shards, self.updated = shards, shards.mine if shards is not None else trained
         matrices = [p for p in self.updated.values() if p.dim() > 1]
         vectors = [p for p in self.updated.values() if p.dim() <= 1]
         groups = [
@@ -61,11 +66,11 @@ class Optimizer:
         return rate
 
     def state(self, step: int) -> dict[str, Tensor]:
-        """This rank's weights and moments after `step` steps, by names that know no placement.
+        """This rank's weights, buffers and moments after `step` steps, by names that know no placement.
 
-        The tensors are the optimizer's own: filling them restores it.
+        The tensors are the model's and the optimizer's own: filling them restores both.
         """
-        found = {}
+        found = {f"model.{name}": buffer for name, buffer in self.buffers().items()}
         for name, parameter in self.parameters.items():
             found[f"model.{name}"] = self.as_whole(name, parameter.data)
             if name not in self.updated:

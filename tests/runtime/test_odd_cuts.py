@@ -13,6 +13,7 @@ from test_gradients import mesh_of
 from helixpipe.model.decoder import Decoder
 from helixpipe.parts.part import Part, chain
 from helixpipe.parts.shape import ModelShape
+from helixpipe.runtime.modules import Modules
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.runtime.weights import Weights
 from helixpipe.schedule.action import Action, Pass
@@ -109,7 +110,7 @@ def test_a_value_is_read_by_a_later_chunk_and_by_another_stage() -> None:
 def test_weights_that_left_are_no_parameters_any_more() -> None:
     """Guards against counting an activation as a weight once it has the address of weights that travelled on."""
     schedule = build_schedule("helix", ranks=2, layers=3, microbatches=2, travel="attention")
-    weights = Weights(Decoder(SHAPE), schedule, 0, torch.device("cpu"), torch.float32)
+    weights = Weights(Modules(Decoder(SHAPE), schedule, 0, torch.device("cpu"), torch.float32))
     name = "layers.1.qkv.q.weight"
     assert name not in weights.masters
     came = torch.randn(16, 16)

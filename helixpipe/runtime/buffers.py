@@ -1,0 +1,132 @@
+"""Buffers: what modules hold beside parameters: tables, masks, running statistics. Each keeps its own precision.
+
+    owner      its own            a step begins: are travelling buffers what was sent last? if not, they are sent anew
+    visitor    the owner's        a step ends:   has a forward changed any?
+
+A changed buffer is exact where one rank runs the part, and runs it once. Elsewhere it is refused, by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from helixpipe.parts.part import Part
+from helixpipe.runtime.mesh import Group
+from helixpipe.runtime.modules import Modules
+
+Key = tuple[Part, str]
+"""A part and a buffer's place in its module."""
+Print = tuple[torch.Size, torch.dtype, int]
+# numbers at a time
+PIECE = 2**20
+
+
+class Buffers:
+    """Of the modules of one rank; `line` is its pipeline. `recompute`: the policy under which it trains."""
+
+    def __init__(self, modules: Modules, line: Group, recompute: str) -> None:
+        self._modules, self._line, self._recompute = modules, line, recompute
+        stages = modules.schedule.stages
+        self._ranks = {part: modules.ranks_with(s) for s, stage in enumerate(stages) for part in stage.parts}
+        self._sent: dict[Key, Print] = {}
+        self._before: dict[Key, Print] = {}
+
+    def persistent(self) -> dict[str, Tensor]:
+        """Those of the parts that this rank owns which belong into a checkpoint, by full name."""
+        return {
+            self._modules.shape.parameter_name(part, place): buffer
+            for part, module in self._modules.owned.items()
+            for place, buffer in module.named_buffers()
+            if _is_persistent(module, place)
+        }
+
+    def stale(self) -> bool:
+        """Whether some that several ranks have are not, here, what was sent last."""
+        return self._prints(self._travelling) != self._sent
+
+    def share(self) -> None:
+        """Send every owner's to the ranks that its stages visit. Collective in the line."""
+        for stage in range(len(self._modules.schedule.stages)):
+            owner, *visitors = self._modules.ranks_with(stage)
+            parts = self._modules.schedule.stages[stage].parts
+            for visitor in visitors:
+                if self._modules.rank == owner:
+                    dist.send_object_list([self._values(parts)], group=self._line, group_dst=visitor)
+                elif self._modules.rank == visitor:
+                    box: list[dict[Key, Tensor]] = [{}]
+                    dist.recv_object_list(box, group=self._line, group_src=owner)
+                    self._fill(box[0])
+        self._sent = self._prints(self._travelling)
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._before = self._prints(self._modules.running)
+
+    def changed(self) -> list[Key]:
+        """Those that forwards of this step changed."""
+        now = self._prints(self._modules.running)
+        return [key for key in {**self._before, **now} if self._before.get(key) != now.get(key)]
+
+    def fault(self, changed: Iterable[Key], training: bool) -> str:
+        """Why a step that changed these is not exact, and what to do; "" where it is."""
+        for part, place in changed:
+            name, ranks = self._modules.shape.parameter_name(part, place), self._ranks[part]
+            if len(ranks) > 1:
+                return (
+                    f"{name}: forwards of {part} change it, and ranks {', '.join(map(str, sorted(ranks)))} each have one; "
+                    "keep the part on one rank, or its module in eval mode"
+                )
+            if training and self._recompute != "none":
+                return (
+                    f"{name}: forwards of {part} change it, and recompute '{self._recompute}' would change it twice; "
+                    "use recompute 'none', or keep its module in eval mode"
+                )
+        return ""
+
+    def follow(self, copies: Group) -> None:
+        """Take those of the first of the ranks with the same parts: each has seen other tokens. Collective among them."""
+        if copies is not None:
+            box = [self._values(self._modules.running)]
+            dist.broadcast_object_list(box, group=copies, group_src=0)
+            self._fill(box[0])
+
+    @property
+    def _travelling(self) -> list[Part]:
+        return [part for part, ranks in self._ranks.items() if len(ranks) > 1 and self._modules.rank in ranks]
+
+    def _all(self, parts: Iterable[Part]) -> dict[Key, Tensor]:
+        modules = self._modules.owned | self._modules.running
+        return {(part, place): buffer for part in parts for place, buffer in modules[part].named_buffers()}
+
+    def _values(self, parts: Iterable[Part]) -> dict[Key, Tensor]:
+        return {key: buffer.detach().cpu() for key, buffer in self._all(parts).items()}
+
+    def _fill(self, values: dict[Key, Tensor]) -> None:
+        for (part, place), buffer in self._all({part for part, _ in values}).items():
+            buffer.data = values[part, place].to(buffer.device)
+
+    def _prints(self, parts: Iterable[Part]) -> dict[Key, Print]:
+        return {key: (buffer.shape, buffer.dtype, fingerprint(buffer)) for key, buffer in self._all(parts).items()}
+
+
+def fingerprint(tensor: Tensor) -> int:
+    """A number of all its bits and where they are: torch's own count of writes misses those of a batch norm."""
+    if tensor.layout is not torch.strided or type(tensor) is not Tensor:
+        return tensor._version
+    bits = tensor.detach().reshape(-1).view(torch.uint8)
+    bits = bits.clone() if bits.storage_offset() % 8 else bits
+    whole = len(bits) // 8 * 8
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for piece in (*bits[:whole].view(torch.int64).split(PIECE), bits[whole:].long()):
+        odd = torch.arange(len(piece), device=tensor.device) * 2 + 1
+        total = total * 1_000_003 + (piece * odd).sum()  # wraps around
+    return int(total)
+
+
+def _is_persistent(module: nn.Module, place: str) -> bool:
+    path, _, leaf = place.rpartition(".")
+    return leaf not in module.get_submodule(path)._non_persistent_buffers_set

@@ -1,0 +1,198 @@
+"""Modules: the parts of a model on this rank, and what all ranks agree on before any of them runs.
+
+A part's module may be anybody's: its parameters may be frozen, stand at several places, or be in no shape's list.
+
+    rank 0   what is trained, what is wrong ──┐
+    rank 1   what is trained, what is wrong ──┼──► on every rank the same first fault, or one shape that knows what is frozen
+    rank 2   ...                            ──┘
+
+What would not be exact is refused here, by name: ranks derive messages from the shape, and never ask each other.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from helixpipe.errors import ConfigError
+from helixpipe.model.attn import Attention
+from helixpipe.model.decoder import Model
+from helixpipe.model.kernels import check_head_dim
+from helixpipe.parts.part import Part
+from helixpipe.parts.shape import ModelShape
+from helixpipe.runtime.tensor import TensorParallel
+from helixpipe.schedule.program import parameter_owners, visits
+from helixpipe.schedule.schedule import Schedule
+
+
+class Named(NamedTuple):
+    """A parameter of a part: its full name, whether this rank owns it, and every place in the module where it stands."""
+
+    name: str
+    parameter: nn.Parameter
+    owned: bool
+    places: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a rank tells all others."""
+
+    faults: tuple[str, ...]
+    trains: tuple[tuple[str, bool], ...]
+    """Full name of a parameter and whether it is trained, for every part that has it."""
+    buffers: tuple[tuple[Part, tuple[str, ...]], ...]
+    """What buffers a part has."""
+
+
+def alone(mine: Told) -> Sequence[Told]:
+    """The exchange of a rank that has no others."""
+    return [mine]
+
+
+class Modules:
+    """Asks the model for the parts that this rank owns or runs, and for no others. Collective, by `exchange`."""
+
+    def __init__(
+        self,
+        model: Model,
+        schedule: Schedule,
+        rank: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        tensor: TensorParallel | None = None,
+        exchange: Callable[[Told], Sequence[Told]] = alone,
+    ) -> None:
+        """`tensor`: of each part, this rank holds and computes its share. Raises ConfigError, on all ranks the same."""
+        self.schedule, self.rank, self.device, self.dtype = schedule, rank, device, dtype
+        self.shape = model.shape if tensor is None else tensor.local
+        self.running: dict[Part, nn.Module] = {}
+        self.owned: dict[Part, nn.Module] = {}
+        self.parameters: dict[Part, list[Named]] = {}
+        self.aliases: dict[str, str] = {}
+        """Full name of a parameter that the shape lists twice -> the one that it has here."""
+        self.travelling = frozenset(name for visit in visits(schedule, self.shape) for name in visit.parameters)
+        self._owners = parameter_owners(schedule, self.shape)
+        faults: list[str] = []
+        for stage in range(len(schedule.stages)):
+            if rank in self.ranks_with(stage):
+                for part in schedule.stages[stage].parts:
+                    try:
+                        faults += self._take(model, tensor, stage, part)
+                    except ConfigError as error:
+                        faults.append(str(error))
+        faults += self._clashes()
+        trains = [
+            (name, parameter.requires_grad and self.shape.trains(name))
+            for named in self.parameters.values()
+            for name, parameter, *_ in named
+        ]
+        buffers = [
+            (part, tuple(f"{place} {list(buffer.shape)}" for place, buffer in module.named_buffers()))
+            for part, module in {**self.owned, **self.running}.items()
+        ]
+        self.shape = _agreed(exchange(Told(tuple(faults), tuple(trains), tuple(buffers))), self.shape)
+
+    def ranks_with(self, stage: int) -> list[int]:
+        """Those that have a stage's modules: its owner first."""
+        owner = self.schedule.owner(stage)
+        return [owner, *(rank for rank in self.schedule.ranks_of[stage] if rank != owner)]
+
+    def _take(self, model: Model, tensor: TensorParallel | None, stage: int, part: Part) -> Iterator[str]:
+        """Take a part's module in; what is wrong with it."""
+        module = model.part(part)
+        if any(isinstance(inner, Attention) for inner in module.modules()):
+            check_head_dim(self.shape.head_dim, self.device, self.dtype)
+        if tensor is not None:
+            tensor.divide(part, module)
+        module = module.to(self.device)
+        if self.rank in self.schedule.ranks_of[stage]:
+            self.running[part] = module
+        if self.rank == self.schedule.owner(stage):
+            self.owned[part] = module
+        self.parameters[part] = []
+        at = dict(module.named_parameters(remove_duplicate=False))
+        listed, whose = self.shape.parameters(part), f"{type(module).__name__} of {part}"
+        for place, size in listed.items():
+            name = self.shape.parameter_name(part, place)
+            if place in at and at[place].shape != size:
+                yield f"{name}: {list(at[place].shape)} in {whose}, and model.shape says {list(size)}; make them the same"
+            elif place not in at and name in self.travelling:
+                yield (
+                    f"{name}: model.shape lists it and its weights travel, and {whose} has no parameter {place}; "
+                    "leave it out of shape.parameters"
+                )
+        places_of: dict[int, list[str]] = {}
+        for place, parameter in at.items():
+            places_of.setdefault(id(parameter), []).append(place)
+        for places in places_of.values():
+            yield from self._name(stage, part, whose, at[places[0]], places, [p for p in places if p in listed])
+
+    def _name(
+        self, stage: int, part: Part, whose: str, parameter: nn.Parameter, places: list[str], listed: list[str]
+    ) -> Iterator[str]:
+        """Take one parameter in; what is wrong with it. `listed`: its places that the shape knows."""
+        names = [self.shape.parameter_name(part, place) for place in listed or places[:1]]
+        name = names[0]
+        self.aliases.update((other, name) for other in names[1:] if other != name)
+        owners = {self._owners.get(each, self.schedule.owner(stage)) for each in names}
+        if len(owners) > 1:
+            yield f"{' and '.join(names)} are one parameter of {whose}, and two ranks own them; list it once"
+        self.parameters[part].append(Named(name, parameter, self.rank in owners, tuple(places)))
+        ranks = self.schedule.ranks_of[stage]
+        if not listed and owners != set(ranks):
+            yield (
+                f"{name}: a parameter of {whose} that model.shape does not list, and ranks "
+                f"{', '.join(map(str, sorted(owners | set(ranks))))} need it: it would not travel; list it in "
+                "shape.parameters, or keep the part on one rank"
+            )
+        if self.rank in owners and parameter.numel() > 1 and not any(parameter.stride()):
+            yield f"{name}: its values in {whose} are with an earlier pipeline; hand out a new module"
+        if not parameter.is_floating_point() and (parameter.requires_grad or name in self.travelling):
+            kind, cannot = str(parameter.dtype).removeprefix("torch."), "train" if parameter.requires_grad else "travel"
+            yield f"{name}: {kind} in {whose} cannot {cannot}; use floating point, or a buffer"
+
+    def _clashes(self) -> Iterator[str]:
+        """What parts of this rank say of each other's parameters."""
+        names: dict[int, str] = {}
+        sizes: dict[str, tuple[torch.Size, Part]] = {}
+        for part, named in self.parameters.items():
+            for name, parameter, *_ in named:
+                other = names.setdefault(id(parameter), name)
+                if other != name:
+                    yield (
+                        f"{other} and {name} are one parameter, and other ranks cannot know; "
+                        "give them one name in shape.parameter_name"
+                    )
+                size, first = sizes.setdefault(name, (parameter.shape, part))
+                if size != parameter.shape:
+                    yield f"{name}: {list(size)} in {first} and {list(parameter.shape)} in {part}; give them two names"
+
+
+def _agreed(everyone: Sequence[Told], shape: ModelShape) -> ModelShape:
+    """The shape that knows what any module has frozen. Raises ConfigError where ranks do not agree."""
+    for told in everyone:
+        for fault in told.faults:
+            raise ConfigError(fault)
+    seen: dict[str, bool] = {}
+    for told in everyone:
+        for name, trains in told.trains:
+            if seen.setdefault(name, trains) != trains:
+                raise ConfigError(
+                    f"{name}: frozen in one part or rank and trained in another; let requires_grad be the same in all"
+                )
+    has: dict[Part, tuple[str, ...]] = {}
+    for part, buffers in (each for told in everyone for each in told.buffers):
+        if has.setdefault(part, buffers) != buffers:
+            (differs, *_) = sorted(set(has[part]) ^ set(buffers)) or [", ".join(buffers)]
+            raise ConfigError(f"{part}: not all ranks have its buffer {differs}; hand out the same module whoever asks")
+    for pattern in shape.frozen:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in seen):
+            raise ConfigError(f"model.frozen: '{pattern}' is no parameter; they are {', '.join(sorted(seen)[:3])}, ...")
+    frozen = sorted(name for name, trains in seen.items() if not trains and shape.trains(name))
+    return shape.freezing(frozen) if frozen else shape
