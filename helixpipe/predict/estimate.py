@@ -77,7 +77,8 @@ class Setting:
     is not kept but gathered again."""
 
     def __post_init__(self) -> None:
-        keeps = replace(self.keeping, tensor_parallel=1 if self.megatron else self.tensor_parallel)
+        divides = 1 if self.megatron else self.tensor_parallel
+        keeps = replace(self.keeping, tensor_parallel=divides, processes=self.group)
         object.__setattr__(self, "keeping", keeps)
         for name in ("sequence_length", "microbatch_size"):
             if getattr(self, name) < 1:

@@ -120,8 +120,9 @@ class Pipeline:
         self._programs: dict[tuple[Batch, bool], Program] = {}
         self._needs: dict[Batch, list[Needs]] = {}
         self.keeping = Keeping(
-            recompute, dtype.itemsize, *_chunks_of(model), self.device.type, threads=torch.get_num_threads()
-        )
+            recompute, dtype.itemsize, *_chunks_of(model), self.device.type, tensor_parallel=self.mesh.shape.tp,
+            threads=torch.get_num_threads(), processes=self.mesh.shape.cp * self.mesh.shape.tp,
+        )  # fmt: skip
         self._seed = torch.initial_seed()
         self.steps = 0
         """Steps so far, of which random numbers are a function: set it where a run goes on."""
@@ -267,8 +268,14 @@ class Pipeline:
         """What parts need here, segment by segment."""
         if batch not in self._needs:
             local = self._shares.local(batch)
-            works = [Work(self._shape, local, segment, self.keeping) for segment in range(self.schedule.segments)]
-            self._needs[batch] = [Needs(work, self.dtype) for work in works]
+            self._needs[batch] = [
+                Needs(
+                    Work(self.model.shape, batch, segment, self.keeping),
+                    Work(self._shape, local, segment, self.keeping),
+                    self.dtype,
+                )
+                for segment in range(self.schedule.segments)
+            ]
         return self._needs[batch]
 
     def _stream(self, microbatch: int, segment: int) -> Stream:

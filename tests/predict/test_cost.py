@@ -13,7 +13,7 @@ from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Batch, Keeping
 from helixpipe.predict.cost import Analytic, accelerator_bytes, action_seconds, message_bytes
 from helixpipe.predict.hardware import ACCELERATORS, LINKS, Accelerator, Link, named_accelerator, named_link
-from helixpipe.predict.memory import peak_kept_bytes
+from helixpipe.predict.memory import peak_activation_bytes
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
@@ -29,8 +29,8 @@ SLOW = Accelerator("slow", 100.0, 1e9, 10.0, "made up", 0.5, 0.25, 0.2, 1.0, 0.0
 def test_every_accelerator_names_links_that_are_known() -> None:
     own = {name: (each.link, each.tensor_link, each.device) for name, each in ACCELERATORS.items()}
     assert all(link in LINKS and inside in LINKS for link, inside, _ in own.values())
-    assert own["ideal"] == ("free", "free", True)
-    assert own["laptop-core"] == ("loopback", "loopback", False)
+    assert own["ideal"] == ("free", "free", "cuda")
+    assert own["laptop-core"] == ("loopback", "loopback", "cpu")
     inside = {name: tensor_link for name, (_, tensor_link, _) in own.items()}
     assert [inside[name] for name in ("a100", "a800", "h100", "b200")] == [
         "nvlink-a100", "nvlink-a800", "nvlink", "nvlink-b200",
@@ -145,7 +145,7 @@ def test_a_chunk_that_the_segment_is_not_longer_than_does_nothing(recompute: str
     for kind in (Pass.F, Pass.B, Pass.I, Pass.W):
         assert same(Action(0, kind, 0)) == whole(Action(0, kind, 0))
     program = lower(schedule, SHAPE, BATCH)
-    kept = [peak_kept_bytes(program, Keeping(recompute, 4, chunk, chunk)) for chunk in (0, 9, 10)]
+    kept = [peak_activation_bytes(program, Keeping(recompute, 4, chunk, chunk)) for chunk in (0, 2, 10)]
     assert kept[0] == kept[2]
     assert kept[1] < kept[0]
 
