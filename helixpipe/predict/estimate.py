@@ -73,8 +73,8 @@ class Setting:
     optimizer: str = "replicated"
     """sharded: replicas divide its state (ZeRO-1)."""
     megatron: bool = False
-    """Megatron's tensor parallelism in place of this runtime's: the vocabulary is divided as well, and what was gathered
-    is not kept but gathered again."""
+    """Megatron's tensor parallelism in place of this runtime's: the vocabulary is divided as well, so that embedding and
+    head exchange x inside the group too, and what was gathered is not kept but gathered again."""
 
     def __post_init__(self) -> None:
         keeps = replace(self.keeping, tensor_parallel=1 if self.megatron else self.tensor_parallel)
@@ -92,7 +92,7 @@ class Setting:
             return self.profile
         return Analytic(
             self.shape, self.accelerator, self.keeping.element_bytes, self.tensor_parallel, self.tensor_link,
-            self.context_parallel, self.link,
+            self.context_parallel, self.link, self.megatron,
         )  # fmt: skip
 
     @property
