@@ -101,6 +101,11 @@ class Setting:
         return "measured costs" if self.profile else self.accelerator.name
 
     @property
+    def only_ratios(self) -> bool:
+        """Whether seconds mean something only beside one another: no machine was named, and none measured."""
+        return self.profile is None and self.accelerator.only_ratios
+
+    @property
     def group(self) -> int:
         """Accelerators that are one rank together."""
         return self.tensor_parallel * self.context_parallel
