@@ -109,7 +109,7 @@ def test_an_alternative_is_the_answer_where_no_pipeline_fits(
     line += f" --memory {(least[True] + least[False]) / 2**31}"
     assert main(["plan", *line.split(), "--svg", str(tmp_path / "a.svg")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[3].startswith("memory: no schedule fits 0.0 GiB; the nearest is gpipe, recompute ")
+    assert lines[4].startswith("memory: no schedule fits 0.0 GiB; the nearest is gpipe, recompute ")
     assert any(line.startswith("not a pipeline: ") and line.endswith(": fits where no pipeline does") for line in lines)
     assert "does not fit" in (tmp_path / "a.svg").read_text()
     assert main(["plan", *line.split(), "--json"]) == 0

@@ -107,7 +107,7 @@ def test_many_ranks_are_shown_by_the_first_and_the_last(capsys: pytest.CaptureFi
         == 0
     )
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[4:21]] == [*map(str, range(8)), "...", *map(str, range(24, 32))]
+    assert [line.split()[0] for line in lines[5:22]] == [*map(str, range(8)), "...", *map(str, range(24, 32))]
 
 
 def test_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

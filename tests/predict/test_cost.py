@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from helixpipe.errors import ConfigError
+from helixpipe.parts.kind import KINDS
 from helixpipe.parts.part import Part, chain
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Batch, Keeping
@@ -100,11 +101,27 @@ def test_tensor_parallel_divides_the_work_and_pays_for_its_messages() -> None:
     link = Link("wire", 1000.0, 0.5, "made up")
     alone, two = Analytic(SHAPE, SLOW), Analytic(SHAPE, SLOW, tensor_parallel=2)
     joined = Analytic(SHAPE, SLOW, tensor_parallel=2, tensor_link=link)
-    for kind, exchanges in (("qkv", 1), ("attn", 0), ("proj", 1), ("mlp", 2), ("norm", 0)):
+    # 1 = a gather or a scatter of [b, s, h]: embedding and head pay one where the vocabulary is divided, as Megatron's
+    megatron = replace(joined, vocabulary_divided=True)
+    expected = {
+        "embed": (0, 1),
+        "norm": (0, 0),
+        "qkv": (1, 1),
+        "attn": (0, 0),
+        "proj": (1, 1),
+        "mlp": (2, 2),
+        "block": (4, 4),
+        "head": (0, 1),
+    }
+    assert expected.keys() == KINDS.keys()
+    for kind, exchanges in expected.items():
         part = Part(kind, 0)
-        assert two.forward_s(part, BATCH, 0) == pytest.approx(alone.forward_s(part, BATCH, 0) / 2)
-        paid = joined.forward_s(part, BATCH, 0) - two.forward_s(part, BATCH, 0)
-        assert paid == pytest.approx(exchanges * (0.5 + 30 * 8 * 2 / 2 / 1000))
+        for costs, count in zip((joined, megatron), exchanges, strict=True):
+            for price in ("forward_s", "input_s"):
+                halved = getattr(two, price)(part, BATCH, 0)
+                assert halved == pytest.approx(getattr(alone, price)(part, BATCH, 0) / 2)
+                paid = getattr(costs, price)(part, BATCH, 0) - halved
+                assert paid == pytest.approx(count * (0.5 + 30 * 8 * 2 / 2 / 1000)), (kind, price)
 
 
 def seconds_of(schedule: object, recompute: str, **chunks: int) -> object:
