@@ -17,6 +17,7 @@ from helixpipe.errors import (
     HelixpipeError,
     RankError,
     ScheduleError,
+    UncountedWarning,
 )
 from helixpipe.mesh import MeshShape
 from helixpipe.parts.part import Part, Value
@@ -38,6 +39,7 @@ from helixpipe.schedule.stage import Stage
 
 if TYPE_CHECKING:
     from helixpipe.model.decoder import Decoder, Model
+    from helixpipe.model.head import counted
     from helixpipe.runtime.mesh import make_device_mesh
     from helixpipe.runtime.pipeline import Pipeline
     from helixpipe.sequence import ring_attention, ulysses_attention
@@ -49,6 +51,7 @@ _LATE = {
     "Decoder": "helixpipe.model.decoder",
     "Model": "helixpipe.model.decoder",
     "Pipeline": "helixpipe.runtime.pipeline",
+    "counted": "helixpipe.model.head",
     "make_device_mesh": "helixpipe.runtime.mesh",
     "ring_attention": "helixpipe.sequence",
     "ulysses_attention": "helixpipe.sequence",
@@ -80,9 +83,11 @@ __all__ = [
     "Setting",
     "Stage",
     "Timeline",
+    "UncountedWarning",
     "Value",
     "build_schedule",
     "check",
+    "counted",
     "estimate",
     "lower",
     "make_device_mesh",

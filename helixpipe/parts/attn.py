@@ -56,7 +56,7 @@ class AttnKind(Kind):
             found += 2 * before * work.shape.kv_size * work.keeping.element_bytes
         return found + q * (work.unit if work.is_wide else work.unit + work.wide_unit)
 
-    def backward_workspace(self, part: Part, work: Work) -> int:
+    def backward_workspace(self, part: Part, work: Work, unread: bool = False) -> int:
         shape, keeping, batch = work.shape, work.keeping, work.batch
         found = super().backward_workspace(part, work) + self._kernel(work, backward=True)
         if not work.segment:
@@ -73,7 +73,7 @@ class AttnKind(Kind):
         if work.keeping.device == "cuda":
             repeated = 2 * shape.q_size * work.unit if shape.kv_heads != shape.heads else 0
             return shape.q_size * work.wide_unit + repeated if backward else 0
-        rows = next(rows for least, rows in CPU_TILES if work.length >= least)
+        rows = next(rows for least, rows in CPU_TILES if work.length // work.keeping.processes >= least)
         columns = min(CPU_COLUMNS, work.length)
         elements = rows * (2 * columns if backward else columns + shape.head_dim)
-        return work.keeping.threads * elements * work.keeping.wide_bytes
+        return work.keeping.processes * work.keeping.threads * elements * work.keeping.wide_bytes

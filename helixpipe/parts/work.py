@@ -50,7 +50,9 @@ class Keeping:
     tensor_parallel: int = 1
     """Ranks that divide the matrices. Bytes are those of all of them together."""
     threads: int = 1
-    """CPU threads of a rank: each has a tile of attention's scores."""
+    """CPU threads of a process: each has a tile of attention's scores."""
+    processes: int = 1
+    """That are one rank together, tp x cp."""
 
     @property
     def wide_bytes(self) -> int:
@@ -141,6 +143,6 @@ class Work:
         """Bytes beside inputs, outputs and what is saved, at most, while a part's forward runs."""
         return self.shape.about(part).forward_workspace(part, self, graph)
 
-    def backward_workspace(self, part: Part) -> int:
+    def backward_workspace(self, part: Part, unread: bool) -> int:
         """Bytes beside what is saved and the gradients of its outputs, at most, while a part's backward runs."""
-        return self.shape.about(part).backward_workspace(part, self)
+        return self.shape.about(part).backward_workspace(part, self, unread)
