@@ -8,15 +8,17 @@ A changed buffer is exact where one rank runs the part, and runs it once. Elsewh
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from helixpipe.errors import ConfigError
 from helixpipe.parts.part import Part
-from helixpipe.runtime.mesh import Group
+from helixpipe.runtime.mesh import Mesh
 from helixpipe.runtime.modules import Modules
+from helixpipe.runtime.watch import Watch
 
 Key = tuple[Part, str]
 """A part and a buffer's place in its module."""
@@ -26,14 +28,15 @@ PIECE = 2**20
 
 
 class Buffers:
-    """Of the modules of one rank; `line` is its pipeline. `recompute`: the policy under which it trains."""
+    """Of the modules of one rank. `recompute`: the policy under which it trains."""
 
-    def __init__(self, modules: Modules, line: Group, recompute: str) -> None:
-        self._modules, self._line, self._recompute = modules, line, recompute
+    def __init__(self, modules: Modules, mesh: Mesh, watch: Watch, recompute: str) -> None:
+        self._modules, self._mesh, self._watch, self._recompute = modules, mesh, watch, recompute
         stages = modules.schedule.stages
         self._ranks = {part: modules.ranks_with(s) for s, stage in enumerate(stages) for part in stage.parts}
         self._sent: dict[Key, Print] = {}
         self._before: dict[Key, Print] = {}
+        self._fault = ""
 
     def persistent(self) -> dict[str, Tensor]:
         """Those of the parts that this rank owns which belong into a checkpoint, by full name."""
@@ -48,51 +51,62 @@ class Buffers:
         """Whether some that several ranks have are not, here, what was sent last."""
         return self._prints(self._travelling) != self._sent
 
-    def share(self) -> None:
-        """Send every owner's to the ranks that its stages visit. Collective in the line."""
-        for stage in range(len(self._modules.schedule.stages)):
-            owner, *visitors = self._modules.ranks_with(stage)
-            parts = self._modules.schedule.stages[stage].parts
-            for visitor in visitors:
-                if self._modules.rank == owner:
-                    dist.send_object_list([self._values(parts)], group=self._line, group_dst=visitor)
-                elif self._modules.rank == visitor:
-                    box: list[dict[Key, Tensor]] = [{}]
-                    dist.recv_object_list(box, group=self._line, group_src=owner)
-                    self._fill(box[0])
-        self._sent = self._prints(self._travelling)
-
-    def begin(self) -> None:
-        """A step begins."""
+    def begin(self, stale: bool) -> None:
+        """A step begins. Collective in the line where those of some rank are `stale`: every owner's are sent anew."""
+        if stale:
+            with self._watch.together():
+                for stage in range(len(self._modules.schedule.stages)):
+                    self._share(stage)
+            self._sent = self._prints(self._travelling)
         self._before = self._prints(self._modules.running)
 
-    def changed(self) -> list[Key]:
-        """Those that forwards of this step changed."""
+    def end(self, training: bool) -> int:
+        """A step ends: 0 when it changed none here, 1 when it did, 2 when it was not exact for that."""
         now = self._prints(self._modules.running)
-        return [key for key in {**self._before, **now} if self._before.get(key) != now.get(key)]
+        changed = [key for key in {**self._before, **now} if self._before.get(key) != now.get(key)]
+        self._fault = next(filter(None, (self._why_not(*key, training) for key in changed)), "")
+        return 2 if self._fault else bool(changed)
 
-    def fault(self, changed: Iterable[Key], training: bool) -> str:
-        """Why a step that changed these is not exact, and what to do; "" where it is."""
-        for part, place in changed:
-            name, ranks = self._modules.shape.parameter_name(part, place), self._ranks[part]
-            if len(ranks) > 1:
-                return (
-                    f"{name}: forwards of {part} change it, and ranks {', '.join(map(str, sorted(ranks)))} each have one; "
-                    "keep the part on one rank, or its module in eval mode"
-                )
-            if training and self._recompute != "none":
-                return (
-                    f"{name}: forwards of {part} change it, and recompute '{self._recompute}' would change it twice; "
-                    "use recompute 'none', or keep its module in eval mode"
-                )
-        return ""
+    def settle(self, ends: Collection[float]) -> None:
+        """What `end` said on all ranks. Raises ConfigError on all; collective where some were changed.
 
-    def follow(self, copies: Group) -> None:
-        """Take those of the first of the ranks with the same parts: each has seen other tokens. Collective among them."""
-        if copies is not None:
+        Replicas have seen other tokens each: all take what the first one has.
+        """
+        if 2 in ends:
+            raise ConfigError(self._fault or next(filter(None, self._mesh.told(self._fault))))
+        if 1 in ends and (copies := self._mesh.copies) is not None:
             box = [self._values(self._modules.running)]
-            dist.broadcast_object_list(box, group=copies, group_src=0)
+            with self._watch.together():
+                dist.broadcast_object_list(box, group=copies, group_src=0)
             self._fill(box[0])
+
+    def _share(self, stage: int) -> None:
+        """Send the owner's to the ranks that a stage visits."""
+        owner, *visitors = self._modules.ranks_with(stage)
+        line = self._mesh.group("pp")
+        for visitor in visitors:
+            if self._modules.rank == owner:
+                mine = self._values(self._modules.schedule.stages[stage].parts)
+                dist.send_object_list([mine], group=line, group_dst=visitor)
+            elif self._modules.rank == visitor:
+                box: list[dict[Key, Tensor]] = [{}]
+                dist.recv_object_list(box, group=line, group_src=owner)
+                self._fill(box[0])
+
+    def _why_not(self, part: Part, place: str, training: bool) -> str:
+        """Why a step that changes a buffer is not exact, and what to do; "" where it is."""
+        name, ranks = self._modules.shape.parameter_name(part, place), self._ranks[part]
+        if len(ranks) > 1:
+            return (
+                f"{name}: forwards of {part} change it, and ranks {', '.join(map(str, sorted(ranks)))} each have one; "
+                "keep the part on one rank, or its module in eval mode"
+            )
+        if training and self._recompute != "none":
+            return (
+                f"{name}: forwards of {part} change it, and recompute '{self._recompute}' would change it twice; "
+                "use recompute 'none', or keep its module in eval mode"
+            )
+        return ""
 
     @property
     def _travelling(self) -> list[Part]:

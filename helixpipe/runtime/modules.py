@@ -3,7 +3,7 @@
 A part's module may be anybody's: its parameters may be frozen, stand at several places, or be in no shape's list.
 
     rank 0   what is trained, what is wrong ──┐
-    rank 1   what is trained, what is wrong ──┼──► on every rank the same first fault, or one shape that knows what is frozen
+    rank 1   what is trained, what is wrong ──┼──► on every rank an error, or one shape that knows what is frozen
     rank 2   ...                            ──┘
 
 What would not be exact is refused here, by name: ranks derive messages from the shape, and never ask each other.
@@ -68,7 +68,7 @@ class Modules:
         tensor: TensorParallel | None = None,
         exchange: Callable[[Told], Sequence[Told]] = alone,
     ) -> None:
-        """`tensor`: of each part, this rank holds and computes its share. Raises ConfigError, on all ranks the same."""
+        """`tensor`: of each part, this rank holds and computes its share. Raises ConfigError, on all ranks together."""
         self.schedule, self.rank, self.device, self.dtype = schedule, rank, device, dtype
         self.shape = model.shape if tensor is None else tensor.local
         self.running: dict[Part, nn.Module] = {}
@@ -96,7 +96,8 @@ class Modules:
             (part, tuple(f"{place} {list(buffer.shape)}" for place, buffer in module.named_buffers()))
             for part, module in {**self.owned, **self.running}.items()
         ]
-        self.shape = _agreed(exchange(Told(tuple(faults), tuple(trains), tuple(buffers))), self.shape)
+        mine = Told(tuple(faults), tuple(trains), tuple(buffers))
+        self.shape = _agreed(mine, exchange(mine), self.shape)
 
     def ranks_with(self, stage: int) -> list[int]:
         """Those that have a stage's modules: its owner first."""
@@ -174,9 +175,9 @@ class Modules:
                     yield f"{name}: {list(size)} in {first} and {list(parameter.shape)} in {part}; give them two names"
 
 
-def _agreed(everyone: Sequence[Told], shape: ModelShape) -> ModelShape:
-    """The shape that knows what any module has frozen. Raises ConfigError where ranks do not agree."""
-    for told in everyone:
+def _agreed(mine: Told, everyone: Sequence[Told], shape: ModelShape) -> ModelShape:
+    """The shape that knows what any module has frozen. Raises ConfigError where something is wrong on any rank."""
+    for told in (mine, *everyone):
         for fault in told.faults:
             raise ConfigError(fault)
     seen: dict[str, bool] = {}

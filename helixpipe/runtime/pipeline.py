@@ -43,7 +43,7 @@ from helixpipe.runtime.weights import Weights
 from helixpipe.schedule.action import Action
 from helixpipe.schedule.check import check
 from helixpipe.schedule.lower import flops, lower
-from helixpipe.schedule.program import Kind, Program
+from helixpipe.schedule.program import Program
 from helixpipe.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -100,7 +100,6 @@ class Pipeline:
         self._shares = Shares(self.mesh, context, schedule.microbatches, segment_lengths, self.device)
         modules = Modules(model, schedule, self.rank, self.device, dtype, self._tensor, self.mesh.told)
         self._shape, self._weights = modules.shape, Weights(modules)
-        self._buffers = Buffers(modules, self.group, recompute)
         _check_attention(self._weights.modules, schedule.segments)
         for part, module in self._weights.modules.items():
             if context is not None:
@@ -109,6 +108,7 @@ class Pipeline:
                 if isinstance(inner, Chunked):
                     inner.shards = self.mesh.shape.cp * self.mesh.shape.tp
         self._watch = self.mesh.watch(_store() if self.mesh.everyone is not None else None)
+        self._buffers = Buffers(modules, self.mesh, self._watch, recompute)
         self._reduction = Reduction(self.parameters, self._tensor.cuts if self._tensor else (), self.mesh, self._watch)
         self._ledger = Ledger(self._weights.is_parameter)
         self._transport = Transport(
@@ -265,44 +265,23 @@ class Pipeline:
             self._stream,
         )
         self._watch.doing = "the start of a step"
-        if any(stale for (stale,) in self._gathered([self._buffers.stale()])):  # clocks start together
-            with self._watch.together():
-                self._buffers.share()
-        self._buffers.begin()
+        self._buffers.begin(any(stale for (stale,) in self._gathered([self._buffers.stale()])))  # clocks start together
         self._reduction.begin()
         try:
             with nullcontext() if training else evaluating(self._weights.modules.values()):
                 execute(program.ranks[self.rank], stages, self._weights, self._transport, self._recorder, self._watch)
         except RankError as error:
             raise self._watch.placed(error) from error
-        loss = sum((float(stages.losses[key].double()) for key in sorted(stages.losses)), 0.0) * scale
-        loss = self._settled(loss, training)
-        self._settle_unused(program)
+        if names := program.returning:
+            mine = self._weights.used(names)
+            self._weights.settle(used_anywhere(names, mine, self.group, self.device, self._watch))
         self._reduction.finish()
+        loss = sum((float(stages.losses[key].double()) for key in sorted(stages.losses)), 0.0) * scale
+        rows = self._gathered([loss, self._buffers.end(training)])
+        self._buffers.settle([end for _, end in rows])
         self.steps += training
         self._watch.doing = "work between steps"
-        return loss
-
-    def _settled(self, loss: float, training: bool) -> float:
-        """The losses of all ranks, once buffers are known to be what they should be."""
-        self._watch.doing = "the end of a step"
-        changed = self._buffers.changed()
-        fault = self._buffers.fault(changed, training)
-        losses, changes, faults = zip(*self._gathered([loss, bool(changed), bool(fault)]), strict=True)
-        if any(faults):
-            raise ConfigError(next(filter(None, self.mesh.told(fault))))
-        if any(changes):
-            with self._watch.together():
-                self._buffers.follow(self.mesh.copies)
-        return math.fsum(losses)
-
-    def _settle_unused(self, program: Program) -> None:
-        """A parameter that no rank of the pipeline used has no gradient, though its owner was sent zeros."""
-        home = [message.names for message in program.messages if message.kind is Kind.WEIGHT_GRADIENTS]
-        if names := sorted({name for names in home for name in names}):
-            mine = self._weights.used(names)
-            with self._watch.together():
-                self._weights.settle(used_anywhere(names, mine, self.group, self.device))
+        return math.fsum(row[0] for row in rows)
 
     def _needs_of(self, batch: Batch) -> list[Needs]:
         """What parts need here, segment by segment."""

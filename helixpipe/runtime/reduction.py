@@ -79,10 +79,14 @@ class Reduction:
                 parameter.grad = gradient.copy_(total.view_as(gradient))
 
 
-def used_anywhere(names: Sequence[str], mine: Sequence[bool], group: Group, device: torch.device) -> list[str]:
+def used_anywhere(
+    names: Sequence[str], mine: Sequence[bool], group: Group, device: torch.device, watch: Watch
+) -> list[str]:
     """Those that some rank of the group says it used. Collective."""
     flags = torch.tensor(mine, dtype=torch.float32, device=wire_of(group, device))
-    dist.all_reduce(flags, group=group)
+    watch.doing = "the sum of gradients"
+    with watch.together():
+        dist.all_reduce(flags, group=group)
     return [name for name, count in zip(names, flags.tolist(), strict=True) if count]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from helixpipe.schedule.action import Action
@@ -109,6 +110,12 @@ class Program:
     batch: Batch
     messages: tuple[Message, ...]
     ranks: tuple[tuple[Instruction, ...], ...]
+
+    @cached_property
+    def returning(self) -> tuple[str, ...]:
+        """Parameters whose gradients come home from other ranks."""
+        home = [message.names for message in self.messages if message.kind is Kind.WEIGHT_GRADIENTS]
+        return tuple(dict.fromkeys(name for names in home for name in names))
 
 
 def parameter_owners(schedule: Schedule, shape: ModelShape) -> dict[str, int]:

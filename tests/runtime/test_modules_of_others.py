@@ -219,7 +219,7 @@ def holds(ranks: Ranks, case: Case) -> None:
     replicas = dict(case.mesh).get("dp", 1)
     loss, gradients = expected(case.model, MICROBATCHES * replicas)
     found: Gradients = {}
-    for result in ranks.run(run_case, case)[: case.ranks * replicas]:
+    for result in filter(None, ranks.run(run_case, case)):
         assert abs(result[0] - loss) < 1e-12
         for name, gradient in result[1].items():
             if name in found and gradient is not None:
@@ -270,10 +270,10 @@ def run_decoder(case: Case, which: dict[str, Any], chunk: int) -> tuple[float, G
         return None
     model = hp.Decoder(hp.ModelShape(**DECODER | which), mlp_chunk=chunk, head_chunk=chunk)
     pipeline = pipeline_of(case, model, mesh)  # type: ignore[arg-type]
-    loss = pipeline.step(*batch(model.shape, MICROBATCHES, 12))
+    loss = pipeline.step(*batch(model.shape, 2 * MICROBATCHES, LENGTH))
     assert pipeline._ledger.bytes == 0
     norm = pipeline.clip_gradients(1e-3)
-    assert 1e-3 < norm
+    assert norm > 1e-3
     pipeline.close()
     cuts = set(pipeline._tensor.cuts) if pipeline._tensor else set()
     return loss, {name: p.grad for name, p in pipeline.parameters.items() if name not in cuts}
@@ -299,7 +299,7 @@ def test_a_frozen_decoder_on_a_mesh(four_ranks: Ranks, mesh: tuple[tuple[str, in
 def is_decoder_plain(results: list[tuple[float, Gradients]], which: dict[str, Any]) -> None:
     """Clipped to a norm of 1e-3, of trained parameters alone."""
     shape = hp.ModelShape(**DECODER | which)
-    loss, gradients = plain_step(shape, *batch(shape, MICROBATCHES, 12))
+    loss, gradients = plain_step(shape, *batch(shape, 2 * MICROBATCHES, LENGTH))
     trained = {name: g for name, g in gradients.items() if shape.trains(name)}
     assert 0 < len(trained) < len(gradients)
     norm = float(torch.nn.utils.get_total_norm(trained.values()))
@@ -347,6 +347,6 @@ def test_an_optimizer_moves_what_plain_training_moves(
         plain.step(*rows(made, MICROBATCHES * dict(mesh).get("dp", 1)))
         optimizer.step()
     found: dict[str, Tensor] = {}
-    for result in four_ranks.run(run_steps, Case(model, schedule, 2, mesh=mesh)):
-        found |= result or {}
+    for result in filter(None, four_ranks.run(run_steps, Case(model, schedule, 2, mesh=mesh))):
+        found |= result
     equal({name: p.detach() for name, p in plain.parameters.items()}, found)  # type: ignore[arg-type]
