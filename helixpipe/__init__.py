@@ -17,6 +17,7 @@ from helixpipe.errors import (
     HelixpipeError,
     RankError,
     ScheduleError,
+    UncountedWarning,
 )
 from helixpipe.mesh import MeshShape
 from helixpipe.parts.part import Part, Value
@@ -39,6 +40,7 @@ from helixpipe.schedule.stage import Stage
 if TYPE_CHECKING:
     from helixpipe.model.attn import Attention
     from helixpipe.model.decoder import Decoder, Model
+    from helixpipe.model.head import counted
     from helixpipe.model.layers import Layers
     from helixpipe.runtime.launch import launch
     from helixpipe.runtime.mesh import make_device_mesh
@@ -55,6 +57,7 @@ _LATE = {
     "Model": "helixpipe.model.decoder",
     "Pipeline": "helixpipe.runtime.pipeline",
     "launch": "helixpipe.runtime.launch",
+    "counted": "helixpipe.model.head",
     "make_device_mesh": "helixpipe.runtime.mesh",
     "ring_attention": "helixpipe.sequence",
     "ulysses_attention": "helixpipe.sequence",
@@ -88,9 +91,11 @@ __all__ = [
     "Setting",
     "Stage",
     "Timeline",
+    "UncountedWarning",
     "Value",
     "build_schedule",
     "check",
+    "counted",
     "estimate",
     "launch",
     "lower",

@@ -124,11 +124,11 @@ class DataConfig:
     """Where tokens come from."""
 
     path: str = ""
-    """A text file or a folder of them (bytes are tokens), or .npy/.bin tokens; "" is Python's standard library."""
+    """A text file or a folder of them (bytes are tokens), or .npy/.bin tokens; "" is Python's standard library. What is neither is refused by name."""
     held_out: float = 0.1
     """The share never trained on: the tail of the tokens; 0 is none."""
-    dtype: Literal["uint16", "uint32"] = "uint16"
-    """What a .bin file holds."""
+    dtype: Literal["uint16", "uint32"] | None = None
+    """What a .bin file holds: left out, what Megatron's .idx beside it says, or else uint16."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Every error a user can meet. Each message is one line: what, where, what to do."""
+"""Every error and warning a user can meet. Each message is one line: what, where, what to do."""
 
 from __future__ import annotations
 
@@ -47,6 +47,10 @@ class CheckpointError(HelixpipeError):
 
 class RankError(HelixpipeError):
     """A rank that died or stopped answering: the message names it, what was awaited and what it was doing."""
+
+
+class UncountedWarning(UserWarning):
+    """A batch in which no target counts: its loss is 0 and it adds nothing to any gradient."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

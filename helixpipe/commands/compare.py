@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from helixpipe.commands.pictures import add_picture_flags, write_pictures
-from helixpipe.commands.setting import as_flags, duration, gibibytes, load_profile
+from helixpipe.commands.setting import ONLY_RATIOS, as_flags, duration, gibibytes, load_profile
 from helixpipe.config import Config
 from helixpipe.config_text import build_config, read_toml
 from helixpipe.errors import ConfigError
@@ -48,13 +48,15 @@ def compare(given: list[str]) -> int:
     if predicted.order != measured.order:
         raise ConfigError(f"{folder}: config.toml and timeline.json are not of one run: their actions differ")
     rows = _rows(predicted, measured)
+    only_ratios = args.hardware is not None and named_accelerator(args.hardware).only_ratios
     title = f"{folder.name}: {config.schedule.family} on {config.schedule.ranks} ranks"
     stages = tuple(map(str, config.build_schedule().stages))
     write_pictures(args, {"predicted": predicted, "measured": measured}, title, stages, [("predicted from", source)])
     if args.json:
-        print(json.dumps({"run": str(folder), "predicted_from": source, "numbers": rows}))
+        print(json.dumps({"run": str(folder), "predicted_from": source, "only_ratios": only_ratios, "numbers": rows}))
         return 0
-    print(f"{folder}: {config.schedule.family}, {config.schedule.ranks} ranks; predicted from {source}\n")
+    print(f"{folder}: {config.schedule.family}, {config.schedule.ranks} ranks; predicted from {source}")
+    print(f"{ONLY_RATIOS}\n" if only_ratios else "")
     print(f"{'':<28} {'predicted':>12} {'measured':>12} {'ratio':>7}")
     for row in rows:
         show = (

@@ -12,6 +12,7 @@ from collections import Counter
 from typing import Any
 
 from helixpipe.commands.setting import (
+    ONLY_RATIOS,
     add_setting_flags,
     as_flags,
     decimal,
@@ -58,7 +59,7 @@ def plan(given: list[str]) -> int:
         if not found.is_answer:
             _ = found.best  # raises, and says why
     if args.json:
-        print(json.dumps([_as_json(choice) for choice in found.fits]))
+        print(json.dumps([_as_json(choice, setting) for choice in found.fits]))
     else:
         print("\n".join(_table(found, setting, args, taken_s)))
     # an answer that is no pipeline is told above; it has no config
@@ -102,6 +103,7 @@ def _table(found: Plan, setting: Setting, args: argparse.Namespace, taken_s: flo
         f"{args.ranks} ranks{group}; {setting.machine}, {memory}, link {setting.link.name}",
         f"{len(found.fits)} of {len(found.fits) + len(found.misses)} fit; priced in {taken_s:.0f} s",
         *_refused(found),
+        *([ONLY_RATIOS] if setting.only_ratios else []),
         "",
     ]
     front = set(map(id, found.front))
@@ -149,7 +151,7 @@ def _verdict(alternative: Choice, best: Choice | None) -> str:
     return f"{times:.2f} times as fast as the best pipeline" if times > 1 else f"{1 / times:.2f} times as long"
 
 
-def _as_json(choice: Choice) -> dict[str, Any]:
+def _as_json(choice: Choice, setting: Setting) -> dict[str, Any]:
     candidate = choice.candidate
     return {
         "family": candidate.family,
@@ -162,6 +164,7 @@ def _as_json(choice: Choice) -> dict[str, Any]:
         "makespan_s": choice.makespan_s,
         "ideal_s": choice.ideal_s,
         "bubble_ratio": choice.bubble_ratio,
+        "only_ratios": setting.only_ratios,
         "ranks": [{"rank": rank, **figures._asdict()} for rank, figures in enumerate(choice.ranks)],
     }
 

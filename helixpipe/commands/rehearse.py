@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from helixpipe.commands.setting import decimal, duration, estimate_from, family_parser, options_told
+from helixpipe.commands.setting import ONLY_RATIOS, decimal, duration, estimate_from, family_parser, options_told
 from helixpipe.errors import ConfigError
 from helixpipe.flags import given_options
 from helixpipe.predict.timeline import Timeline
@@ -45,16 +45,22 @@ def rehearse(given: list[str]) -> int:
         lambda message: scale * estimate.message_seconds(message),
         timeout_s=args.seconds + LATE_S,
     )
+    setting = estimate.setting
     is_equal = measured.order == estimate.schedule.ranks
-    result = _result(estimate.timeline, measured, scale) | {"order_equal": is_equal}
+    result = _result(estimate.timeline, measured, scale) | {"order_equal": is_equal, "only_ratios": setting.only_ratios}
     if args.json:
         print(json.dumps({"family": args.family, "options": given_options(args)} | result))
     else:
         options = options_told(given_options(args))
-        print(f"{args.family}{', ' * bool(options)}{options}: {args.ranks} ranks, {args.microbatches} micro-batches")
+        print(
+            f"{args.family}{', ' * bool(options)}{options}: {args.ranks} ranks, {args.microbatches} micro-batches; "
+            f"{setting.machine}, link {setting.link.name}"
+        )
         print(
             f"a step of {duration(estimate.timeline.makespan_s)}, in {duration(args.seconds)}: times below are x {scale:.4g}"
         )
+        if setting.only_ratios:
+            print(ONLY_RATIOS)
         print(f"instruction order {'equal' if is_equal else 'NOT equal'} on every rank" + "\n")
         print("\n".join(_table(result)))
     return 0 if is_equal else 1

@@ -22,6 +22,8 @@ from helixpipe.schedule.families import FAMILIES
 
 OPTIMIZERS = ("replicated", "sharded")
 RECOMPUTE = ("none", "selective", "full")
+ONLY_RATIOS = "hardware ideal is no machine: only ratios of predicted times mean anything; name --hardware or --profile for seconds"
+"""Printed under seconds of no machine; in JSON it is `only_ratios`."""
 
 
 def family_parser(command: str, about: str, epilog: str = "") -> Parser:
@@ -189,6 +191,8 @@ def gibibytes(nbytes: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds to read."""
+    if seconds >= 9999.5:
+        return f"{seconds:,.0f} s"
     for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
         if seconds >= size:
             return f"{seconds / size:.4g} {unit}"

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from helixpipe.commands.pictures import add_picture_flags, write_pictures
-from helixpipe.commands.setting import duration, estimate_from, family_parser, gibibytes, options_told
+from helixpipe.commands.setting import ONLY_RATIOS, duration, estimate_from, family_parser, gibibytes, options_told
 from helixpipe.flags import given_options
 from helixpipe.predict.estimate import Estimate
 from helixpipe.predict.explain import Reason, critical_path, idle_by_reason
@@ -44,7 +44,7 @@ def _facts(estimate: Estimate) -> list[tuple[str, str]]:
         ("of ideal", f"{estimate.step_s / estimate.ideal_s:.4f}"),
         ("bubble", f"{timeline.bubble_ratio:.1%}"),
         ("tokens/s", f"{estimate.tokens_per_s:,.0f}"),
-        ("hardware", setting.machine),
+        ("hardware", setting.machine + ": only ratios mean anything" * setting.only_ratios),
         ("link", setting.link.name),
         ("recompute", setting.keeping.recompute),
     ]
@@ -75,6 +75,7 @@ def as_json(estimate: Estimate) -> dict[str, Any]:
         "step_s": estimate.step_s,
         "tokens_per_s": estimate.tokens_per_s,
         "hardware": setting.machine,
+        "only_ratios": setting.only_ratios,
         "link": setting.link.name,
         "segment_lengths": list(estimate.program.batch.segment_lengths),
         "ranks": ranks,
@@ -97,7 +98,7 @@ def table(estimate: Estimate) -> list[str]:
     for rank in shown:
         if many and rank == timeline.ranks - MOST_ROWS // 2:
             lines.append(f"{'...':>4}")
-        idle = "  ".join(f"{duration(reasons[rank][name]) if reasons[rank][name] else '-':>9}" for name in names)
+        idle = "  ".join(f"{duration(reasons[rank][name]) if reasons[rank][name] > 1e-9 else '-':>9}" for name in names)
         lines.append(
             f"{rank:>4}  {duration(timeline.busy_s[rank]):>9}  {duration(timeline.idle_s[rank]):>9}  {idle}  "
             f"{gibibytes(timeline.peak_activation_bytes[rank]):>12}  {gibibytes(timeline.peak_bytes[rank]):>10}"
@@ -111,10 +112,11 @@ def _head(family: str, options: dict[str, Any], estimate: Estimate) -> str:
     step = f"step {duration(estimate.step_s)}, {estimate.step_s / estimate.ideal_s:.4f} of ideal {duration(estimate.ideal_s)}"
     ending = "sum gradients" + (" and send updates" if setting.optimizer == "sharded" else "")
     step += f"; {duration(estimate.reduction_s)} of it to {ending}" if estimate.reduction_s else ""
+    note = f"{ONLY_RATIOS}\n" if setting.only_ratios else ""
     return (
         f"{family}{told}: {timeline.ranks} ranks, {estimate.schedule.microbatches} micro-batches of "
         f"{setting.microbatch_size} x {setting.sequence_length:,} tokens; {setting.machine}, link {setting.link.name}\n"
-        f"{step}; bubble {timeline.bubble_ratio:.1%}; {estimate.tokens_per_s:,.0f} tokens/s\n"
+        f"{step}; bubble {timeline.bubble_ratio:.1%}; {estimate.tokens_per_s:,.0f} tokens/s\n{note}"
     )
 
 

@@ -16,6 +16,11 @@ IGNORED = -100
 """A target that counts for nothing, as in torch's cross entropy."""
 
 
+def counted(*targets: Tensor) -> int:
+    """How many targets count, all tensors together: those that are not -100."""
+    return sum(int((each != IGNORED).sum()) for each in targets)
+
+
 class Head(Chunked):
     """Final norm, logits and cross entropy, summed over tokens; over slices of `chunk` tokens when that is not 0."""
 

@@ -195,6 +195,10 @@ class _Own(Kind):
     def exchanges(self) -> int:
         return 0
 
+    @property
+    def vocabulary_exchanges(self) -> int:
+        return 0
+
     def saved(self, part: Part, work: Work) -> Kept:
         figures = _tried(part, work)
         found = work.values(part.reads) if figures.saves_input else {}

@@ -73,7 +73,7 @@ class AttnKind(Kind):
         if work.keeping.device == "cuda":
             repeated = 2 * shape.q_size * work.unit if shape.kv_heads != shape.heads else 0
             return shape.q_size * work.wide_unit + repeated if backward else 0
-        rows = next(rows for least, rows in CPU_TILES if work.length >= least)
+        rows = next(rows for least, rows in CPU_TILES if work.length // work.keeping.processes >= least)
         columns = min(CPU_COLUMNS, work.length)
         elements = rows * (2 * columns if backward else columns + shape.head_dim)
-        return work.keeping.threads * elements * work.keeping.wide_bytes
+        return work.keeping.processes * work.keeping.threads * elements * work.keeping.wide_bytes

@@ -29,5 +29,6 @@ class EmbedKind(Kind):
         return 2.0 * shape.hidden
 
     @property
-    def exchanges(self) -> int:
+    def vocabulary_exchanges(self) -> int:
+        """Each rank looks its own words up: a reduce-scatter of x, and a gather of its gradient."""
         return 1

@@ -89,6 +89,11 @@ class Kind:
         """Messages of [b, s, h] inside a tensor-parallel group in a forward; as many in a backward."""
         return 0
 
+    @property
+    def vocabulary_exchanges(self) -> int:
+        """More of them where the group divides the vocabulary too: Megatron does, this runtime does not."""
+        return 0
+
     def saved(self, part: Part, work: Work) -> Kept:
         """What autograd saves: the values it reads where an operation needs them, and its inside."""
         return work.values(part.reads)

@@ -50,7 +50,9 @@ class Keeping:
     tensor_parallel: int = 1
     """Ranks that divide the matrices. Bytes are those of all of them together."""
     threads: int = 1
-    """CPU threads of a rank: each has a tile of attention's scores."""
+    """CPU threads of a process: each has a tile of attention's scores."""
+    processes: int = 1
+    """That are one rank together, tp x cp."""
 
     @property
     def wide_bytes(self) -> int:

@@ -57,6 +57,8 @@ class Analytic:
     context_parallel: int = 1
     context_link: Link | None = None
     """The same of a context-parallel group."""
+    vocabulary_divided: bool = False
+    """Whether a tensor-parallel group divides the vocabulary too, as Megatron's does."""
 
     def __post_init__(self) -> None:
         self.accelerator.rate(self.element_bytes)  # refused now rather than at the first part
@@ -91,12 +93,17 @@ class Analytic:
         return device.launch_s + taken_s + self._exchange_s(part, batch, segment)
 
     def _exchange_s(self, part: Part, batch: Batch, segment: int) -> float:
-        """Messages inside a tensor-parallel group: a gather before qkv and mlp, a scatter after proj and mlp."""
+        """Messages inside a tensor-parallel group: a gather before qkv and mlp, a scatter after proj and mlp.
+
+        Embedding, norms and head have all they need of their share of the tokens, unless the vocabulary is divided.
+        """
         if self.tensor_parallel == 1 or self.tensor_link is None:
             return 0.0
         share = (self.tensor_parallel - 1) / self.tensor_parallel
         nbytes = batch.tokens(segment) / self.context_parallel * self.shape.hidden * self.element_bytes * share
-        return self.shape.about(part).exchanges * self.tensor_link.seconds(nbytes)
+        about = self.shape.about(part)
+        messages = about.exchanges + about.vocabulary_exchanges * self.vocabulary_divided
+        return messages * self.tensor_link.seconds(nbytes)
 
     def _ring_s(self, batch: Batch, segment: int, backward: bool) -> float:
         """Keys and values of a segment and of all before it, once around the context-parallel group."""

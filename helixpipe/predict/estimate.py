@@ -73,11 +73,12 @@ class Setting:
     optimizer: str = "replicated"
     """sharded: replicas divide its state (ZeRO-1)."""
     megatron: bool = False
-    """Megatron's tensor parallelism in place of this runtime's: the vocabulary is divided as well, and what was gathered
-    is not kept but gathered again."""
+    """Megatron's tensor parallelism in place of this runtime's: the vocabulary is divided as well, so that embedding and
+    head exchange x inside the group too, and what was gathered is not kept but gathered again."""
 
     def __post_init__(self) -> None:
-        keeps = replace(self.keeping, tensor_parallel=1 if self.megatron else self.tensor_parallel)
+        divides = 1 if self.megatron else self.tensor_parallel
+        keeps = replace(self.keeping, tensor_parallel=divides, processes=self.group)
         object.__setattr__(self, "keeping", keeps)
         for name in ("sequence_length", "microbatch_size"):
             if getattr(self, name) < 1:
@@ -96,13 +97,18 @@ class Setting:
             return self.profile
         return Analytic(
             self.shape, self.accelerator, self.keeping.element_bytes, self.tensor_parallel, self.tensor_link,
-            self.context_parallel, self.link,
+            self.context_parallel, self.link, self.megatron,
         )  # fmt: skip
 
     @property
     def machine(self) -> str:
         """What actions are priced by."""
         return "measured costs" if self.profile else self.accelerator.name
+
+    @property
+    def only_ratios(self) -> bool:
+        """Whether seconds mean something only beside one another: no machine was named, and none measured."""
+        return self.profile is None and self.accelerator.only_ratios
 
     @property
     def group(self) -> int:

@@ -42,6 +42,8 @@ class Accelerator:
     """The same of the accelerators of one rank, which are in one node."""
     device: str = "cuda"
     """Whose kernels it runs: see `Keeping.device`."""
+    only_ratios: bool = False
+    """Whether it is no machine: its seconds mean something only beside one another."""
 
     def rate(self, element_bytes: int) -> float:
         """FLOPs a second on elements of so many bytes; raises ConfigError where none is stated."""
@@ -77,7 +79,7 @@ ACCELERATORS: dict[str, Accelerator] = {
         Accelerator(
             "ideal", _TERA, math.inf, math.inf, "every FLOP at one rate and nothing else: only ratios speak",
             1.0, 1.0, 1.0, 1.0, 0.0,
-            float32_flops_per_s=_TERA, float64_flops_per_s=_TERA, link="free", tensor_link="free",
+            float32_flops_per_s=_TERA, float64_flops_per_s=_TERA, link="free", tensor_link="free", only_ratios=True,
         ),
         Accelerator(
             "laptop-core", 60e9, 8 * _GIB, 10 * _GIGA,

@@ -17,6 +17,7 @@ I leaves for its W the output gradients of o and down. Each rank keeps these who
 from __future__ import annotations
 
 from helixpipe.parts.kind import Kept
+from helixpipe.parts.part import Part
 from helixpipe.parts.work import Work
 from helixpipe.schedule.chunks import Chunk
 
@@ -40,12 +41,12 @@ def graph(chunk: Chunk, work: Work) -> Kept:
     return found
 
 
-def key_values(chunk: Chunk, work: Work) -> Kept:
-    """Keys and values that later segments read: there until the segment's own backward.
+def key_values(part: Part, chunk: Chunk, work: Work) -> Kept:
+    """Keys and values of a part that later segments read: there until the segment's own backward.
 
     Where a recompute makes them anew, those of the forward stay beside the recomputed ones.
     """
-    values = [value for part in chunk.parts if part.about.attends for value in part.reads[1:]]
+    values = part.reads[1:] if part.about.attends else ()
     twice = work.keeping.recomputes
     return {
         f"{value} of the forward" if twice and value not in chunk.reads else str(value): work.value_bytes(value)

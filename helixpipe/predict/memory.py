@@ -244,7 +244,6 @@ class _Step:
     def _run(self, chunk: Chunk, graph: bool, again: bool) -> None:
         work = self.work
         selective = work.keeping.recompute == "selective"
-        past = key_values(chunk, work) if self.keeps_past and not again else {}
         for part, drops in zip(chunk.parts, chunk.lifetimes.drops, strict=True):
             if not (again and part is chunk.parts[-1] and self._is_unread(chunk)):
                 self.values(part.makes, 1)
@@ -253,8 +252,8 @@ class _Step:
             elif selective:
                 self.hold(work.kept(part), 1)
             self.needs(work.forward_workspace(part, graph))
-            if past and part.about.attends:
-                self.hold(past, 1)
+            if self.keeps_past and not again:
+                self.hold(key_values(part, chunk, work), 1)
             self.values((v for v in drops if not again or v not in chunk.reads), -1)
 
     def _is_unread(self, chunk: Chunk) -> bool:
@@ -275,8 +274,8 @@ class _Step:
             self.hold(work.saved(part), -1)
             self.hold({name: size for name, size in left.items() if name not in inputs}, 1)
         self.values(chunk.reads, 1, GRADIENT)
-        if self.keeps_past:
-            self.hold(key_values(chunk, work), -1)
+        for part in chunk.parts if self.keeps_past else ():
+            self.hold(key_values(part, chunk, work), -1)
 
     def _owe(self) -> None:
         """The last segment's backward is the first to owe anything to those before; each takes its own."""

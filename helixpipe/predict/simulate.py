@@ -151,14 +151,18 @@ class _Run:
 def _memory(
     spans: tuple[Span, ...], kept: tuple[Held, ...], buffers: list[tuple[float, int]]
 ) -> tuple[MemoryPoint, ...]:
-    """Live bytes of one rank over time. An action holds its most from its start to its end."""
-    moments: list[tuple[float, tuple[int, int] | None, int]] = [(when, None, size) for when, size in buffers]
+    """Live bytes of one rank over time. An action holds its most from its start to its end.
+
+    At one moment: an action ends, messages are posted and taken, the next one starts.
+    """
+    moments: list[tuple[float, int, tuple[int, int] | None, int]] = [(when, 1, None, size) for when, size in buffers]
     for span, held in zip(spans, kept, strict=True):
-        moments += [(span.start_s, held[:2], 0), (span.end_s, (held.left_bytes, 0), 0)]
-    moments.sort(key=lambda moment: moment[0])
+        moments += [(span.start_s, 2, held[:2], 0)]
+        moments += [(span.end_s, 0 if span.end_s > span.start_s else 2, (held.left_bytes, 0), 0)]
+    moments.sort(key=lambda moment: moment[:2])
     points = []
     now, under_way = (0, 0), 0
-    for when, held_now, size in moments:
+    for when, _, held_now, size in moments:
         now, under_way = now if held_now is None else held_now, under_way + size
         points.append(MemoryPoint(when, now[0], under_way, now[1]))
     return tuple(points)

@@ -53,8 +53,9 @@ class Live:
 class Needs:
     """What the parts of a rank's stages need and give, of one segment of one batch: `Work`'s answers, asked once."""
 
-    def __init__(self, work: Work, dtype: torch.dtype) -> None:
-        self.work, self.dtype = work, dtype
+    def __init__(self, work: Work, here: Work, dtype: torch.dtype) -> None:
+        """`work`: of all processes that are one rank together; `here`: of this one."""
+        self.work, self.here, self.dtype = work, here, dtype
         self._forward: dict[tuple[Part, bool], int] = {}
         self._backward: dict[Part, int] = {}
         self._shapes: dict[Value, tuple[int, ...]] = {}
@@ -63,7 +64,7 @@ class Needs:
         """Workspace of a part's forward."""
         key = part, graph
         if key not in self._forward:
-            self._forward[key] = self.work.forward_workspace(part, graph)
+            self._forward[key] = self._share(self.work.forward_workspace(part, graph))
         return self._forward[key]
 
     def backward_bytes(self, chunk: Chunk, place: int) -> int:
@@ -71,7 +72,7 @@ class Needs:
         part = chunk.parts[place]
         if part not in self._backward:
             pending = sum(map(self.work.value_bytes, chunk.lifetimes.pending[place]))
-            self._backward[part] = pending + self.work.backward_workspace(part)
+            self._backward[part] = self._share(pending + self.work.backward_workspace(part))
         return self._backward[part]
 
     def check(self, part: Part, module: torch.nn.Module, made: Collection[Tensor]) -> None:
@@ -90,9 +91,12 @@ class Needs:
                 f"give it as {_name(self.dtype)} {list(self._shape(value))}"
             )
 
+    def _share(self, nbytes: int) -> int:
+        return nbytes // self.work.keeping.processes
+
     def _shape(self, value: Value) -> tuple[int, ...]:
         if value not in self._shapes:
-            work = self.work
+            work = self.here
             self._shapes[value] = work.shape.value_shape(value, work.batch, work.segment)
         return self._shapes[value]
 

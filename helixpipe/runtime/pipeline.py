@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
@@ -12,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import Store, _get_default_store
 
-from helixpipe.errors import ConfigError, RankError
+from helixpipe.errors import ConfigError, RankError, UncountedWarning
 from helixpipe.mesh import MeshShape
 from helixpipe.model.attn import Attention
 from helixpipe.model.chunked import Chunked
 from helixpipe.model.decoder import Model
-from helixpipe.model.head import IGNORED
+from helixpipe.model.head import counted as count
 from helixpipe.parts.part import Part
 from helixpipe.parts.work import Batch, Keeping, Work
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
@@ -128,8 +130,9 @@ class Pipeline:
         self._programs: dict[tuple[Batch, bool], Program] = {}
         self._needs: dict[Batch, list[Needs]] = {}
         self.keeping = Keeping(
-            recompute, dtype.itemsize, *_chunks_of(model), self.device.type, threads=torch.get_num_threads()
-        )
+            recompute, dtype.itemsize, *_chunks_of(model), self.device.type, tensor_parallel=self.mesh.shape.tp,
+            threads=torch.get_num_threads(), processes=self.mesh.shape.cp * self.mesh.shape.tp,
+        )  # fmt: skip
         self._seed = torch.initial_seed()
         self.steps = 0
         """Steps so far, of which random numbers are a function: set it where a run goes on."""
@@ -144,17 +147,24 @@ class Pipeline:
         """For an optimizer whose state is divided over replicas: which masters to update here, and how they are shared."""
         return Shards(self.parameters, self.mesh, self._watch)
 
-    def step(self, tokens: Tensor, targets: Tensor) -> float:
-        """Forward and backward of one batch; the mean loss per target token, the same on every rank.
+    def step(self, tokens: Tensor, targets: Tensor, counted: int | None = None) -> float:
+        """Forward and backward of one batch; the mean loss per target that counts, the same on every rank.
 
         `tokens`, `targets`: int64 [dp * microbatches * microbatch_size, s], whole and the same on every rank of the
         mesh; a target of -100 does not count. Gradients, of the whole batch, are added to those in `parameters`.
-        """
-        return self._run(tokens, targets, training=True)
 
-    def evaluate(self, tokens: Tensor, targets: Tensor) -> float:
+        `counted`: what the loss is divided by, for several steps before one update: how many targets count in all of
+        them together (`helixpipe.counted`). Losses and gradients of the steps then add up to those of one step with all
+        their sequences; without it each step adds a mean of its own, however few targets it has.
+
+        Raises ConfigError for a batch that cannot be, or one that has more than `counted`; warns with UncountedWarning
+        where nothing counts: the loss is 0 then, and gradients get nothing.
+        """
+        return self._run(tokens, targets, counted, training=True)
+
+    def evaluate(self, tokens: Tensor, targets: Tensor, counted: int | None = None) -> float:
         """The loss of one batch, as `step` gives it, and nothing else."""
-        return self._run(tokens, targets, training=False)
+        return self._run(tokens, targets, counted, training=False)
 
     def zero_gradients(self) -> None:
         for parameter in self.parameters.values():
@@ -237,13 +247,12 @@ class Pipeline:
         self._watch.close()
         self._transport.close()
 
-    def _run(self, tokens: Tensor, targets: Tensor, training: bool) -> float:
+    def _run(self, tokens: Tensor, targets: Tensor, counted: int | None, training: bool) -> float:
         batch = self._shares.batch(tokens, targets)
         self._divided.check(self.model.shape, batch.segment_lengths)
         _check_positions(self.model, batch)
+        scale = 1.0 / _divisor(targets, counted)
         self._last = program = self.program(batch, training)
-        counted = int((targets != IGNORED).sum())
-        scale = 1.0 / max(counted, 1)
         feeds = self._shares.feeds(tokens, targets, batch)
         stages = Stages(
             program,
@@ -282,8 +291,14 @@ class Pipeline:
         """What parts need here, segment by segment."""
         if batch not in self._needs:
             local = self._shares.local(batch)
-            works = [Work(self._shape, local, segment, self.keeping) for segment in range(self.schedule.segments)]
-            self._needs[batch] = [Needs(work, self.dtype) for work in works]
+            self._needs[batch] = [
+                Needs(
+                    Work(self.model.shape, batch, segment, self.keeping),
+                    Work(self._shape, local, segment, self.keeping),
+                    self.dtype,
+                )
+                for segment in range(self.schedule.segments)
+            ]
         return self._needs[batch]
 
     def _stream(self, microbatch: int, segment: int) -> Stream:
@@ -344,6 +359,23 @@ def _check_positions(model: Model, batch: Batch) -> None:
             f"tokens: {length} a sequence, and learned positions have room for {shape.context}; "
             "shorten them or raise model.context"
         )
+
+
+def _divisor(targets: Tensor, counted: int | None) -> int:
+    """What a loss summed over targets is divided by: how many count, of the batch or of all that was told."""
+    here = count(targets)
+    whole = here if counted is None else operator.index(counted)
+    if whole < here:
+        raise ConfigError(
+            f"counted: {whole}, and {here} targets of this batch alone count; give the number of all steps of the update together"
+        )
+    if not whole:
+        warnings.warn(
+            f"none of the {targets.numel()} targets counts, all are -100: the loss of this batch is 0 and gradients get nothing",
+            UncountedWarning,
+            stacklevel=4,  # whoever called `step` or `evaluate`
+        )
+    return max(whole, 1)
 
 
 def _store() -> Store:

@@ -6,14 +6,14 @@ on this rank too, or by a message. Gradients wait in the same way on their road 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from helixpipe.model.attention import KeyValues
-from helixpipe.parts.part import loss_of
+from helixpipe.parts.part import Value, loss_of
 from helixpipe.runtime.ledger import Kept, Ledger
 from helixpipe.runtime.live import Live, Needs
 from helixpipe.runtime.randomness import Stream
@@ -100,7 +100,8 @@ class Stages:
             self.losses[mb, seg] = live.pop(loss).tensor
         outputs = {value: live.pop(value) for value in list(live)}
         for edge in schedule.edges_out_of[stage]:
-            self._mailbox[_edge_slot(Kind.VALUES, edge, mb, seg)] = [outputs[value] for value in edge.values]
+            meets = schedule.placement[edge.consumer, mb] == schedule.placement[stage, mb]
+            self._mailbox[_edge_slot(Kind.VALUES, edge, mb, seg)] = self._waiting_for(edge, outputs, meets)
         if not self.training and seg == schedule.segments - 1:  # no backward will let them go
             for part in schedule.stages[stage].parts:
                 if part.about.attends and mb in self._key_values:
@@ -127,7 +128,13 @@ class Stages:
         else:
             self.tapes[stage].backward(records, gradients, feed)
         for edge in schedule.edges_into[stage]:
-            self._mailbox[_edge_slot(Kind.GRADIENTS, edge, mb, seg)] = [gradients[value] for value in edge.values]
+            meets = schedule.placement[edge.producer, mb] == schedule.placement[stage, mb]
+            self._mailbox[_edge_slot(Kind.GRADIENTS, edge, mb, seg)] = self._waiting_for(edge, gradients, meets)
+
+    def _waiting_for(self, edge: Edge, made: Mapping[Value, Kept], meets: bool) -> list[Kept]:
+        """What an edge carries: kept for a stage of this rank, or in transit from here on."""
+        found = [made[value] for value in edge.values]
+        return found if meets else [self.ledger.carry(each.tensor) for each in found]
 
 
 class KeyValuesByLayer(dict[int, KeyValues]):

@@ -50,7 +50,9 @@ class TensorShape(ModelShape):
         return TensorShape(**{field.name: getattr(share, field.name) for field in fields(ModelShape)}, tensor=tensor)
 
     def value_shape(self, value: Value, batch: Batch, segment: int) -> tuple[int, ...]:
-        b, s, *rest = super().value_shape(value, batch, segment)
+        if not (whole := super().value_shape(value, batch, segment)):
+            return whole  # the loss
+        b, s, *rest = whole
         return (b, s // self.tensor, *rest) if maker(value.name).over_tokens else (b, s, *rest)
 
 

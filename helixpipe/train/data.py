@@ -10,6 +10,7 @@ import bisect
 import itertools
 import os
 import sysconfig
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,17 +23,20 @@ from numpy.typing import NDArray
 from helixpipe.config import Config, DataConfig
 from helixpipe.errors import DataError
 from helixpipe.files import fault
+from helixpipe.train.formats import holds_tokens, refusal
+from helixpipe.train.megatron_index import index_of, indexed_dtype
 
 # not what people write as a program: tests, vendored packages, and tables
 _STDLIB_SKIPPED = frozenset({
     "__pycache__", "site-packages", "dist-packages", "test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo",
     "ensurepip", "encodings", "pydoc_data",
 })  # fmt: skip
-_TOKEN_FILES = (".npy", ".bin")
 # so many windows of so many tokens are what data is known by
 _SAMPLES, _SAMPLE_TOKENS = 16, 256
 # token files are searched for ids beyond the vocabulary so far before a run, and batch by batch in it
 _CHECKED_TOKENS = 2**24
+# of a .bin whose dtype nothing states, so many are enough to see that it is not uint16
+_LOOKED_AT_TOKENS = 4096
 
 
 class Piece(NamedTuple):
@@ -85,6 +89,8 @@ class Corpus:
     batch_size: int
     vocabulary: int
     seed: int
+    remarks: tuple[str, ...] = ()
+    """What a user should know of the data but need not mend, a line each."""
 
     def fingerprint(self) -> tuple[int, int, int]:
         """Tokens to train on, tokens held out, and a checksum of windows all over the former: what data this is."""
@@ -109,9 +115,10 @@ class Corpus:
 
     def _windows(self, tokens: Tokens, starts: Sequence[int]) -> Batch:
         windows = np.stack([tokens.read(start, self.sequence_length + 1) for start in starts])
-        if windows.max() >= self.vocabulary:
+        at = _misfit(windows, self.vocabulary)
+        if at is not None:
             raise DataError(
-                f"data.path: token {windows.max()} does not fit a vocabulary of {self.vocabulary}; "
+                f"data.path: token {windows.flat[at]} does not fit a vocabulary of {self.vocabulary}; "
                 "raise model.vocabulary or prepare the data with its tokenizer"
             )
         return Batch(windows[:, :-1], windows[:, 1:])
@@ -120,10 +127,11 @@ class Corpus:
 def open_corpus(config: Config) -> Corpus:
     """The corpus of a config; raises DataError for data that cannot be trained on."""
     length, vocabulary = config.train.sequence_length, config.shape().vocabulary
-    pieces = _pieces(config.data)
+    files, left_out = _find(config.data.path)
+    pieces = [_piece(file, config.data, vocabulary) for file in files]
     named = f"data.path: '{config.data.path}'" if config.data.path else "data.path: the Python standard library"
     if not sum(piece.tokens for piece in pieces):
-        raise DataError(f"{named} is empty; give a file or folder with text or tokens")
+        raise DataError(f"{named} is empty; give a file or folder with text or tokens{left_out and f' ({left_out})'}")
     _check_vocabulary(pieces, vocabulary)
     training, held_out = _split(pieces, config.data.held_out)
     if len(training) < length + 1:
@@ -136,73 +144,109 @@ def open_corpus(config: Config) -> Corpus:
             f"{named} leaves {len(held_out)} tokens held out, fewer than a sequence and its next token "
             f"({length + 1}); raise data.held_out, set it to 0, or give more data"
         )
-    return Corpus(training, held_out, length, config.batch_size, vocabulary, config.train.seed)
+    remarks = tuple(_remarks(pieces, vocabulary, left_out))
+    return Corpus(training, held_out, length, config.batch_size, vocabulary, config.train.seed, remarks)
 
 
-def _pieces(config: DataConfig) -> list[Piece]:
-    """Every file as a piece, in an order that is the same on every machine."""
-    if not config.path:
+def _find(given: str) -> tuple[list[Path], str]:
+    """Every file to read, in an order that is the same on every machine, and what of a folder is left out, "" if nothing."""
+    if not given:
         library = Path(sysconfig.get_paths()["stdlib"])
-        return [_text(path) for path in _walk(library, _STDLIB_SKIPPED) if path.suffix == ".py"]
-    path = Path(config.path)
+        return [path for path in _walk(library, _STDLIB_SKIPPED) if path.suffix == ".py" and _is_file(path)], ""
+    path = Path(given)
     if why := fault(path):
         raise DataError(f"data.path: '{path}' cannot be read: {why}")
     if path.is_dir():
-        files = list(_walk(path))
-        tokens = [file for file in files if file.suffix in _TOKEN_FILES]
-        if tokens and len(tokens) < len(files):
-            other = next(file for file in files if file.suffix not in _TOKEN_FILES)
-            raise DataError(f"data.path: '{path}' mixes tokens ('{tokens[0]}') and text ('{other}'); separate them")
-        return [_piece(file, config) for file in files]
+        found = list(_walk(path))
+        files = [file for file in found if _is_file(file) and not _is_index(file)]
+        others = [file for file in found if not _is_file(file)]
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        left_out = f"not read: '{others[0]}'{more}, no files; links to folders are not followed" if others else ""
+        _check_folder(path, files)
+        return files, left_out
     if not path.exists():
         raise DataError(f"data.path: '{path}' does not exist; give a text file, a folder of them, or .npy/.bin tokens")
     if not path.is_file():
         raise DataError(f"data.path: '{path}' is neither a file nor a folder")
-    return [_piece(path, config)]
+    if not _is_indexed(path) and (why := refusal(path)):
+        raise DataError(why)
+    return [path], ""
+
+
+def _check_folder(folder: Path, files: Sequence[Path]) -> None:
+    """Raise DataError where a folder has what is neither text nor tokens, or both."""
+    refused = [why for file in files if not _is_indexed(file) and (why := refusal(file))]
+    if refused:
+        more = len(refused) - 1
+        raise DataError(refused[0] + (f" (refused in '{folder}' as well: {more} more)" if more else ""))
+    tokens = [file for file in files if holds_tokens(file)]
+    if tokens and len(tokens) < len(files):
+        other = next(file for file in files if not holds_tokens(file))
+        raise DataError(f"data.path: '{folder}' mixes tokens ('{tokens[0]}') and text ('{other}'); separate them")
 
 
 def _walk(folder: Path, skipped: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """The files below a folder, sorted; hidden ones are left out."""
+    """What is below a folder and no folder itself, sorted; hidden names are left out."""
 
     def refuse(error: OSError) -> NoReturn:
         raise DataError(f"data.path: '{error.filename}' cannot be read: {error.strerror}") from None
 
     for parent, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if name not in skipped and not name.startswith("."))
-        paths = (Path(parent, name) for name in sorted(files) if not name.startswith("."))
-        for path in paths:
-            try:
-                is_file = path.is_file()  # a link to nowhere or a pipe is not
-            except OSError as error:
-                refuse(error)
-            if is_file:
-                yield path
+        yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))
+        yield from (path for name in folders if (path := Path(parent, name)).is_symlink())
 
 
-def _piece(path: Path, config: DataConfig) -> Piece:
-    if path.suffix == ".npy":
-        return _numpy(path)
-    if path.suffix == ".bin":
-        size, width = _size(path), np.dtype(config.dtype).itemsize
-        if size % width:
-            raise DataError(
-                f"data.path: '{path}' has {size} bytes, not a multiple of {config.dtype}'s {width}; "
-                "set data.dtype to what it holds"
-            )
-        return Piece(str(path), config.dtype, 0, size // width)
-    return _text(path)
+def _is_file(path: Path) -> bool:
+    """Whether there is a file: a link to nowhere or a pipe is none. Raises DataError where that cannot be known."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise DataError(f"data.path: '{path}' cannot be read: {error.strerror}") from None
 
 
-def _text(path: Path) -> Piece:
-    return Piece(str(path), "uint8", 0, _size(path))
+def _is_indexed(path: Path) -> bool:
+    return path.suffix.lower() == ".bin" and index_of(path) is not None
+
+
+def _is_index(path: Path) -> bool:
+    """Whether a file is the index of a .bin beside it."""
+    return path.suffix.lower() == ".idx" and any(path.with_suffix(suffix).exists() for suffix in (".bin", ".BIN"))
+
+
+def _piece(path: Path, config: DataConfig, vocabulary: int) -> Piece:
+    if not holds_tokens(path):
+        return Piece(str(path), "uint8", 0, _size(path))
+    return _numpy(path) if path.suffix.lower() == ".npy" else _bin(path, config, vocabulary)
+
+
+def _bin(path: Path, config: DataConfig, vocabulary: int) -> Piece:
+    size, index, dtype = _size(path), index_of(path), config.dtype or "uint16"
+    if index is not None:
+        found = indexed_dtype(index, path, size)
+        # int32 and uint32 are the same ids
+        if config.dtype and np.dtype(found).itemsize != np.dtype(config.dtype).itemsize:
+            raise DataError(f"data.dtype: {config.dtype}, and '{index}' says {found}; leave data.dtype out")
+        return Piece(str(path), found, 0, size // np.dtype(found).itemsize)
+    width = np.dtype(dtype).itemsize
+    if size % width:
+        raise DataError(
+            f"data.path: '{path}' has {size} bytes, not a multiple of {dtype}'s {width}; set data.dtype to what it holds"
+        )
+    if vocabulary > 2**16 and dtype == "uint16":
+        raise DataError(
+            f"data.dtype: uint16 cannot hold the tokens of a vocabulary of {vocabulary}; write them as uint32 and set it to that"
+        )
+    return Piece(str(path), dtype, 0, size // width)
 
 
 def _numpy(path: Path) -> Piece:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        with warnings.catch_warnings(action="ignore"):  # of a header that overflows: it is refused
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
         raise DataError(f"data.path: '{path}' cannot be read: {error.strerror or error}") from None
-    except (ValueError, EOFError):  # a wrong magic, a header of objects, fewer bytes than the header says
+    except Exception:  # a wrong magic, objects, fewer bytes than the header says; a damaged header fails in any way
         raise DataError(f"data.path: '{path}' is not a whole .npy array of numbers; write it with numpy.save") from None
     if array.dtype not in (np.uint16, np.uint32) or array.ndim != 1:
         raise DataError(
@@ -232,24 +276,50 @@ def _read_piece(piece: Piece, skipped: int, count: int) -> NDArray[np.int64]:
 
 
 def _check_vocabulary(pieces: Sequence[Piece], vocabulary: int) -> None:
-    if pieces[0].dtype == "uint8":
+    if not holds_tokens(pieces[0].path):
         if vocabulary < 256:
             raise DataError(f"model.vocabulary: {vocabulary}; bytes of text need 256")
         return
-    if vocabulary > 2**16 and any(piece.dtype == "uint16" and piece.path.endswith(".bin") for piece in pieces):
-        raise DataError(
-            f"data.dtype: uint16 cannot hold the tokens of a vocabulary of {vocabulary}; write them as uint32 and set it to that"
-        )
     left = _CHECKED_TOKENS
     for piece in pieces:
         count = min(left, piece.tokens)
         left -= count
         found = _read_piece(piece, 0, count)
-        if count and found.max() >= vocabulary:
+        at = _misfit(found, vocabulary)
+        if at is not None:
             raise DataError(
-                f"data.path: '{piece.path}' has token {found.max()} at {int(found.argmax())}, beyond a vocabulary of "
+                f"data.path: '{piece.path}' has token {found[at]} at {at}, beyond a vocabulary of "
                 f"{vocabulary}; raise model.vocabulary or prepare the data with its tokenizer"
             )
+
+
+def _misfit(tokens: NDArray[np.int64], vocabulary: int) -> int | None:
+    """Where a token is that a vocabulary does not have, in the flat array; None where all fit."""
+    for at in (tokens.argmax(), tokens.argmin()) if tokens.size else ():
+        if not 0 <= tokens.flat[at] < vocabulary:
+            return int(at)
+    return None
+
+
+def _remarks(pieces: Sequence[Piece], vocabulary: int, left_out: str) -> Iterator[str]:
+    if left_out:
+        yield f"data.path: {left_out}"
+    if not holds_tokens(pieces[0].path):
+        if vocabulary > 256:
+            yield (
+                f"data.path: text is read as bytes, which are 256 of the {vocabulary} words of model.vocabulary; "
+                "set it to 256, or give tokens of its tokenizer as .npy or .bin"
+            )
+        return
+    for piece in pieces:
+        if piece.dtype == "uint16" and piece.path.lower().endswith(".bin") and index_of(Path(piece.path)) is None:
+            found = _read_piece(piece, 0, min(piece.tokens, _LOOKED_AT_TOKENS))
+            if found.any() and not found[1::2].any() and len(found) > 1:
+                yield (
+                    f"data.path: '{piece.path}' has 0 for every second token, as 32-bit tokens read as uint16 do; "
+                    "set data.dtype to uint32 if it holds these"
+                )
+                return
 
 
 def _split(pieces: Sequence[Piece], share: float) -> tuple[Tokens, Tokens]:

@@ -64,7 +64,8 @@ def prepare(arguments: Sequence[str], warn: Callable[[str], None], ranks: int | 
     config = build_config(merged(base, over))
     if ranks is not None:
         config.mesh_shape().check_ranks(ranks)
-    data = open_corpus(config).fingerprint()
+    corpus = open_corpus(config)
+    data = corpus.fingerprint()
     config = _resolved(config, given, checkpoint)
     if manifest and checkpoint:
         manifests.check_shape(manifest, config.shape(), checkpoint)
@@ -74,6 +75,8 @@ def prepare(arguments: Sequence[str], warn: Callable[[str], None], ranks: int | 
             )
         _tell_changes(manifest.config, config, warn)
         _tell_other_data(manifest.data, data, warn)
+    for remark in corpus.remarks:
+        warn(remark)
     return Job(config, checkpoint, manifest.step if manifest else 0)
 
 

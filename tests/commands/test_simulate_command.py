@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from helixpipe.cli import main
-from helixpipe.predict.profile import Profile
 
 LONG = "--ranks 8 --microbatches 16 --model 7b --sequence-length 131072"
 SMALL = "--ranks 2 --microbatches 4 --model tiny --sequence-length 1024"
@@ -51,18 +49,6 @@ def test_the_tensor_link_is_the_accelerators_own(capsys: pytest.CaptureFixture[s
     own = asked(capsys, line)["makespan_s"]
     assert own == asked(capsys, f"{line} --tensor-link nvlink-a100")["makespan_s"]
     assert own > asked(capsys, f"{line} --tensor-link nvlink")["makespan_s"]
-
-
-def test_an_rms_norm_keeps_less_where_it_is_fused(profile: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By the accelerator, or by the device that a profile is of."""
-    line = f"1f1b {SMALL} --dtype float32 --recompute none --link free"
-    cuda = profile.with_name("cuda.json")
-    replace(Profile.load(profile), device_type="cuda").save(cuda)
-    fused, plain, of_cpu, of_cuda = (
-        asked(capsys, f"{line} {more}")["ranks"][0]["peak_activation_bytes"]
-        for more in ("", "--hardware laptop-core", f"--profile {profile}", f"--hardware laptop-core --profile {cuda}")
-    )
-    assert fused == of_cuda < plain == of_cpu
 
 
 def test_a_profile_is_named_as_what_prices_and_its_end_is_told(
@@ -121,7 +107,7 @@ def test_many_ranks_are_shown_by_the_first_and_the_last(capsys: pytest.CaptureFi
         == 0
     )
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[4:21]] == [*map(str, range(8)), "...", *map(str, range(24, 32))]
+    assert [line.split()[0] for line in lines[5:22]] == [*map(str, range(8)), "...", *map(str, range(24, 32))]
 
 
 def test_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

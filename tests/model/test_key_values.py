@@ -12,7 +12,7 @@ from helixpipe.model.attention import KeyValues
 from helixpipe.model.decoder import Decoder
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Batch, Keeping
-from helixpipe.predict.memory import kept_bytes
+from helixpipe.predict.memory import held_bytes
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
@@ -61,4 +61,4 @@ def test_what_is_owed_is_counted_and_predicted(family: str) -> None:
     pipeline.step(*batch(shape, 2, 64))
     held = [point.kept_bytes for point in pipeline.timeline().memory[0][1::2]]
     program = lower(schedule, shape, Batch(1, lengths))
-    assert held == [ended for _, ended in kept_bytes(program, Keeping("selective"))[0]]
+    assert held == [each.left_bytes for each in held_bytes(program, Keeping("selective"))[0]]

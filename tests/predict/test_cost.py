@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 
 from helixpipe.errors import ConfigError
+from helixpipe.parts.kind import KINDS
 from helixpipe.parts.part import Part, chain
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Batch, Keeping
 from helixpipe.predict.cost import Analytic, accelerator_bytes, action_seconds, message_bytes
 from helixpipe.predict.hardware import ACCELERATORS, LINKS, Accelerator, Link, named_accelerator, named_link
-from helixpipe.predict.memory import peak_kept_bytes
+from helixpipe.predict.memory import peak_activation_bytes
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
@@ -29,8 +30,8 @@ SLOW = Accelerator("slow", 100.0, 1e9, 10.0, "made up", 0.5, 0.25, 0.2, 1.0, 0.0
 def test_every_accelerator_names_links_that_are_known() -> None:
     own = {name: (each.link, each.tensor_link, each.device) for name, each in ACCELERATORS.items()}
     assert all(link in LINKS and inside in LINKS for link, inside, _ in own.values())
-    assert own["ideal"] == ("free", "free", True)
-    assert own["laptop-core"] == ("loopback", "loopback", False)
+    assert own["ideal"] == ("free", "free", "cuda")
+    assert own["laptop-core"] == ("loopback", "loopback", "cpu")
     inside = {name: tensor_link for name, (_, tensor_link, _) in own.items()}
     assert [inside[name] for name in ("a100", "a800", "h100", "b200")] == [
         "nvlink-a100", "nvlink-a800", "nvlink", "nvlink-b200",
@@ -100,11 +101,27 @@ def test_tensor_parallel_divides_the_work_and_pays_for_its_messages() -> None:
     link = Link("wire", 1000.0, 0.5, "made up")
     alone, two = Analytic(SHAPE, SLOW), Analytic(SHAPE, SLOW, tensor_parallel=2)
     joined = Analytic(SHAPE, SLOW, tensor_parallel=2, tensor_link=link)
-    for kind, exchanges in (("qkv", 1), ("attn", 0), ("proj", 1), ("mlp", 2), ("norm", 0)):
+    # 1 = a gather or a scatter of [b, s, h]: embedding and head pay one where the vocabulary is divided, as Megatron's
+    megatron = replace(joined, vocabulary_divided=True)
+    expected = {
+        "embed": (0, 1),
+        "norm": (0, 0),
+        "qkv": (1, 1),
+        "attn": (0, 0),
+        "proj": (1, 1),
+        "mlp": (2, 2),
+        "block": (4, 4),
+        "head": (0, 1),
+    }
+    assert expected.keys() == KINDS.keys()
+    for kind, exchanges in expected.items():
         part = Part(kind, 0)
-        assert two.forward_s(part, BATCH, 0) == pytest.approx(alone.forward_s(part, BATCH, 0) / 2)
-        paid = joined.forward_s(part, BATCH, 0) - two.forward_s(part, BATCH, 0)
-        assert paid == pytest.approx(exchanges * (0.5 + 30 * 8 * 2 / 2 / 1000))
+        for costs, count in zip((joined, megatron), exchanges, strict=True):
+            for price in ("forward_s", "input_s"):
+                halved = getattr(two, price)(part, BATCH, 0)
+                assert halved == pytest.approx(getattr(alone, price)(part, BATCH, 0) / 2)
+                paid = getattr(costs, price)(part, BATCH, 0) - halved
+                assert paid == pytest.approx(count * (0.5 + 30 * 8 * 2 / 2 / 1000)), (kind, price)
 
 
 def seconds_of(schedule: object, recompute: str, **chunks: int) -> object:
@@ -145,7 +162,7 @@ def test_a_chunk_that_the_segment_is_not_longer_than_does_nothing(recompute: str
     for kind in (Pass.F, Pass.B, Pass.I, Pass.W):
         assert same(Action(0, kind, 0)) == whole(Action(0, kind, 0))
     program = lower(schedule, SHAPE, BATCH)
-    kept = [peak_kept_bytes(program, Keeping(recompute, 4, chunk, chunk)) for chunk in (0, 9, 10)]
+    kept = [peak_activation_bytes(program, Keeping(recompute, 4, chunk, chunk)) for chunk in (0, 2, 10)]
     assert kept[0] == kept[2]
     assert kept[1] < kept[0]
 

@@ -64,7 +64,7 @@ def settings() -> Iterator[tuple[str, Setting]]:
     for recompute, chunk in itertools.product(RECOMPUTE, (0, 256)):
         yield (
             f"llama {recompute} chunk {chunk}",
-            Setting(LLAMA, 4096, h100, infiniband, Keeping(recompute, 2, chunk, chunk, True)),
+            Setting(LLAMA, 4096, h100, infiniband, Keeping(recompute, 2, chunk, chunk, "cuda")),
         )
         yield f"gpt {recompute} chunk {chunk}", Setting(GPT, 2048, keeping=Keeping(recompute, 4, chunk, chunk))
     keeping = Keeping("selective", 2, device="cuda")

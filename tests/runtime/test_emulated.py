@@ -81,6 +81,7 @@ def test_the_command_reports_both(capsys: pytest.CaptureFixture[str]) -> None:
     given = "1f1b --ranks 2 --microbatches 2 --model tiny --sequence-length 256 --seconds 0.3"
     assert command(given.split()) == 0
     told = capsys.readouterr().out
+    assert told.startswith("1f1b: 2 ranks, 2 micro-batches; ideal, link free\n")
     assert "instruction order equal on every rank" in told
     step = re.search(r"step +(\S+) s +(\S+) s +ratio (\S+)", told)
     assert step is not None

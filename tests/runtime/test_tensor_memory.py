@@ -12,7 +12,7 @@ from test_mesh import Case, device_mesh, sized
 from helixpipe.model.decoder import Decoder
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Batch, Keeping
-from helixpipe.predict.memory import kept_bytes
+from helixpipe.predict.memory import held_bytes
 from helixpipe.predict.standing import owned_and_visiting
 from helixpipe.predict.timeline import Timeline
 from helixpipe.runtime.pipeline import Pipeline
@@ -63,14 +63,14 @@ def test_a_tensor_parallel_rank_holds_what_is_predicted(four_ranks: Ranks, case:
     tp, group = case.size("tp"), case.size("tp") * case.size("cp")
     schedule = schedule_of(case)
     program = lower(schedule, SHAPE, Batch(1, (LENGTH,)))
-    predicted = kept_bytes(program, Keeping(case.recompute, 4, case.chunk, case.chunk, tensor_parallel=tp))
+    keeping = Keeping(case.recompute, 4, case.chunk, case.chunk, tensor_parallel=tp, processes=group)
+    predicted = held_bytes(program, keeping)
     owned, _ = owned_and_visiting(schedule, SHAPE.tensor_share(tp))
     for found in four_ranks.run(measured, case):
         assert found.owned == sum(owned[found.pp].values())
         for points, expected in zip(found.timeline.memory, predicted, strict=True):
             held = [point.kept_bytes for point in points[1::2]]
-            ended = [end / group for _, end in expected]
-            largest = max(high for high, _ in expected) / group
+            ended = [each.left_bytes / group for each in expected]
+            largest = max(each.kept_bytes + each.workspace_bytes for each in expected) / group
             assert held == pytest.approx(ended, abs=0.05 * largest)
-            if not case.chunk:  # a chunked part's own transient is one slice's, which the formula leaves out
-                assert max(point.kept_bytes for point in points) == pytest.approx(largest, rel=0.05)
+            assert max(point.kept_bytes + point.workspace_bytes for point in points) == pytest.approx(largest, rel=0.05)

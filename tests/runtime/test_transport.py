@@ -11,6 +11,7 @@ from ranks import Ranks
 
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Batch
+from helixpipe.runtime.ledger import Ledger
 from helixpipe.runtime.tensor import TensorParallel
 from helixpipe.runtime.transport import Transport
 from helixpipe.runtime.watch import Watch
@@ -26,10 +27,12 @@ def met() -> int:
     """Interleaved: the last rank's messages go to the first, so that the pairs are a circle."""
     schedule = build_schedule("interleaved", ranks=4, layers=8, microbatches=1, stages_per_rank=2)
     watch = Watch(None, dist.get_rank(), 4)
-    transport = Transport(dist.group.WORLD, torch.device("cpu"), torch.float32, torch.float32, 20.0, watch)
+    transport = Transport(
+        dist.group.WORLD, torch.device("cpu"), torch.float32, torch.float32, 20.0, watch, Ledger(lambda pointer: False)
+    )
     transport.meet(lower(schedule, SHAPE, Batch(1, (1,))).messages)
     transport.close()
-    return transport.transit_bytes
+    return transport.ledger.held.transit_bytes
 
 
 def test_pairs_in_a_circle_meet(four_ranks: Ranks) -> None:
@@ -74,7 +77,9 @@ def test_groups_of_gloo_have_their_messages_made_on_the_host(four_ranks: Ranks) 
 def test_running_out_of_memory_is_no_lost_rank() -> None:
     """The worker has a line of its own for it."""
     watch = Watch(None, 0, 1)
-    transport = Transport(None, torch.device("cpu"), torch.float32, torch.float32, 20.0, watch)
+    transport = Transport(
+        None, torch.device("cpu"), torch.float32, torch.float32, 20.0, watch, Ledger(lambda pointer: False)
+    )
     tensor = TensorParallel.__new__(TensorParallel)
     for named in (transport._named(None, -1), tensor._named(), wire._named(None, "keys and values"), watch.together()):
         with pytest.raises(torch.OutOfMemoryError), named:

@@ -59,11 +59,11 @@ def test_the_command_line_goes_before_the_file(tmp_path: Path) -> None:
     assert config.schedule.folds == 1
 
 
-@pytest.mark.parametrize(("device", "used", "fused"), [
-    ("cpu", "", False), ("cuda", "", True), ("auto", "", False), ("auto", "cuda:1", True), ("auto", "cpu", False),
+@pytest.mark.parametrize(("device", "used", "kernels"), [
+    ("cpu", "", "cpu"), ("cuda", "", "cuda"), ("auto", "", "cpu"), ("auto", "cuda:1", "cuda"), ("auto", "cpu", "cpu"),
 ])  # fmt: skip
-def test_an_rms_norm_is_fused_on_cuda(device: str, used: str, fused: bool) -> None:
-    assert build_config({"runtime": {"device": device}}).setting(used).keeping.fused_rms is fused
+def test_predictions_are_of_the_device_that_is_used(device: str, used: str, kernels: str) -> None:
+    assert build_config({"runtime": {"device": device}}).setting(used).keeping.device == kernels
 
 
 def test_another_family_does_not_inherit_options() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +34,22 @@ def test_the_default_is_the_standard_library() -> None:
     assert 0.09 < len(found.held_out) / (len(found.training) + len(found.held_out)) < 0.11
 
 
-def test_bytes_of_any_kind_are_tokens_and_targets_are_the_next_ones(tmp_path: Path) -> None:
+def test_bytes_are_tokens_and_targets_are_the_next_ones(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
-    file.write_bytes(bytes(range(256)) * 4)
+    file.write_bytes(bytes(range(1, 256)) * 4)
     found = corpus(file)
-    assert len(found.training) == 768
-    assert len(found.held_out) == 256
+    assert len(found.training) == 765
+    assert len(found.held_out) == 255
     batch = found.batch(1)
     assert batch.tokens.shape == batch.targets.shape == (6, 8)
     assert batch.tokens.dtype == batch.targets.dtype == np.int64
-    assert (batch.targets == (batch.tokens + 1) % 256).all()
+    assert (batch.targets == batch.tokens % 255 + 1).all()
     assert (batch.tokens[:, 1:] == batch.targets[:, :-1]).all()
 
 
 def test_batches_are_a_function_of_seed_and_step(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
-    file.write_bytes(np.random.default_rng(0).bytes(5000))
+    file.write_bytes(np.random.default_rng(0).integers(1, 256, 5000, np.uint8).tobytes())
     one, other = corpus(file), corpus(file)
     later = [one.batch(step) for step in range(5)][4]
     assert (later.tokens == other.batch(4).tokens).all()
@@ -78,6 +79,7 @@ def test_a_folder_is_read_in_sorted_order_without_hidden_files(tmp_path: Path) -
     found = corpus(tmp_path, length=4, held_out=0.0)
     assert [Path(piece.path).name for piece in found.training.pieces] == ["a.md", "b.txt", "c.py"]
     assert list(found.evaluation(0)) == []
+    assert found.remarks == (f"data.path: not read: '{tmp_path}/gone', no files; links to folders are not followed",)
 
 
 def test_a_file_that_cannot_be_looked_at_is_not_left_out(tmp_path: Path) -> None:
@@ -239,16 +241,20 @@ def test_bytes_need_a_vocabulary_of_256(tmp_path: Path) -> None:
         open_corpus(build_config(table))
 
 
+@pytest.mark.parametrize(("dtype", "token"), [("uint16", 300), ("int32", -1)])
 def test_a_token_beyond_the_vocabulary_that_comes_late_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, token: int
 ) -> None:
     monkeypatch.setattr(data, "_CHECKED_TOKENS", 10)
-    np.array([1] * 10 + [300] * 290, np.uint16).tofile(tmp_path / "a.bin")
+    np.array([1] * 10 + [token] * 290, dtype).tofile(tmp_path / "a.bin")
+    if dtype == "int32":
+        lengths_offsets_marks = np.array([300], "<i4").tobytes() + np.array([0, 0, 1], "<i8").tobytes()
+        (tmp_path / "a.idx").write_bytes(b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 4, 1, 2) + lengths_offsets_marks)
     found = corpus(tmp_path / "a.bin")
     with pytest.raises(DataError) as caught:
         found.batch(0)
     assert str(caught.value) == (
-        "data.path: token 300 does not fit a vocabulary of 256; raise model.vocabulary or prepare the data with its tokenizer"
+        f"data.path: token {token} does not fit a vocabulary of 256; raise model.vocabulary or prepare the data with its tokenizer"
     )
 
 

@@ -19,6 +19,7 @@ from helixpipe.train.manifest import Manifest
 
 LONG = "x" * 300
 """No file system has such a name, and asking for it is an error of its own."""
+TEXT = (bytes(range(1, 256)) + b"\n") * 400
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +95,7 @@ def test_resume_with_a_path_continues_that_run_in_place_or_as_another(elsewhere:
 
 
 def test_other_data_than_the_checkpoints_is_said_in_one_line(elsewhere: Path) -> None:
-    (elsewhere / "text").write_bytes(bytes(range(256)) * 400)
+    (elsewhere / "text").write_bytes(TEXT)
     over: Table = {"data": {"path": str(elsewhere / "text")}}
     training, held_out, checksum = open_corpus(build_config(over)).fingerprint()
     assert training + held_out == 102_400
@@ -113,18 +114,28 @@ def test_other_data_than_the_checkpoints_is_said_in_one_line(elsewhere: Path) ->
         assert run("--resume", f"run-{i}")[1] == said
 
 
+def test_what_is_remarkable_about_the_data_is_said_once(elsewhere: Path) -> None:
+    (elsewhere / "text").write_bytes(TEXT)
+    _, said = run("--data.path", "text", "--model.vocabulary", "50257")
+    assert said == [
+        "data.path: text is read as bytes, which are 256 of the 50257 words of model.vocabulary; "
+        "set it to 256, or give tokens of its tokenizer as .npy or .bin"
+    ]
+    assert run("--data.path", "text")[1] == []
+
+
 def test_data_is_known_by_all_of_it(elsewhere: Path) -> None:
     found = set()
     for changed in (0, 40_000, 80_000):
-        text = bytearray(range(256)) * 400
-        text[changed : changed + 7_000] = bytes(7_000)
+        text = bytearray(TEXT)
+        text[changed : changed + 7_000] = b"x" * 7_000
         (elsewhere / "text").write_bytes(text)
         found.add(open_corpus(build_config({"data": {"path": "text"}})).fingerprint())
     assert len(found) == 3
 
 
 def test_paths_mean_the_same_wherever_a_run_is_continued(elsewhere: Path) -> None:
-    (elsewhere / "text").write_bytes(bytes(range(256)) * 400)
+    (elsewhere / "text").write_bytes(TEXT)
     assert run("--data.path", "text")[0].config.data.path == str(elsewhere / "text")
     # a profile is read where a config is made, so this one is not
     config = Config(schedule=ScheduleConfig(profile="mine.json"))

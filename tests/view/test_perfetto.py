@@ -64,8 +64,8 @@ def test_a_process_a_timeline_and_a_thread_a_rank_in_order() -> None:
 def test_live_bytes_are_counters() -> None:
     found = events(perfetto({"a": by_hand()}), "C")
     assert [(e["name"], e["ts"], e["args"]) for e in found] == [
-        ("rank 0 bytes", 0, {"activations": 0, "buffers": 0}),
-        ("rank 0 bytes", 1000, {"activations": 4096, "buffers": 512}),
+        ("rank 0 bytes", 0, {"kept": 0, "workspace": 0, "in transit": 0}),
+        ("rank 0 bytes", 1000, {"kept": 4096, "workspace": 0, "in transit": 512}),
         *(
             (f"rank {rank} standing bytes", ts, {"weights": 1, "gradients": 2, "optimizer": 3})
             for rank in (0, 1)

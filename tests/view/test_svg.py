@@ -110,7 +110,7 @@ def test_all_passes_have_a_place_in_the_legend() -> None:
 
 def test_memory_is_drawn_under_each_rank_when_it_is_there() -> None:
     bare = timeline_of("1f1b", ranks=2, layers=2, microbatches=2)
-    points = (MemoryPoint(0, 1 << 20), MemoryPoint(5, 3 << 20, 1 << 19), MemoryPoint(9, 0))
+    points = (MemoryPoint(0, 1 << 20), MemoryPoint(5, 2 << 20, 1 << 19, 1 << 19), MemoryPoint(9, 0))
     root = parsed(render(Timeline(bare.spans, (points, ())), "t", unit="units"))
     told = texts(root)
     assert told[1].endswith("peak 3 MiB of activations")

@@ -162,7 +162,7 @@ function drawMemory(lane, g, w, end) {
   const points = lane.points, base = withStanding ? lane.standing : 0, columns = Math.max(0, Math.ceil(end));
   const [kept, all] = [new Float64Array(columns), new Float64Array(columns)]; // the most of what a column of pixels spans
   for (let i = 0; i < points.length; i++) {
-    const [time, activations, buffers] = points[i];
+    const [time, kept, buffers, workspace = 0] = points[i], activations = kept + workspace;
     const until = i + 1 < points.length ? points[i + 1][0] : lane.timeline.makespan;
     if (until < view.from || time > view.to) continue;
     const last = Math.min(columns - 1, Math.floor(x(until)));
@@ -189,7 +189,7 @@ function drawMemory(lane, g, w, end) {
 }
 
 function measureMemory() {
-  const held = (lane) => lane.points.reduce((most, p) => Math.max(most, p[1] + p[2]), 0) + (withStanding ? lane.standing : 0);
+  const held = (lane) => lane.points.reduce((most, p) => Math.max(most, p[1] + p[2] + (p[3] || 0)), 0) + (withStanding ? lane.standing : 0);
   mostBytes = Math.max(1, ...lanes.map(held));
   if ($("height")) $("height").textContent = `a curve's full height: ${bytes(mostBytes)}`;
 }

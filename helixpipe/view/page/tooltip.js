@@ -36,8 +36,9 @@ function describeMemory(lane, time) {
   let point = null;
   for (const each of lane.points) if (each[0] <= time) point = each;
   if (!point || time > lane.timeline.makespan) return null;
-  const rows = [["rank", lane.rank], ["activations", bytes(point[1])], ["message buffers", bytes(point[2])]];
-  if (lane.standing) rows.push(["standing", bytes(lane.standing)], ["all", bytes(point[1] + point[2] + lane.standing)]);
+  const [, kept, transit, workspace = 0] = point;
+  const rows = [["rank", lane.rank], ["kept", bytes(kept)], ["workspace", bytes(workspace)], ["in transit", bytes(transit)]];
+  if (lane.standing) rows.push(["standing", bytes(lane.standing)], ["all", bytes(kept + transit + workspace + lane.standing)]);
   return [`held at ${moment(time)}`, rows];
 }
 
