@@ -18,7 +18,7 @@ from helixpipe.errors import ConfigError
 from helixpipe.model.head import IGNORED
 from helixpipe.model.layers_shape import LayersShape
 from helixpipe.model.rope import Start
-from helixpipe.model.trial import device_of, failed, given_tensors
+from helixpipe.model.trial import device_of, failed, given_tensors, own_randomness
 from helixpipe.parts.part import Part
 from helixpipe.parts.work import Work
 
@@ -96,7 +96,7 @@ class Layers:
         part, work = self.shape.chain()[-1], Work(self.shape, self.shape.example(sequences=2))
         given = self.shape.given(part, work)
         dtype = next((p.dtype for p in head.parameters() if p.is_floating_point()), torch.float32)
-        with torch.random.fork_rng():
+        with own_randomness(device_of(head)):
             x, targets = given_tensors(given, dtype, device_of(head))
             try:
                 whole, first, second = (

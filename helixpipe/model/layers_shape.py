@@ -212,7 +212,7 @@ class _Own(Kind):
         figures = _tried(part, work)
         return figures.graph_workspace if graph else figures.plain_workspace
 
-    def backward_workspace(self, part: Part, work: Work) -> int:
+    def backward_workspace(self, part: Part, work: Work, unread: bool = False) -> int:
         return _tried(part, work).backward_workspace
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -90,7 +91,7 @@ class Trials:
             except Exception:  # whatever it is, a real run shows whether it is the module's own
                 self._needs_values.add(number)
         try:
-            with torch.random.fork_rng():
+            with own_randomness(device_of(self.modules[number])):
                 module = copy.deepcopy(self.modules[number]).to(dtype)
                 return _measured(module, given, dtype, device_of(module), name)
         except ConfigError:
@@ -162,6 +163,11 @@ def storage_of(tensor: Tensor) -> int:
 def device_of(module: nn.Module) -> torch.device:
     """Where its parameters are."""
     return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+
+
+def own_randomness(device: torch.device) -> AbstractContextManager[None]:
+    """Within it, what is drawn on the CPU and on this device changes nothing for the caller."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def failed(name: str, given: Sequence[Given], dtype: torch.dtype, error: Exception) -> ConfigError:

@@ -184,6 +184,29 @@ def test_gradients(four_ranks: Ranks, case: Case) -> None:
         assert error < 1e-9, f"{name}: {error:.1e}"
 
 
+def measured_and_predicted(name: str, recompute: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Peak activation bytes by rank of a second step."""
+    mesh = mesh_of(2)
+    if mesh is None:
+        return None
+    model = hp.Layers(*modules(name, 6))
+    schedule = hp.build_schedule("1f1b", ranks=2, model=model, microbatches=4)
+    pipeline = hp.Pipeline(model, schedule, mesh, recompute=recompute, timeout_s=30)
+    rows = torch.randint(WORDS, (2, 4, 256), generator=torch.Generator().manual_seed(1))
+    for _ in range(2):
+        pipeline.step(*rows)
+    measured = pipeline.timeline().peak_activation_bytes
+    pipeline.close()
+    return measured, hp.simulate(schedule, model, sequence_length=256, keeping=pipeline.keeping).peak_activation_bytes
+
+
+@pytest.mark.parametrize("name", ["convolution", "transformer"])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_predicted_bytes_are_those_measured(four_ranks: Ranks, name: str, recompute: str) -> None:
+    found = four_ranks.run(measured_and_predicted, name, recompute)[0]
+    assert found[1] == pytest.approx(found[0], rel=0.1)
+
+
 def test_the_cases_cover_every_family_model_and_policy() -> None:
     cases = covering()
     assert {case.family for case in cases} == set(AT_X)
