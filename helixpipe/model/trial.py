@@ -106,10 +106,10 @@ class Trials:
             module = self.modules[number]
             memo: dict[int, Tensor] = {}
             for parameter in module.parameters():
-                fake = torch.empty(parameter.shape, dtype=_as(dtype, parameter))
+                fake = torch.empty(parameter.shape, dtype=_as(dtype, parameter), device="cpu")
                 memo[id(parameter)] = nn.Parameter(fake, parameter.requires_grad)
             for buffer in module.buffers():
-                memo[id(buffer)] = torch.empty(buffer.shape, dtype=_as(dtype, buffer))
+                memo[id(buffer)] = torch.empty(buffer.shape, dtype=_as(dtype, buffer), device="cpu")
             self._copies[key] = made = copy.deepcopy(module, memo)
             for inner in made.modules():
                 if isinstance(inner, nn.RNNBase):

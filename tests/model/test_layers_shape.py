@@ -187,6 +187,8 @@ def test_families_that_look_inside_layers_are_refused_by_name() -> None:
             "segments need layers that hand on keys and values, and layer 0 is one opaque block; use segments = 1"
         )
     assert len(hp.build_schedule("seq1f1b", ranks=2, model=found, microbatches=4, segments=1).stages) == 2
+    by_hand = hp.build_schedule("1f1b", ranks=2, layers=4, microbatches=4, opaque=True)
+    assert by_hand == hp.build_schedule("1f1b", ranks=2, model=found, microbatches=4)
     with pytest.raises(hp.ConfigError, match=r"^schedule.layers: 3, and the model has 4; leave layers away$"):
         hp.build_schedule("1f1b", ranks=2, model=found, layers=3, microbatches=4)
 

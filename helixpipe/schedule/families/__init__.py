@@ -75,8 +75,8 @@ def build_schedule(
     """The schedule of a family, checked.
 
     `model` says how many layers there are, and which of them are one block; without one, `layers` does. `given` are the
-    family's own options (`options(family)` names them), such as `folds` and `travel` of `helix`. Raises ConfigError for a
-    family, option or size that cannot be.
+    family's own options (`options(family)` names them), such as `folds` and `travel` of `helix`; `opaque=True` is all
+    layers. Raises ConfigError for a family, option or size that cannot be.
     """
     known = options(family)
     if model is not None:
@@ -86,6 +86,8 @@ def build_schedule(
         layers = shape.layers
         if shape.opaque:
             given = {"opaque": shape.opaque, **given}
+    if given.get("opaque") is True:
+        given["opaque"] = tuple(range(layers))
     if given.get("opaque") and "opaque" not in known:
         whole = [name for name in FAMILIES if "segments" not in options(name) and "opaque" in options(name)]
         raise ConfigError(
