@@ -86,7 +86,8 @@ class Assumptions:
     def setting(self, model: str, length: int) -> Setting:
         return Setting(
             named_shape(model), length, replace(named_accelerator("h20"), **self.accelerator), named_link(self.link),
-            Keeping("selective", 2, keeps_activated=True), 1, TENSOR_PARALLEL, named_link(self.tensor_link),
+            Keeping("selective", 2, device="cuda", keeps_activated=True),
+            1, TENSOR_PARALLEL, named_link(self.tensor_link),
             megatron=True,
         )  # fmt: skip
 
@@ -122,6 +123,7 @@ def priced(way: Way, model: str, length: int, ranks: int, given: Assumptions) ->
     return {
         "way": str(way), "step_s": step_s, "over_ideal": step_s / ideal_s, "peak_bytes": max(peaks),
         "fits": max(peaks) <= setting.accelerator.memory_bytes * given.memory_share, "least_bytes": min(peaks),
+        "next_bytes": sorted(peaks)[-2],
         "tokens_per_s": 2 * ranks * length / step_s,
     }  # fmt: skip
 
