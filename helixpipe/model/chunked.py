@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from helixpipe.model.linear import at_once
 
@@ -65,9 +66,9 @@ class _Chunked(torch.autograd.Function):
             here = slice(start, start + ctx.chunk)
             piece = x[:, here].detach().requires_grad_()
             with torch.enable_grad(), at_once(cast(nn.Module, ctx.module)):
-                out = ctx.module.whole(piece, *(t[:, here] for t in others))
-                # parameters collect their gradients as they would in one backward of the whole
-                torch.autograd.backward(out, grad[:, here] if ctx.joined else grad)
+                # the slice's output goes; parameters collect their gradients as they would in one backward of the whole
+                edge = get_gradient_edge(ctx.module.whole(piece, *(t[:, here] for t in others)))
+                torch.autograd.backward([edge], [grad[:, here] if ctx.joined else grad])
             assert piece.grad is not None
             result[:, here] = piece.grad
         return None, None, None, result, *(None for _ in others)

@@ -56,7 +56,7 @@ class AttnKind(Kind):
             found += 2 * before * work.shape.kv_size * work.keeping.element_bytes
         return found + q * (work.unit if work.is_wide else work.unit + work.wide_unit)
 
-    def backward_workspace(self, part: Part, work: Work) -> int:
+    def backward_workspace(self, part: Part, work: Work, unread: bool = False) -> int:
         shape, keeping, batch = work.shape, work.keeping, work.batch
         found = super().backward_workspace(part, work) + self._kernel(work, backward=True)
         if not work.segment:

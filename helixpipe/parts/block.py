@@ -65,7 +65,7 @@ class BlockKind(Kind):
                     alive.pop(str(value), None)
         return max(0, most - sum((alive | saved).values()))
 
-    def backward_workspace(self, part: Part, work: Work) -> int:
+    def backward_workspace(self, part: Part, work: Work, unread: bool = False) -> int:
         """What is saved goes part by part, while gradients come."""
         parts = self.inside(part)
         pending = lifetimes(parts, part.makes, part.makes).pending

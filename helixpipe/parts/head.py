@@ -64,7 +64,7 @@ class HeadKind(Kind):
         narrow = 0 if work.is_wide else work.unit
         return work.shape.vocabulary * (work.wide_unit * (1 if graph else 2) + narrow)
 
-    def backward_workspace(self, part: Part, work: Work) -> int:
+    def backward_workspace(self, part: Part, work: Work, unread: bool = False) -> int:
         """The gradients of the log-softmax and of the logits."""
         if work.slices(part):
             piece = work.sliced(part)

@@ -114,10 +114,11 @@ class Kind:
         """Bytes at most while its forward runs, beyond its inputs, its outputs and, with a graph, what that saves."""
         return 0
 
-    def backward_workspace(self, part: Part, work: Work) -> int:
+    def backward_workspace(self, part: Part, work: Work, unread: bool = False) -> int:
         """Bytes at most while its backward runs, beyond what is saved and the gradients of its outputs.
 
         The gradients of its inputs are among them, and those of its largest matrix, which are added to the parameter's.
+        `unread`: it ends a chunk that was recomputed, so nobody else has the gradient of what it makes.
         """
         inputs = sum(map(work.value_bytes, part.reads))
         return inputs + self.largest_matrix(work)

@@ -65,12 +65,13 @@ class MLPKind(Kind):
         normed = 0 if graph else h + norm_forward(work) // work.unit
         return max(kept + shape.ffn, normed) * work.unit
 
-    def backward_workspace(self, part: Part, work: Work) -> int:
+    def backward_workspace(self, part: Part, work: Work, unread: bool = False) -> int:
         """At the last linear layer: its input made anew and the weight's gradient; then those of what the activation reads."""
         if work.slices(part):
             piece = work.sliced(part)
-            graph = sum(self.saved(part, piece).values()) + piece.shape.hidden * piece.unit
-            return work.value_bytes(part.reads[0]) + graph + self.backward_workspace(part, piece)
+            graph = sum(self.saved(part, piece).values())
+            result = 0 if unread else work.value_bytes(part.reads[0])  # else in the place of what it is made from
+            return result + graph + self.backward_workspace(part, piece)
         shape = work.shape
         made = shape.ffn * work.unit
         gradients = made if shape.mlp == "gelu" else 2 * made

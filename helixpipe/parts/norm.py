@@ -51,5 +51,5 @@ class NormKind(Kind):
     def forward_workspace(self, part: Part, work: Work, graph: bool) -> int:
         return norm_forward(work)
 
-    def backward_workspace(self, part: Part, work: Work) -> int:
+    def backward_workspace(self, part: Part, work: Work, unread: bool = False) -> int:
         return norm_backward(work)

@@ -33,7 +33,7 @@ class ProjKind(Kind):
         gathered = work.shape.hidden * work.keeping.tensor_parallel  # the gradient of what is scattered
         return {str(part.reads[0]): (gathered, work.shape.q_size)}
 
-    def backward_workspace(self, part: Part, work: Work) -> int:
+    def backward_workspace(self, part: Part, work: Work, unread: bool = False) -> int:
         """The gradient of x is that of y."""
         gathered = work.shape.hidden * (work.keeping.tensor_parallel - 1) * work.unit
         return work.value_bytes(part.reads[0]) + gathered + self.largest_matrix(work)

@@ -58,7 +58,7 @@ class QKVKind(Kind):
         gathered = shape.hidden * (keeping.tensor_parallel - (0 if graph else 1)) if keeping.tensor_parallel > 1 else 0
         return (max(0, most - left) + gathered) * work.unit + (norm_forward(work, q) if shape.qk_norm else 0)
 
-    def backward_workspace(self, part: Part, work: Work) -> int:
+    def backward_workspace(self, part: Part, work: Work, unread: bool = False) -> int:
         """v first, then k, then q; each gives a share of n's gradient, which are added up as they come."""
         shape = work.shape
         h, q, kv = shape.hidden * work.keeping.tensor_parallel, shape.q_size, shape.kv_size

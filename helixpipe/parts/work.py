@@ -143,6 +143,6 @@ class Work:
         """Bytes beside inputs, outputs and what is saved, at most, while a part's forward runs."""
         return self.shape.about(part).forward_workspace(part, self, graph)
 
-    def backward_workspace(self, part: Part) -> int:
+    def backward_workspace(self, part: Part, unread: bool) -> int:
         """Bytes beside what is saved and the gradients of its outputs, at most, while a part's backward runs."""
-        return self.shape.about(part).backward_workspace(part, self)
+        return self.shape.about(part).backward_workspace(part, self, unread)

@@ -265,9 +265,10 @@ class _Step:
         work = self.work
         self.values(chunk.gives, -1, GRADIENT)
         for part, pending in reversed(list(zip(chunk.parts, chunk.lifetimes.pending, strict=True))):
+            unread = work.keeping.recomputes and part is chunk.parts[-1]
             left = work.put_off(part) if puts_off else {}
             inputs = {name: size for name, size in left.items() if not name.startswith(GRADIENT)}
-            self.needs(sum(map(work.value_bytes, pending)) + work.backward_workspace(part))
+            self.needs(sum(map(work.value_bytes, pending)) + work.backward_workspace(part, unread))
             self.hold(inputs, 1)
             if part.about.attends:
                 self._owe()
