@@ -42,6 +42,7 @@ FEW: tuple[Case, ...] = (
     Case("helix", "selective", CHUNK, {"travel": "attention"}),
 )
 MIB = 2**20
+RATIOS = ("heap_over_timeline", "predicted_over_heap")
 
 
 def families() -> Iterator[Case]:
@@ -92,7 +93,7 @@ def measured(case: Case) -> dict[str, Any]:
     except HelixpipeError as error:
         row["error"] = str(error)
     took = time.perf_counter() - began
-    print(f"{case}: {row.get('error') or brief(row)} ({took:.0f} s)", file=sys.stderr, flush=True)
+    print(f"{case}: {brief(row)} ({took:.0f} s)", file=sys.stderr, flush=True)
     return row
 
 
@@ -102,33 +103,32 @@ def as_row(peak: Peak) -> dict[str, Any]:
 
 
 def brief(row: dict[str, Any]) -> str:
-    return "; ".join(" ".join(cells(rank)) for rank in row["ranks"])
+    return " | ".join(cells(row))
 
 
-def cells(rank: dict[str, Any]) -> list[str]:
-    """A rank's bytes in MiB, and its ratios; a dash for what nobody counts."""
-    megabytes = (rank[f"{name}_bytes"] for name in ("heap", "timeline", "predicted"))
-    found = ["-" if each is None else f"{each / MIB:.1f}" for each in megabytes]
-    if rank["standing_bytes"]:
-        found[0] += f" ({rank['standing_bytes'] / MIB:.1f})"
-    ratios = (rank["heap_over_timeline"], rank["predicted_over_heap"])
-    return [*found, *("-" if each is None else f"{each:.3f}" for each in ratios)]
+def cells(row: dict[str, Any]) -> list[str]:
+    """Of a case: bytes in MiB and ratios, of all ranks; a dash for what nobody counts."""
+    if "error" in row:
+        return [row["error"], *"----"]
+    ranks = row["ranks"]
+    megabytes = ([rank[f"{name}_bytes"] for rank in ranks] for name in ("heap", "timeline", "predicted"))
+    heap, *others = ([None if each is None else f"{each / MIB:.1f}" for each in of_all] for of_all in megabytes)
+    ratios = ([None if rank[name] is None else f"{rank[name]:.3f}" for rank in ranks] for name in RATIOS)
+    standing = [f" ({rank['standing_bytes'] / MIB:.0f})" if rank["standing_bytes"] else "" for rank in ranks]
+    heap = [f"{each}{more}" for each, more in zip(heap, standing, strict=True)]
+    return ["-" if None in each else ", ".join(map(str, each)) for each in (heap, *others, *ratios)]
 
 
 def table(result: dict[str, Any]) -> str:
     lines = [
-        f"{result['machine']}. MiB; in brackets, what torch's receive buffers hold of it from step to step.",
+        f"{result['machine']}. MiB, rank by rank; in brackets, what torch's receive buffers hold of it from step to step.",
         "",
-        "| case | rank | heap | timeline | predicted | heap over timeline | predicted over heap |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| case | heap | timeline | predicted | heap over timeline | predicted over heap |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *(f"| {row['case']} | {brief(row)} |" for row in result["rows"]),
+        "",
     ]
-    for row in result["rows"]:
-        if "error" in row:
-            lines.append(f"| {row['case']} | | {row['error']} | | | | |")
-        for number, rank in enumerate(row.get("ranks", ())):
-            lines.append(f"| {row['case']} | {number} | {' | '.join(cells(rank))} |")
-    lines.append("")
-    for name in ("heap_over_timeline", "predicted_over_heap"):
+    for name in RATIOS:
         ratios = [rank[name] for row in result["rows"] for rank in row.get("ranks", ()) if rank[name] is not None]
         if ratios:
             middle, within = statistics.median(ratios), sum(0.9 <= ratio <= 1.1 for ratio in ratios)
