@@ -11,7 +11,7 @@ from peers import PlainParts, mean_loss
 from torch import Tensor
 from torch.distributed.pipelining.schedules import ScheduleZBVZeroBubble
 
-from helixpipe.shape import ModelShape
+from helixpipe.parts.shape import ModelShape
 
 # name -> (torch's class, stages a rank, whether they form a V)
 TORCH: dict[str, tuple[Any, int, bool]] = {

@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,14 @@ OPTIONS = {"segments": 4, "stages_per_rank": 2}
 """With these a family runs that has them."""
 TRAVELS = ("none", "qkv", "attention")
 POLICIES = ("none", "full", "selective")
-FEW: tuple[Case, ...] = (
+SIZED: tuple[Case, ...] = (
     Case("1f1b"),
-    Case("1f1b", "full", CHUNK),
     Case("1f1b", "selective", CHUNK),
     Case("zb_v"),
     Case("seq1f1b_interleaved", "selective", CHUNK, OPTIONS),
-    Case("helix", "selective", CHUNK, {"travel": "none"}),
     Case("helix", "selective", CHUNK, {"travel": "attention"}),
 )
+FEW: tuple[Case, ...] = (*SIZED, Case("1f1b", "full", CHUNK), Case("helix", "selective", CHUNK, {"travel": "none"}))
 MIB = 2**20
 RATIOS = ("heap_over_timeline", "predicted_over_heap")
 
@@ -63,13 +63,11 @@ def depths() -> Iterator[Case]:
 
 
 def sizes() -> Iterator[Case]:
-    """The few at other widths and lengths, of fewer layers."""
-    for case in FEW:
+    """Some of the few at other widths and lengths, of fewer layers and micro-batches, which take less time."""
+    for case in SIZED:
         for hidden in (128, 256, 512):
             for length in (1024, 2048, 4096):
-                yield Case(
-                    case.family, case.recompute, case.chunk, case.options, layers=4, hidden=hidden, length=length
-                )
+                yield replace(case, layers=4, microbatches=2, hidden=hidden, length=length)
 
 
 def torchs() -> Iterator[Case]:
@@ -86,7 +84,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
 def measured(case: Case) -> dict[str, Any]:
     """A row: the case's name and each rank's bytes, or what went wrong."""
     began = time.perf_counter()
-    row: dict[str, Any] = {"case": str(case)}
+    row: dict[str, Any] = {"case": str(case), "group": group(case)}
     try:
         (found,) = peaks([case])
         row["ranks"] = [as_row(peak) for peak in found]
@@ -100,6 +98,16 @@ def measured(case: Case) -> dict[str, Any]:
 def as_row(peak: Peak) -> dict[str, Any]:
     ratios = {"heap_over_timeline": peak.heap_over_timeline, "predicted_over_heap": peak.predicted_over_heap}
     return vars(peak) | ratios
+
+
+def group(case: Case) -> str:
+    """Cases that are summed up in one line."""
+    if case.is_torch or case.evaluates:
+        return "torch" if case.is_torch else "evaluation"
+    if case.ranks == 1:
+        return "one rank"
+    sized = (case.layers, case.hidden, case.length) != (Case.layers, Case.hidden, Case.length)
+    return "other sizes" if sized else f"recompute {case.recompute}" + ", chunked" * (case.chunk > 0)
 
 
 def brief(row: dict[str, Any]) -> str:
@@ -128,15 +136,22 @@ def table(result: dict[str, Any]) -> str:
         *(f"| {row['case']} | {brief(row)} |" for row in result["rows"]),
         "",
     ]
-    for name in RATIOS:
-        ratios = [rank[name] for row in result["rows"] for rank in row.get("ranks", ()) if rank[name] is not None]
-        if ratios:
-            middle, within = statistics.median(ratios), sum(0.9 <= ratio <= 1.1 for ratio in ratios)
-            lines.append(
-                f"{name.replace('_', ' ')}: median {middle:.3f}, from {min(ratios):.3f} to {max(ratios):.3f}; "
-                f"{within} of {len(ratios)} from 0.90 to 1.10"
-            )
+    for name in dict.fromkeys(row["group"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["group"] == name]
+        lines += [f"{name}: {spread(rows, ratio)}" for ratio in RATIOS if spread(rows, ratio)]
     return "\n".join(lines)
+
+
+def spread(rows: list[dict[str, Any]], name: str) -> str:
+    """Of a ratio, over all ranks of all rows; empty where there is none."""
+    ratios = [rank[name] for row in rows for rank in row.get("ranks", ()) if rank[name] is not None]
+    if not ratios:
+        return ""
+    within = sum(0.9 <= ratio <= 1.1 for ratio in ratios)
+    return (
+        f"{name.replace('_', ' ')} {min(ratios):.3f} to {max(ratios):.3f}, median {statistics.median(ratios):.3f}, "
+        f"{within} of {len(ratios)} from 0.90 to 1.10"
+    )
 
 
 def main() -> int:
