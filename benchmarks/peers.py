@@ -80,11 +80,15 @@ def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
-def split_step(whole: PlainParts, tokens: Tensor, targets: Tensor) -> float:
-    """The perfect split: this rank's share of the micro-batches through the whole model, and no messages."""
+def split_step(whole: PlainParts, tokens: Tensor, targets: Tensor, fresh: bool = True) -> float:
+    """The perfect split: this rank's share of the micro-batches through the whole model, and no messages.
+
+    Not `fresh`: gradients are added to those there are.
+    """
     m, ranks, rank = len(tokens), dist.get_world_size(), dist.get_rank()
     mine = slice(rank * m // ranks, (rank + 1) * m // ranks)
-    whole.zero_grad()
+    if fresh:
+        whole.zero_grad()
     total = 0.0
     for x, y in zip(tokens[mine].split(1), targets[mine].split(1), strict=True):
         loss = mean_loss(whole(x), y) / m

@@ -1,82 +1,36 @@
-"""A model of your own in a pipeline. `python examples/own_model.py` trains it on two local ranks.
+"""A model of your own, trained on two local ranks: `python examples/own_model.py`. torchrun starts the same file."""
 
-Two things are asked of a model: a `shape`, from which messages are computed, and `part`, which hands out a
-module for each part that a rank runs. This one has layers of two kinds:
-
-    layer 0, 2   opaque: one module from x to x, here a gated causal convolution. It is the part `block`.
-    layer 1, 3   split as a decoder's, with the library's own parts.
-
-Schedules that cut the chain only at x (1f1b, gpipe) run any mixture of the two.
-"""
-
-from __future__ import annotations
-
-import zlib
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import helixpipe as hp
 
-OPAQUE = (0, 2)
-SHAPE = hp.ModelShape(layers=4, hidden=64, heads=4, ffn=128, vocabulary=256)
 
-
-class Convolution(nn.Module):
-    """Somebody's layer: x [b, s, h] -> x [b, s, h]. The pipeline never looks inside."""
-
-    def __init__(self, hidden: int, width: int = 8) -> None:
+class Recurrent(nn.Module):
+    def __init__(self, hidden: int) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(hidden)
-        self.mix = nn.Conv1d(hidden, 2 * hidden, width, groups=hidden)
-        self.out = nn.Linear(hidden, hidden)
-        self.width = width
+        self.norm, self.rnn = nn.RMSNorm(hidden), nn.GRU(hidden, hidden, batch_first=True)
 
-    def forward(self, x: Tensor, start: int) -> Tensor:
-        n = F.pad(self.norm(x).mT, (self.width - 1, 0))
-        value, gate = self.mix(n).mT.chunk(2, -1)
-        return x + self.out(value * F.silu(gate))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.rnn(self.norm(x))[0]
 
 
-class OwnModel:
-    """Hands out its parts; the same parameters whoever asks, since they are drawn from a seed of the part."""
-
-    def __init__(self) -> None:
-        self.shape = SHAPE
-        self._decoder = hp.Decoder(SHAPE)
-
-    def part(self, part: hp.Part) -> nn.Module:
-        if part.kind != "block":
-            return self._decoder.part(part)
-        with torch.random.fork_rng():
-            torch.manual_seed(zlib.crc32(str(part).encode()))
-            return Convolution(SHAPE.hidden)
-
-
-def rank_main(rank: int, ranks: int, port: int, steps: int) -> None:
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-    schedule = hp.build_schedule("1f1b", ranks=ranks, layers=SHAPE.layers, microbatches=4, opaque=OPAQUE)
-    pipeline = hp.Pipeline(OwnModel(), schedule)
+def main() -> None:
+    torch.manual_seed(0)  # every rank makes the same modules and draws the same batches
+    model = hp.Layers(nn.Embedding(256, 64), [Recurrent(64) for _ in range(4)], nn.Linear(64, 256))
+    pipeline = hp.Pipeline(model, hp.build_schedule("1f1b", ranks=2, model=model, microbatches=4))
     optimizer = torch.optim.AdamW(pipeline.parameters.values(), lr=3e-3)
-    text = torch.tensor(list(Path(__file__).read_bytes()))
-    for step in range(steps):
-        starts = torch.randint(len(text) - 129, (4,), generator=torch.Generator().manual_seed(step)).tolist()
-        rows = torch.stack([text[start : start + 129] for start in starts])
+    windows = torch.tensor(list(Path(__file__).read_bytes())).unfold(0, 129, 1)
+    for step in range(41):
+        rows = windows[torch.randint(len(windows), (8,))]
         pipeline.zero_gradients()
         loss = pipeline.step(rows[:, :-1], rows[:, 1:])
         optimizer.step()
-        if rank == 0 and step % 10 == 0:
-            print(f"step {step}  loss {loss:.3f}", flush=True)
-    pipeline.close()
-    dist.destroy_process_group()
+        if pipeline.rank == 0 and step % 10 == 0:
+            print(f"step {step}  loss {loss:.3f}")
 
 
 if __name__ == "__main__":
-    rendezvous = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    mp.spawn(rank_main, (2, rendezvous.port, 41), nprocs=2)
+    hp.launch(main, ranks=2)

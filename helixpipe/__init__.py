@@ -1,7 +1,7 @@
 """helixpipe trains transformers on sequences too long for one accelerator.
 
 A pipeline schedule is a value: the same value is checked, drawn, priced, lowered and executed.
-Importing this does not import torch; `Pipeline` and `Decoder` do when they are first asked for.
+Importing this does not import torch; `Pipeline`, `Layers` and others do when they are first asked for.
 """
 
 from __future__ import annotations
@@ -38,8 +38,11 @@ from helixpipe.schedule.schedule import Schedule
 from helixpipe.schedule.stage import Stage
 
 if TYPE_CHECKING:
+    from helixpipe.model.attn import Attention
     from helixpipe.model.decoder import Decoder, Model
     from helixpipe.model.head import counted
+    from helixpipe.model.layers import Layers
+    from helixpipe.runtime.launch import launch
     from helixpipe.runtime.mesh import make_device_mesh
     from helixpipe.runtime.pipeline import Pipeline
     from helixpipe.sequence import ring_attention, ulysses_attention
@@ -48,9 +51,12 @@ __version__ = _version("helixpipe")
 
 # names that need torch -> where they are
 _LATE = {
+    "Attention": "helixpipe.model.attn",
     "Decoder": "helixpipe.model.decoder",
+    "Layers": "helixpipe.model.layers",
     "Model": "helixpipe.model.decoder",
     "Pipeline": "helixpipe.runtime.pipeline",
+    "launch": "helixpipe.runtime.launch",
     "counted": "helixpipe.model.head",
     "make_device_mesh": "helixpipe.runtime.mesh",
     "ring_attention": "helixpipe.sequence",
@@ -60,6 +66,7 @@ _LATE = {
 __all__ = [
     "Accelerator",
     "Action",
+    "Attention",
     "Batch",
     "CheckpointError",
     "Choice",
@@ -68,6 +75,7 @@ __all__ = [
     "Decoder",
     "Estimate",
     "HelixpipeError",
+    "Layers",
     "Link",
     "MeshShape",
     "Model",
@@ -89,6 +97,7 @@ __all__ = [
     "check",
     "counted",
     "estimate",
+    "launch",
     "lower",
     "make_device_mesh",
     "named_shape",

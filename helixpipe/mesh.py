@@ -58,6 +58,7 @@ class MeshShape:
 
     def check(self, shape: ModelShape, lengths: Sequence[int]) -> None:
         """Raise ConfigError when this model, or sequences of segments of `lengths` tokens, cannot be divided so."""
+        shape.check_sharing(self.cp, self.tp)
         self._check_heads(shape)
         self._check_lengths(lengths)
 

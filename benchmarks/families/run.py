@@ -2,9 +2,10 @@
 
 2 ranks, one core and one thread each; attention-heavy; the same model, weights and data. For each: time over the
 perfect two-way split (each rank half of the micro-batches, no messages; timed before and after every few schedules),
-and the most bytes of activations that autograd kept at one time on each rank, counted by storage in the same way for
-all, in a step that is not timed. Ours and torch's of one name run in every round, as ours, torch's, torch's, ours, and
-`seq1f1b_interleaved` twice, which is to be fast in little memory; the rest in every third.
+and two readings of memory on each rank, of steps that are not timed: the most bytes of activations that autograd kept at
+one time, counted by storage in the same way for all, and the most bytes on the heap beyond what stood before the step,
+messages, workspaces and all (`benchmarks/heap.py`). Ours and torch's of one name run in every round, as ours, torch's,
+torch's, ours, and `seq1f1b_interleaved` twice, which is to be fast in little memory; the rest in every third.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import heap
 import torch
 import torch.distributed as dist
-import torch.distributed.pipelining as theirs
-from peers import PlainParts, interleaved_beside, launch, machine, mean_loss, paired, split_step
-from torch.distributed.pipelining.schedules import ScheduleZBVZeroBubble
+from peers import PlainParts, interleaved_beside, launch, machine, paired, split_step
+from torch_pipelines import TORCH, TorchPipeline
 
 from helixpipe.model.decoder import Decoder
 from helixpipe.parts.part import chain
@@ -64,13 +66,6 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "helix, qkv travels": ("helix", {"travel": "qkv"}),
     "helix, attention travels": ("helix", {"travel": "attention"}),
 }
-# name -> (torch's class, stages a rank, whether they form a V)
-TORCH: dict[str, tuple[Any, int, bool]] = {
-    "torch 1F1B": (theirs.Schedule1F1B, 1, False),
-    "torch Interleaved1F1B": (theirs.ScheduleInterleaved1F1B, 2, False),
-    "torch InterleavedZeroBubble": (theirs.ScheduleInterleavedZeroBubble, 2, False),
-    "torch ZBVZeroBubble": (ScheduleZBVZeroBubble, 2, True),
-}
 SAME = {
     "1f1b": "torch 1F1B", "interleaved": "torch Interleaved1F1B", "zb_v": "torch ZBVZeroBubble",
 }  # fmt: skip
@@ -83,6 +78,8 @@ class Contender:
     step: Callable[[], float]
     peak_bytes: Callable[[], int]
     """Runs a step; the most bytes of activations kept at one time on this rank."""
+    heap_bytes: Callable[[], int]
+    """Runs one more, onto its gradients; the most bytes on the heap beyond what stood before it."""
 
 
 def our_contender(shape: ModelShape, m: int, tokens: torch.Tensor, targets: torch.Tensor, name: str) -> Contender:
@@ -105,34 +102,33 @@ def our_contender(shape: ModelShape, m: int, tokens: torch.Tensor, targets: torc
         step()
         return pipeline.timeline().peak_activation_bytes[dist.get_rank()]
 
-    return Contender(step, peak_bytes)
+    def heap_bytes() -> int:
+        return heap.over_before(lambda: pipeline.step(tokens, targets))
+
+    return Contender(step, peak_bytes, heap_bytes)
 
 
 def torch_contender(shape: ModelShape, m: int, tokens: torch.Tensor, targets: torch.Tensor, name: str) -> Contender:
-    kind, per_rank, is_v = TORCH[name]
-    rank, count = dist.get_rank(), RANKS * per_rank
-    mine = [rank, count - 1 - rank] if is_v else list(range(rank, count, RANKS))
-    each = shape.layers // count
-    modules = [PlainParts(shape, range(s * each, (s + 1) * each)) for s in mine]
-    stages = [theirs.PipelineStage(mod, s, count, torch.device("cpu")) for mod, s in zip(modules, mine, strict=True)]
-    schedule = kind(stages[0] if per_rank == 1 else stages, n_microbatches=m, loss_fn=mean_loss)
+    pipeline = TorchPipeline(shape, m, tokens, targets, name)
 
     def step() -> float:
-        for module in modules:
-            module.zero_grad()
-        losses: list[torch.Tensor] = []
-        last = count - 1 in mine
-        schedule.step(*([tokens] if 0 in mine else []), **({"target": targets, "losses": losses} if last else {}))
-        return float(torch.stack(losses).mean().detach()) if losses else 0.0
+        pipeline.zero_gradients()
+        return pipeline.step()
 
-    def peak_bytes() -> int:
-        weights = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
-        ledger = Ledger(lambda pointer: pointer in weights)
-        with ledger.graphs():
-            step()
-        return ledger.high_bytes
+    def heap_bytes() -> int:
+        pipeline.let_go()
+        return heap.over_before(pipeline.step) + pipeline.buffer_bytes
 
-    return Contender(step, peak_bytes)
+    return Contender(step, lambda: kept_bytes(pipeline.modules, step), heap_bytes)
+
+
+def kept_bytes(modules: list[PlainParts], step: Callable[[], float]) -> int:
+    """Runs the step; the most bytes that autograd kept at one time, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
+    ledger = Ledger(lambda pointer: pointer in weights)
+    with ledger.graphs():
+        step()
+    return ledger.high_bytes
 
 
 def split_contender(shape: ModelShape, tokens: torch.Tensor, targets: torch.Tensor) -> Contender:
@@ -141,14 +137,10 @@ def split_contender(shape: ModelShape, tokens: torch.Tensor, targets: torch.Tens
     def step() -> float:
         return split_step(whole, tokens, targets)
 
-    def peak_bytes() -> int:
-        weights = {p.untyped_storage().data_ptr() for p in whole.parameters()}
-        ledger = Ledger(lambda pointer: pointer in weights)
-        with ledger.graphs():
-            step()
-        return ledger.high_bytes
+    def heap_bytes() -> int:
+        return heap.over_before(lambda: split_step(whole, tokens, targets, fresh=False))
 
-    return Contender(step, peak_bytes)
+    return Contender(step, lambda: kept_bytes([whole], step), heap_bytes)
 
 
 def worker(rank: int, args: argparse.Namespace) -> None:
@@ -167,17 +159,25 @@ def worker(rank: int, args: argparse.Namespace) -> None:
     OURS[LEAN][1]["segments"] = args.segments
     contenders = {n: (our_contender if n in OURS else torch_contender)(shape, m, *data, n) for n in names}
     split = split_contender(shape, *data)
-    peaks: dict[str, list[int]] = {}
+    peaks: dict[str, dict[str, list[int]]] = {}
     for name, contender in {**contenders, SPLIT: split}.items():
-        everyone = [torch.zeros(1, dtype=torch.int64) for _ in range(RANKS)]
-        dist.all_gather(everyone, torch.tensor([contender.peak_bytes()]))
-        peaks[name] = [int(each) for each in everyone]
+        found = {"peak_activation_bytes": contender.peak_bytes()}
+        if args.heap:
+            found["peak_heap_bytes"] = contender.heap_bytes()
+        peaks[name] = {what: everyones(mine) for what, mine in found.items()}
     steps = {name: contender.step for name, contender in contenders.items()}
     seconds, splits = interleaved_beside(split.step, steps, groups(names, args.rounds))
     if rank:
         return
     result = summary(args, shape, seconds, splits, peaks)
     print(json.dumps(result, indent=2) if args.json else table(result))
+
+
+def everyones(mine: int) -> list[int]:
+    """A number of each rank."""
+    found = [torch.zeros(1, dtype=torch.int64) for _ in range(RANKS)]
+    dist.all_gather(found, torch.tensor([mine]))
+    return [int(each) for each in found]
 
 
 def groups(names: list[str], rounds: int) -> Iterator[list[str]]:
@@ -200,7 +200,7 @@ def summary(
     shape: ModelShape,
     seconds: dict[str, list[float]],
     splits: dict[str, list[float]],
-    peaks: dict[str, list[int]],
+    peaks: dict[str, dict[str, list[int]]],
 ) -> dict[str, Any]:
     flops = dict.fromkeys(("attn", "rest"), 0.0)
     for part in chain(shape.layers):
@@ -211,7 +211,7 @@ def summary(
         middle, low, high = paired(took, split)
         rows[name] = {
             "median_s": statistics.median(took), "over_perfect_split": middle, "range": [low, high],
-            "times": len(took), "peak_activation_bytes": peaks[name],
+            "times": len(took), **peaks[name],
         }  # fmt: skip
         if name in SAME and SAME[name] in seconds:
             rows[name]["over_same_of_torch"] = paired(took, seconds[SAME[name]])[0]
@@ -227,8 +227,9 @@ def table(result: dict[str, Any]) -> str:
         f"{result['machine']}. L={result['layers']} h={result['hidden']} s={result['length']} m={result['microbatches']}, "
         f"attention {result['attention_share']:.0%} of forward FLOPs, {result['segments']} segments, {result['rounds']} rounds",
         "",
-        "| schedule | over the perfect split | range | times | over torch's same | peak activations, MiB, rank 0 and 1 |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| schedule | over the perfect split | range | times | over torch's same | peak activations, MiB, rank 0 and 1 | "
+        "peak heap |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
 
     def both(name: str, pairs: str, over: str) -> str:
@@ -237,10 +238,13 @@ def table(result: dict[str, Any]) -> str:
 
     for name, row in sorted(rows.items(), key=lambda item: float(item[1]["over_perfect_split"])):
         low, high = row["range"]
-        peaks = ", ".join(f"{peak / 2**20:.0f}" for peak in row["peak_activation_bytes"])
+        kept, held = (
+            ", ".join(f"{peak / 2**20:.0f}" for peak in row.get(f"peak_{what}_bytes", ()))
+            for what in ("activation", "heap")
+        )
         split = both(name, "over_perfect_split", SPLIT)
         same = both(name, "over_same_of_torch", SAME[name]) if "over_same_of_torch" in row else ""
-        lines.append(f"| {name} | {split} | {low:.3f} to {high:.3f} | {row['times']} | {same} | {peaks} |")
+        lines.append(f"| {name} | {split} | {low:.3f} to {high:.3f} | {row['times']} | {same} | {kept} | {held} |")
     return "\n".join(lines)
 
 
@@ -261,4 +265,8 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if arguments.rounds < 3:
         parser.error(f"--rounds {arguments.rounds}: at least 3, as some run in every third only")
-    launch(RANKS, worker, arguments)
+    arguments.heap = not heap.why_not()
+    if not arguments.heap:
+        print(heap.why_not(), file=sys.stderr)
+    with heap.metered() if arguments.heap else nullcontext():
+        launch(RANKS, worker, arguments)

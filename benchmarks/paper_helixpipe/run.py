@@ -42,10 +42,12 @@ class Way:
     recompute: str
     mlp_chunk: int = 0
     options: dict[str, Any] = field(default_factory=dict)
+    head_chunk: int = 0
 
     def __str__(self) -> str:
         told = [f"{name} {value}" for name, value in self.options.items() if name == "travel"]
         told += [f"recompute {self.recompute}"] + ["chunked MLP"] * (self.mlp_chunk > 0)
+        told += ["chunked head"] * (self.head_chunk > 0)
         return f"{self.family}, {', '.join(told)}"
 
 
@@ -86,7 +88,8 @@ class Assumptions:
     def setting(self, model: str, length: int) -> Setting:
         return Setting(
             named_shape(model), length, replace(named_accelerator("h20"), **self.accelerator), named_link(self.link),
-            Keeping("selective", 2, keeps_activated=True), 1, TENSOR_PARALLEL, named_link(self.tensor_link),
+            Keeping("selective", 2, device="cuda", keeps_activated=True),
+            1, TENSOR_PARALLEL, named_link(self.tensor_link),
             megatron=True,
         )  # fmt: skip
 
@@ -113,7 +116,8 @@ VARIED = (
 
 def priced(way: Way, model: str, length: int, ranks: int, given: Assumptions) -> dict[str, Any]:
     setting = given.setting(model, length)
-    keeping = replace(setting.keeping, recompute=way.recompute, mlp_chunk=way.mlp_chunk)
+    chunks = {"mlp_chunk": way.mlp_chunk, "head_chunk": way.head_chunk}
+    keeping = replace(setting.keeping, recompute=way.recompute, **chunks)
     setting = replace(setting, keeping=keeping)
     ideal_s = setting.microbatch_s * 2
     found = estimate_family(setting, way.family, ranks, 2 * ranks, **way.options)
@@ -122,6 +126,7 @@ def priced(way: Way, model: str, length: int, ranks: int, given: Assumptions) ->
     return {
         "way": str(way), "step_s": step_s, "over_ideal": step_s / ideal_s, "peak_bytes": max(peaks),
         "fits": max(peaks) <= setting.accelerator.memory_bytes * given.memory_share, "least_bytes": min(peaks),
+        "next_bytes": sorted(peaks)[-2],
         "tokens_per_s": 2 * ranks * length / step_s,
     }  # fmt: skip
 
@@ -219,10 +224,14 @@ def vary(assumptions: Sequence[Assumptions] = VARIED, at: tuple[str, int, int] =
 
 
 def composition(at: tuple[str, int, int] = HEADLINE) -> list[dict[str, Any]]:
-    """What recompute and the chunked MLP cost, and what each way needs."""
-    steps = (("none", 0), ("selective", 0), ("selective", CHUNK))
-    others = (*OTHERS["1F1B"], *OTHERS["ZB1P"], Way("1f1b", "selective"))
-    ways = (Way("helix", *step, {"folds": 2, "travel": travel}) for travel in ("qkv", "attention") for step in steps)
+    """What recompute and chunks cost, and what each way needs."""
+    steps = (("none", 0, 0), ("selective", 0, 0), ("selective", CHUNK, 0), ("selective", CHUNK, CHUNK))
+    others = (*OTHERS["1F1B"], *OTHERS["ZB1P"], Way("zb_h1", "none", 0, EQUAL, CHUNK), Way("1f1b", "selective"))
+    ways = (
+        Way("helix", recompute, mlp, {"folds": 2, "travel": travel}, head)
+        for travel in ("qkv", "attention")
+        for recompute, mlp, head in steps
+    )
     return [priced(way, *at, VARIED[0]) for way in (*others, *ways)]
 
 

@@ -73,7 +73,7 @@ class Assumptions:
         return Setting(
             model.shape, length,
             replace(named_accelerator("a100"), **self.accelerator), named_link(self.link),
-            Keeping("none", 2, keeps_activated=True), 1,
+            Keeping("none", 2, device="cuda", keeps_activated=True), 1,
             model.accelerators // self.ranks if self.ranks else model.tensor_parallel, named_link(self.tensor_link),
             partition=self.partition, megatron=True,
         )  # fmt: skip

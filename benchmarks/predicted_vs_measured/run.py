@@ -32,7 +32,6 @@ from helixpipe.model.decoder import Decoder
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Batch, Keeping
 from helixpipe.predict.cost import action_seconds, message_bytes
-from helixpipe.predict.memory import peak_activation_bytes
 from helixpipe.predict.profile import Profile, Timing, merged
 from helixpipe.predict.simulate import simulate_program
 from helixpipe.predict.timeline import Timeline
@@ -85,29 +84,32 @@ def contender(shape: ModelShape, args: argparse.Namespace, profile: Profile, nam
 def row(each: Contender, best: Profile, middle: Profile) -> dict[str, Any]:
     """The quickest step against a profile of the quickest runs, and the median step against that of all medians."""
     steps = sorted(each.timelines, key=lambda timeline: timeline.makespan_s)
-    quick, quick_busy_s = predicted(each, best)
-    usual, usual_busy_s = predicted(each, middle)
-    keeping = Keeping(each.recompute, 4)
+    quick, usual = predicted(each, best), predicted(each, middle)
     return {
-        "quickest_s": steps[0].makespan_s, "predicted_quickest_s": quick,
-        "quickest_busy_s": sum(steps[0].busy_s), "predicted_quickest_busy_s": quick_busy_s,
-        "median_s": statistics.median(step.makespan_s for step in steps), "predicted_median_s": usual,
-        "median_busy_s": statistics.median(sum(step.busy_s) for step in steps), "predicted_median_busy_s": usual_busy_s,
+        "quickest_s": steps[0].makespan_s, "predicted_quickest_s": quick.makespan_s,
+        "quickest_busy_s": sum(steps[0].busy_s), "predicted_quickest_busy_s": sum(quick.busy_s),
+        "median_s": statistics.median(step.makespan_s for step in steps), "predicted_median_s": usual.makespan_s,
+        "median_busy_s": statistics.median(sum(step.busy_s) for step in steps), "predicted_median_busy_s": sum(usual.busy_s),
         "slowest_s": steps[-1].makespan_s,
         "peak_bytes": list(steps[0].peak_activation_bytes),
-        "predicted_peak_bytes": list(peak_activation_bytes(each.pipeline.program(each.batch), keeping)),
+        "predicted_peak_bytes": list(quick.peak_activation_bytes),
     }  # fmt: skip
 
 
-def predicted(each: Contender, profile: Profile) -> tuple[float, float]:
-    """Seconds of a step, and those that all ranks spend in actions."""
+def predicted(each: Contender, profile: Profile) -> Timeline:
+    """A step, messages and all, with live bytes."""
     link, keeping = profile.link, Keeping(each.recompute, 4)
     assert link is not None
     seconds = action_seconds(each.pipeline.schedule, each.pipeline.model.shape, each.batch, profile, keeping)
-    timeline = simulate_program(
-        each.pipeline.program(each.batch), seconds, lambda message: link.seconds(message_bytes(message, keeping))
+    program = each.pipeline.program(each.batch)
+    sizes = [message_bytes(message, keeping) for message in program.messages]
+    return simulate_program(
+        program,
+        seconds,
+        lambda message: link.seconds(sizes[message.number]),
+        lambda message: sizes[message.number],
+        keeping,
     )
-    return timeline.makespan_s, sum(timeline.busy_s)
 
 
 def worker(rank: int, args: argparse.Namespace) -> None:

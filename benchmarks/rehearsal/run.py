@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
 
-    setting = Setting(named_shape("7b"), LENGTH, keeping=Keeping("none", 2))
+    setting = Setting(named_shape("7b"), LENGTH, keeping=Keeping("none", 2, device="cuda"))
     base_s = estimate_family(setting, "1f1b", RANKS, MICROBATCHES).timeline.makespan_s
     words = [word for word in args.only.split(";") if word]
 
@@ -165,7 +165,7 @@ def main() -> None:
         result["best"] = {"rounds": args.best_rounds, "ideal_s": ideal * args.best_seconds, "rows": rows(runs)}
         result["duels"] = [duel(name, runs) for name in BEST if name in runs and TORCHS_BEST in runs]
     if not args.no_many:
-        deep = Setting(named_shape("7b", layers=2 * MANY), LENGTH, keeping=Keeping("none", 2))
+        deep = Setting(named_shape("7b", layers=2 * MANY), LENGTH, keeping=Keeping("none", 2, device="cuda"))
         runs = {}
         for name, options in (("1f1b", {}), ("seq1f1b", {"segments": 2})):
             begun = time.perf_counter()

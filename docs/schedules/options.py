@@ -49,7 +49,7 @@ def main() -> None:
 def table(microbatches: int) -> list[str]:
     """The lines of the table; rows that the number of micro-batches makes the same as another are left out."""
     lines = [
-        "| family | options | recompute | time, free messages | time, with messages | GiB sent a rank | GiB kept, peak |",
+        "| family | options | recompute | time, free messages | time, with messages | GiB sent a rank | GiB held, peak |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     keeping = {name: Keeping(name, ELEMENT_BYTES, CHUNK, CHUNK, device="cuda") for name in ("none", "selective")}

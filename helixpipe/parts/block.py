@@ -13,6 +13,7 @@ from helixpipe.parts.work import Work
 class BlockKind(Kind):
     name = "block"
     reads = ("x",)
+    beside = ("start",)
     makes = ("x",)
     ends_layer = True
     opaque = True

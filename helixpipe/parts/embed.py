@@ -12,6 +12,7 @@ from helixpipe.parts.work import Work
 class EmbedKind(Kind):
     name = "embed"
     reads = ()
+    beside = ("tokens", "start")
     makes = ("x",)
 
     def parameters(self, shape: ModelShape) -> Shapes:

@@ -13,6 +13,7 @@ from helixpipe.parts.work import Keeping, Work
 class HeadKind(Kind):
     name = "head"
     reads = ("x",)
+    beside = ("targets",)
     makes = ("loss",)
     alone = True
     splits = True

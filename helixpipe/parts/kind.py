@@ -30,6 +30,8 @@ class Kind:
     name: ClassVar[str]
     reads: ClassVar[tuple[str, ...]]
     makes: ClassVar[tuple[str, ...]]
+    beside: ClassVar[tuple[str, ...]] = ()
+    """What its module is called with behind the values that it reads."""
     ends_layer: ClassVar[bool] = False
     """Whether what it makes belongs to the next layer."""
     attends: ClassVar[bool] = False
@@ -77,6 +79,10 @@ class Kind:
     def moved_elements(self, shape: ModelShape) -> float:
         """Elements a token that norms, activations, rotations and residual adds read and write."""
         return 0.0
+
+    def moved(self, part: Part, work: Work) -> float:
+        """The same of all tokens of a segment."""
+        return self.moved_elements(work.shape) * work.tokens
 
     @property
     def exchanges(self) -> int:

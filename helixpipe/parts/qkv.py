@@ -13,6 +13,7 @@ from helixpipe.parts.work import Work
 class QKVKind(Kind):
     name = "qkv"
     reads = ("n",)
+    beside = ("start",)
     makes = ("q", "k", "v")
     splits = True
     over_tokens = False

@@ -10,6 +10,7 @@ import re
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Protocol
 
 from helixpipe.errors import ConfigError
 from helixpipe.parts.kind import Kind, Shapes, maker
@@ -98,6 +99,22 @@ class ModelShape:
         """Elements of k, and of v, per token."""
         return self.kv_heads * self.head_dim
 
+    @property
+    def opaque(self) -> tuple[int, ...]:
+        """Layers that are one block each, into which nobody looks: of a model of your own."""
+        return ()
+
+    def chain(self) -> tuple[Part, ...]:
+        """All parts, in order."""
+        return chain(self.layers, self.opaque)
+
+    def example(self, segments: int = 1) -> Batch:
+        """A small batch that the model takes."""
+        return Batch(1, (1,) * segments)
+
+    def check_sharing(self, context: int, tensor: int) -> None:
+        """Raise ConfigError where so many ranks cannot share its sequences, or its matrices."""
+
     def check_length(self, sequence_length: int) -> None:
         """Raise ConfigError for a sequence longer than learned positions."""
         if self.positions == "learned" and sequence_length > self.context:
@@ -162,7 +179,19 @@ class ModelShape:
 
     @property
     def parameter_count(self) -> int:
-        return sum(self.parameter_elements(chain(self.layers)).values())
+        return sum(self.parameter_elements(self.chain()).values())
+
+
+class Shaped(Protocol):
+    """A model, as far as it is described."""
+
+    @property
+    def shape(self) -> ModelShape: ...
+
+
+def shape_of(model: Shaped | ModelShape) -> ModelShape:
+    """Of a model, or the shape itself."""
+    return model if isinstance(model, ModelShape) else model.shape
 
 
 @lru_cache(maxsize=64)

@@ -42,7 +42,7 @@ def alternatives(setting: Setting, ranks: int, microbatches: int) -> tuple[Alter
     if ranks == 1:
         return ()
     found = [_sharded(setting, ranks, microbatches)]
-    if setting.sequence_length % (2 * ranks) == 0:
+    if setting.sequence_length % (2 * ranks) == 0 and not setting.shape.opaque:
         found.append(_context(setting, ranks, microbatches))
     return tuple(found)
 
@@ -81,7 +81,8 @@ def _alternative(
     narrow, wide = keeping.element_bytes, keeping.wide_bytes
     copy = narrow if narrow != wide else 0
     shared = share.parameter_count * (4 * wide + copy) / ranks
-    largest = max(sum(share.parameter_elements(p).values()) for p in (layer_parts(0), ends(share.layers)[1:]))
+    layers = [layer_parts(layer, layer in share.opaque) for layer in range(share.layers)]
+    largest = max(sum(share.parameter_elements(p).values()) for p in (*layers, ends(share.layers)[1:]))
     whole = 2 * largest * (narrow + wide)  # gathered weights and their gradients: this layer and the next
     standing = math.ceil(shared + whole)
     return Alternative(name, turns * step_s, turns * compute_s, activations, standing + activations)
@@ -96,7 +97,7 @@ def _compute_s(setting: Setting) -> float:
 
 def _alone(setting: Setting) -> Schedule:
     """One micro-batch through the whole model."""
-    return build_schedule("1f1b", ranks=1, layers=setting.shape.layers, microbatches=1)
+    return build_schedule("1f1b", ranks=1, model=setting.shape, microbatches=1)
 
 
 def _weights_s(setting: Setting, ranks: int) -> float:

@@ -83,9 +83,8 @@ class Analytic:
         reached = device.matmul_efficiency
         if about.attends:
             reached = device.attention_backward_efficiency if backward else device.attention_efficiency
-        moved_bytes = (
-            about.moved_elements(self.shape) * batch.tokens(segment) * self.element_bytes * (2 if backward else 1)
-        )
+        moved = about.moved(part, Work(self.shape, batch, segment))
+        moved_bytes = moved * self.element_bytes * (2 if backward else 1)
         compute_s = flops / (device.rate(self.element_bytes) * reached)
         moved_s = moved_bytes / (device.memory_bytes_per_s * device.memory_efficiency)
         taken_s = (compute_s + moved_s) / (self.tensor_parallel * self.context_parallel)

@@ -15,8 +15,8 @@ from typing import Any
 
 from helixpipe.errors import ConfigError
 from helixpipe.mesh import MeshShape
-from helixpipe.parts.part import chain, ends, layer_parts
-from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.part import ends, layer_parts
+from helixpipe.parts.shape import ModelShape, Shaped, shape_of
 from helixpipe.parts.shapes import named_shape
 from helixpipe.parts.work import Batch, Keeping
 from helixpipe.predict.cost import Analytic, PartCosts, accelerator_bytes, action_seconds
@@ -90,6 +90,10 @@ class Setting:
         if self.profile is not None:
             if self.group > 1:
                 raise ConfigError("profile: measured on one device alone; leave tp and cp at 1")
+            if self.shape.opaque and isinstance(getattr(self.profile, "shape", None), ModelShape):
+                raise ConfigError(
+                    "profile: measured of a decoder's parts, and this model's layers are its own; leave it away"
+                )
             return self.profile
         return Analytic(
             self.shape, self.accelerator, self.keeping.element_bytes, self.tensor_parallel, self.tensor_link,
@@ -130,12 +134,18 @@ class Setting:
         Rounded here, once, so that plan, simulate and training build one schedule.
         """
         costs = self.profile or Analytic(self.shape, named_accelerator("ideal"))
-        forward = {part: costs.forward_s(part, self.whole, 0) for part in layer_parts(0)}
-        layer = math.fsum(forward.values())
-        again = math.fsum(s for part, s in forward.items() if self.keeping.runs_again(part))
-        inputs = math.fsum(costs.input_s(part, self.whole, 0) for part in layer_parts(0))
-        weights = math.fsum(costs.weight_s(part, self.whole, 0) for part in layer_parts(0))
-        embed, head = (costs.forward_s(part, self.whole, 0) for part in ends(self.shape.layers))
+        shape = self.shape
+        layers = shape.layers if shape.opaque else 1  # blocks may differ: the mean of all stands for one
+        parts = [part for layer in range(layers) for part in layer_parts(layer, layer in shape.opaque)]
+        forward = {part: costs.forward_s(part, self.whole, 0) for part in parts}
+        layer = math.fsum(forward.values()) / layers
+        again = math.fsum(s for part, s in forward.items() if self.keeping.runs_again(part)) / layers
+        inputs = math.fsum(costs.input_s(part, self.whole, 0) for part in parts) / layers
+        weights = math.fsum(costs.weight_s(part, self.whole, 0) for part in parts) / layers
+        embed, head = (costs.forward_s(part, self.whole, 0) for part in ends(shape.layers))
+        if not layer:
+            return {}  # layers without a FLOP: there is nothing to balance by
+        weights = weights or layer / 1000  # of a block everything is I, and families want a W of some length
         found = {"ends": (embed, head), "costs": (layer, inputs + again, weights)}
         # to three digits, not decimals: where attention is nearly all, W is little but never nothing
         return {name: tuple(float(f"{each / layer:.3g}") for each in times) for name, times in found.items()}
@@ -186,14 +196,14 @@ class Setting:
         """The family's schedule, balanced by this setting's costs unless options say otherwise; checked."""
         balance = {key: value for key, value in self.balance.items() if key in families.options(family)}
         return families.build_schedule(
-            family, ranks=ranks, layers=self.shape.layers, microbatches=microbatches, **(balance | options)
+            family, ranks=ranks, model=self.shape, microbatches=microbatches, **(balance | options)
         )
 
     @cached_property
     def microbatch_s(self) -> float:
         """Seconds of one whole micro-batch, forward and backward, on one rank: nothing recomputed, nothing sent."""
         names = ("forward_s", "input_s", "weight_s")
-        parts = chain(self.shape.layers)
+        parts = self.shape.chain()
         one = {self.shape.alike(part): part for part in parts}
         priced = {
             like: math.fsum(getattr(self.costs, name)(part, self.whole, 0) for name in names)
@@ -307,7 +317,7 @@ def per_accelerator(timeline: Timeline, group: int) -> Timeline:
 
 def simulate(
     schedule: Schedule,
-    model: ModelShape | str,
+    model: Shaped | ModelShape | str,
     hardware: Accelerator | str = "ideal",
     sequence_length: int = 4096,
     link: Link | str = "free",
@@ -318,7 +328,7 @@ def simulate(
 
     Raises ConfigError for a model, accelerator or link that is not known, ScheduleError for a schedule that cannot run.
     """
-    shape = named_shape(model) if isinstance(model, str) else model
+    shape = named_shape(model) if isinstance(model, str) else shape_of(model)
     accelerator = named_accelerator(hardware) if isinstance(hardware, str) else hardware
     joined = named_link(link) if isinstance(link, str) else link
     keeping = more.pop("keeping", Keeping(recompute, 2, device=accelerator.device))

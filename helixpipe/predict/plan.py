@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 from helixpipe.errors import ConfigError
 from helixpipe.parts.part import AROUND_ATTENTION
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.work import Keeping
 from helixpipe.predict.alternatives import alternatives
 from helixpipe.predict.estimate import Estimate, Setting, check_actions, priced
 from helixpipe.schedule import families
@@ -181,6 +183,12 @@ def _chunks(sequence_length: int) -> tuple[int, ...]:
     return (0, CHUNK) if sequence_length > CHUNK else (0,)
 
 
+def _slices(shape: ModelShape) -> bool:
+    """Whether a part of the model can run in slices."""
+    keeping = Keeping(mlp_chunk=1, head_chunk=1)
+    return any(shape.about(p).chunk(keeping) for part in shape.chain() for p in shape.about(part).inside(part))
+
+
 def plan(
     setting: Setting,
     ranks: int,
@@ -203,6 +211,8 @@ def plan(
     shape.check_length(setting.sequence_length)
     _ = setting.costs  # what no candidate can be priced by is refused before the search
     asked = candidates(ranks, shape.layers, setting.sequence_length, setting.segment_multiple, shape.causal, only)
+    if not _slices(shape):
+        asked = [candidate for candidate in asked if not candidate.chunk]
     # one schedule at a time, with all its policies: the program is shared
     by_schedule: dict[tuple[Any, ...], list[Candidate]] = {}
     for candidate in asked:
@@ -305,7 +315,8 @@ def _alternatives(setting: Setting, ranks: int, microbatches: int) -> list[Choic
     ideal_s = setting.microbatch_s * microbatches / ranks
     alone = replace(setting, context_parallel=1, data_parallel=1)
     replicas = ranks * setting.context_parallel * setting.data_parallel
-    for recompute, chunk in itertools.product(RECOMPUTE, _chunks(setting.sequence_length)):
+    chunks = _chunks(setting.sequence_length) if _slices(setting.shape) else (0,)
+    for recompute, chunk in itertools.product(RECOMPUTE, chunks):
         keeping = replace(setting.keeping, recompute=recompute, mlp_chunk=chunk, head_chunk=chunk)
         for each in alternatives(replace(alone, keeping=keeping), replicas, microbatches * setting.data_parallel):
             idle = each.makespan_s - each.busy_s

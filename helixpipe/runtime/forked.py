@@ -1,8 +1,8 @@
 """Forked: local processes, one a rank, that start together and share what they import.
 
     caller ── stdin: a job, then silence ──> nursery   imports what the job needs, then forks; hosts the ranks' store
-       ^                                        ├─ rank 0    a pipe back: what it made, or the line of its error
-       └────────── stdout: all of it ───────────┤
+       ^                                        ├─ rank 0    a pipe back: what it made, or what its error says
+       └────────── a pipe: all of it ───────────┤
                                                 └─ rank 63   a pipe ahead, never written: its end says the nursery is gone
 
 Forking is safe only before there are threads and groups, so it is done in a process of its own: torch is imported
@@ -13,6 +13,7 @@ is noticed by the one who reads it.
 from __future__ import annotations
 
 import gc
+import math
 import os
 import pickle
 import selectors
@@ -42,9 +43,11 @@ MOST_SILENT = 4
 STOP_S = 5.0
 # for a rank to reach the store
 MEET_S = 60.0
+# one wait for what ranks say, however long a job may take
+LONGEST_S = 3600.0
 
 Said = tuple[Any, tuple[str, str] | None]
-"""What a rank made, or the kind and text of its error."""
+"""What a rank made, or its error: kind and text; an error that is none of ours has no kind, and its traceback is the text."""
 
 
 class Job(Protocol):
@@ -67,22 +70,29 @@ class Job(Protocol):
         ...
 
 
-def run_forked(job: Job) -> list[Any]:
-    """What `job.run` returned, by rank. Raises what a rank raised, RankError for one that died or took too long."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "helixpipe.runtime.forked"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment(),
-        start_new_session=True,  # Ctrl-C is the caller's, whose end of the pipe then tells the rest
-    )  # fmt: skip
+def run_forked(job: Job, prints: bool = False) -> list[Any]:
+    """What `job.run` returned, by rank. Raises what a rank raised, RankError for one that failed, died or took too long.
+
+    `prints`: what ranks print is the caller's output, not something beside it.
+    """
+    answers, theirs = os.pipe()
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "helixpipe.runtime.forked", str(theirs)],
+            stdin=subprocess.PIPE, stdout=None if prints else 2, pass_fds=[theirs], env=_environment(),
+            start_new_session=True,  # Ctrl-C is the caller's, whose end of the pipe then tells the rest
+        )  # fmt: skip
+    finally:
+        os.close(theirs)
     assert process.stdin is not None
-    assert process.stdout is not None
     try:
         try:
             process.stdin.write(pickle.dumps(sys.path) + pickle.dumps(job))
             process.stdin.flush()
         except BrokenPipeError:
             pass  # it is dead already, which is found out now
-        text = process.stdout.read()
+        with os.fdopen(answers, "rb") as pipe:
+            text = pipe.read()
     finally:
         process.stdin.close()
         try:
@@ -90,7 +100,6 @@ def run_forked(job: Job) -> list[Any]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        process.stdout.close()
     if not text:
         raise RankError(
             f"the process that starts the ranks {_how(process.returncode)} before they were done; what it wrote is above"
@@ -124,9 +133,13 @@ class _Rank:
     code: int | None = None
     """How it ended, and when."""
     ended_s: float = 0.0
+    raised_s: float = math.inf
+    """When it raised its error: what others raise because of it comes later."""
 
     def reap(self) -> None:
         self.ended_s = time.monotonic()
+        if self.text:
+            *_, self.raised_s = pickle.loads(bytes(self.text))
         self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     @property
@@ -135,23 +148,22 @@ class _Rank:
 
     @property
     def said(self) -> Said:
-        return pickle.loads(bytes(self.text)) if self.text else (None, None)
+        return pickle.loads(bytes(self.text))[:2] if self.text else (None, None)
 
     @property
     def distance(self) -> int:
-        """How far its end is from the cause: 0 killed, 1 said why, 2 ended without a word, 3 lost another rank."""
+        """How far its end is from the cause: 0 killed, 1 said why, 2 an error that is none of ours, 3 lost another rank."""
         if self.code is not None and self.code < 0:
             return 0
         error = self.said[1]
-        if error is None:
+        if error is None or not error[0]:
             return 2
         return 3 if error[0] == RankError.__name__ else 1
 
 
 def _main() -> NoReturn:
     """`python -m helixpipe.runtime.forked`: the nursery."""
-    answers = os.dup(1)
-    os.dup2(2, 1)  # whatever is printed goes beside the answers
+    answers = int(sys.argv[1])
     sys.path[:] = pickle.load(sys.stdin.buffer)
     job: Job = pickle.load(sys.stdin.buffer)
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -203,7 +215,7 @@ def _watch(ranks: list[_Rank], limit_s: float) -> bool:
         for rank in ranks:
             selector.register(rank.pipe, selectors.EVENT_READ, rank)
         while any(rank.code is None for rank in ranks) and time.monotonic() < deadline:
-            for key, _ in selector.select(max(deadline - time.monotonic(), 0)):
+            for key, _ in selector.select(min(max(deadline - time.monotonic(), 0), LONGEST_S)):
                 if key.data is None:  # nothing more is ever written there
                     return False
                 text = os.read(key.fd, 1 << 16)
@@ -224,11 +236,14 @@ def _outcome(ranks: list[_Rank], limit_s: float) -> Said:
     """What all made, or the error to raise: the cause, not what followed from it."""
     failed = [rank for rank in ranks if rank.failed]
     if failed:
-        cause = min(failed, key=lambda rank: (rank.distance, rank.ended_s))
-        if (error := cause.said[1]) is not None:
+        cause = min(failed, key=lambda rank: (rank.distance, min(rank.raised_s, rank.ended_s)))
+        error = cause.said[1]
+        if error is not None and error[0]:
             return None, (error[0], error[1] + _silent(ranks) * (error[0] == RankError.__name__))
         assert cause.code is not None
-        how = f"rank {cause.number} (pid {cause.pid}) {_how(cause.code)}; the other ranks are stopped"
+        how = _how(cause.code) if error is None else "failed"
+        told = "" if error is None else f"\n\n{error[1]}"
+        how = f"rank {cause.number} (pid {cause.pid}) {how}; the other ranks are stopped{told}"
     else:
         late = [rank.number for rank in ranks if rank.code is None]
         if not late:
@@ -253,15 +268,24 @@ def _be(job: Job, rank: int, port: int, life: int, report: int) -> NoReturn:
     try:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         threading.Thread(target=_end_with, args=(life,), daemon=True, name="helixpipe-nursery").start()
-        text, code = pickle.dumps((job.run(rank, _store(job.ranks, rank, port)), None)), 0
+        text, code = pickle.dumps((job.run(rank, _store(job.ranks, rank, port)), None, math.inf)), 0
     except HelixpipeError as error:
-        text, code = pickle.dumps((None, (type(error).__name__, str(error)))), 2
-    except BaseException:
-        traceback.print_exc()
+        text, code = pickle.dumps((None, (type(error).__name__, str(error)), time.monotonic())), 2
+    except BaseException as error:
+        text = pickle.dumps((None, ("", _told(error)), time.monotonic()))
+    sys.stdout.flush()
+    sys.stderr.flush()
     with os.fdopen(report, "wb") as pipe:
         pipe.write(text)
-    sys.stderr.flush()
     os._exit(code)  # without the waits for peers that tearing down a broken group would do
+
+
+def _told(error: BaseException) -> str:
+    """Its traceback, from where the caller's own code begins."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_globals.get("__name__") in ("__main__", "helixpipe.runtime.launch"):
+        frames = frames.tb_next
+    return "".join(traceback.format_exception(type(error), error, frames or error.__traceback__)).rstrip()
 
 
 def _store(ranks: int, rank: int, port: int) -> Store:

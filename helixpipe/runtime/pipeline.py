@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from helixpipe.parts.part import Part
 from helixpipe.parts.work import Batch, Keeping, Work
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
 from helixpipe.runtime.buffers import Buffers
+from helixpipe.runtime.calls import check_calls
 from helixpipe.runtime.context import Context
 from helixpipe.runtime.executor import execute
 from helixpipe.runtime.ledger import Ledger
@@ -33,6 +34,7 @@ from helixpipe.runtime.modules import Modules
 from helixpipe.runtime.randomness import Stream, evaluating
 from helixpipe.runtime.recorder import Recorder
 from helixpipe.runtime.reduction import Reduction, used_anywhere
+from helixpipe.runtime.same import check_same
 from helixpipe.runtime.shards import Shards
 from helixpipe.runtime.shares import Shares
 from helixpipe.runtime.stages import Stages
@@ -43,6 +45,7 @@ from helixpipe.runtime.weights import Weights
 from helixpipe.schedule.action import Action
 from helixpipe.schedule.check import check
 from helixpipe.schedule.lower import flops, lower
+from helixpipe.schedule.partition import as_training
 from helixpipe.schedule.program import Program
 from helixpipe.schedule.schedule import Schedule
 
@@ -76,7 +79,8 @@ class Pipeline:
 
         `dtype` is what parts compute in; the masters, their gradients and the optimizer stay float32 (float64
         for float64). `recompute`: none, full or selective (see `runtime.tape`). `segment_lengths`, in tokens: of a
-        schedule with segments, over all cp ranks. Raises ConfigError, ScheduleError.
+        schedule with segments, over all cp ranks; when not given, segments of as much computation each, as training cuts
+        them. Raises ConfigError, ScheduleError.
         """
         check(schedule)
         if recompute not in POLICIES:
@@ -97,9 +101,12 @@ class Pipeline:
         cp, tp = self.mesh.group("cp"), self.mesh.group("tp")
         self._tensor = None if tp is None else TensorParallel(tp, model.shape)
         context = None if cp is None else Context(cp, context_method, layout)
-        self._shares = Shares(self.mesh, context, schedule.microbatches, segment_lengths, self.device)
+        self._shares = Shares(
+            self.mesh, context, schedule.microbatches, self._cut(segment_lengths, recompute), self.device
+        )
         modules = Modules(model, schedule, self.rank, self.device, dtype, self._tensor, self.mesh.told)
         self._shape, self._weights = modules.shape, Weights(modules)
+        check_calls(self._weights.modules)
         _check_attention(self._weights.modules, schedule.segments)
         for part, module in self._weights.modules.items():
             if context is not None:
@@ -108,6 +115,7 @@ class Pipeline:
                 if isinstance(inner, Chunked):
                     inner.shards = self.mesh.shape.cp * self.mesh.shape.tp
         self._watch = self.mesh.watch(_store() if self.mesh.everyone is not None else None)
+        check_same(model, self.mesh, self.device, self._watch)
         self._buffers = Buffers(modules, self.mesh, self._watch, recompute)
         self._reduction = Reduction(self.parameters, self._tensor.cuts if self._tensor else (), self.mesh, self._watch)
         self._ledger = Ledger(self._weights.is_parameter)
@@ -115,7 +123,7 @@ class Pipeline:
             self.group, self.device, dtype, self._weights.master_dtype, timeout_s, self._watch, self._ledger
         )
         if not self._transport.host:  # which pairs there are, any batch tells
-            self._transport.meet(lower(schedule, self._shape, Batch(1, (1,) * schedule.segments)).messages)
+            self._transport.meet(lower(schedule, self._shape, model.shape.example(schedule.segments)).messages)
         self._tapes = {
             s: Tape(stage, self._weights.modules, recompute, self._ledger, schedule.outputs[s])
             for s, stage in enumerate(schedule.stages)
@@ -283,6 +291,13 @@ class Pipeline:
         self._watch.doing = "work between steps"
         return math.fsum(row[0] for row in rows)
 
+    def _cut(self, lengths: tuple[int, ...] | None, recompute: str) -> Callable[[int], tuple[int, ...]]:
+        """Tokens of a sequence -> those of its segments."""
+        if lengths is not None:
+            return lambda length: lengths
+        shape, segments, unit = self.model.shape, self.schedule.segments, self._divided.unit
+        return lambda length: as_training(shape, length, segments, recompute, unit)
+
     def _needs_of(self, batch: Batch) -> list[Needs]:
         """What parts need here, segment by segment."""
         if batch not in self._needs:
@@ -323,7 +338,7 @@ def _check_segments(model: Model, schedule: Schedule, lengths: tuple[int, ...] |
     """A sequence can be cut only where what comes later does not matter, and where its state is known."""
     if schedule.segments == 1:
         return
-    if lengths is None or len(lengths) != schedule.segments or min(lengths) < 1:
+    if lengths is not None and (len(lengths) != schedule.segments or min(lengths) < 1):
         raise ConfigError(
             f"segment_lengths: {lengths}; the schedule has {schedule.segments} segments: give as many lengths, none 0"
         )

@@ -9,6 +9,7 @@ Targets are cut with their tokens, and losses divided by the whole batch's count
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -23,17 +24,17 @@ from helixpipe.runtime.tape import Feed
 
 
 class Shares:
-    """Of one rank. `lengths` are those of whole segments; None: a sequence is one."""
+    """Of one rank. `cut`: tokens of a sequence -> those of each of its segments, whole."""
 
     def __init__(
         self,
         mesh: Mesh,
         context: Context | None,
         microbatches: int,
-        lengths: tuple[int, ...] | None,
+        cut: Callable[[int], tuple[int, ...]],
         device: torch.device,
     ) -> None:
-        self.mesh, self.context, self.microbatches, self.lengths = mesh, context, microbatches, lengths
+        self.mesh, self.context, self.microbatches, self.cut = mesh, context, microbatches, cut
         self.device = device
         self._starts: dict[Batch, list[tuple[Start, Start]]] = {}
 
@@ -47,7 +48,7 @@ class Shares:
         if tokens.shape[0] % (m * dp):
             over = f" on each of {dp} dp ranks" if dp > 1 else ""
             raise ConfigError(f"tokens: {tokens.shape[0]} sequences do not divide into {m} micro-batches{over}")
-        lengths = self.lengths or (tokens.shape[1],)
+        lengths = self.cut(tokens.shape[1])
         if sum(lengths) != tokens.shape[1]:
             raise ConfigError(
                 f"tokens: {tokens.shape[1]} a sequence, and the segments {list(lengths)} add up to {sum(lengths)}"

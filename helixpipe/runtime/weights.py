@@ -105,8 +105,7 @@ class Weights:
         for name, tensor in zip(self._here(names), tensors, strict=True):
             self._visits[name] += 1
             if self._visits[name] == 1:
-                self._working[name].data = tensor
-                self._storages.add(tensor.untyped_storage().data_ptr())
+                self._swap(self._working[name], tensor)
 
     def leave(self, names: Sequence[str]) -> list[Tensor]:
         """Gradients to send home; the weights they are of are let go, unless another stage shares them."""
@@ -117,9 +116,7 @@ class Weights:
             gradients.append(torch.zeros_like(working, dtype=self.master_dtype) if gradient is None else gradient)
             self._visits[name] -= 1
             if not self._visits[name]:
-                # the next tensor at this address may be an activation
-                self._storages.discard(working.untyped_storage().data_ptr())
-                working.data = _nothing(working, self.dtype)
+                self._swap(working, _nothing(working, self.dtype))
         return gradients
 
     @torch.no_grad()
@@ -137,7 +134,7 @@ class Weights:
         self._visits.clear()
         for name, working in self._working.items():
             if name not in self.masters:
-                working.data = _nothing(working, self.dtype)
+                self._swap(working, _nothing(working, self.dtype))
 
     def used(self, names: Sequence[str]) -> list[bool]:
         """Whether each of these had a gradient on this rank."""
@@ -161,6 +158,12 @@ class Weights:
             master.grad = gradient.to(self.master_dtype)
         else:
             master.grad.add_(gradient)
+
+    def _swap(self, working: nn.Parameter, tensor: Tensor) -> None:
+        """The next tensor at the old address may be an activation, which counts."""
+        self._storages.discard(working.untyped_storage().data_ptr())
+        working.data = tensor
+        self._storages.add(tensor.untyped_storage().data_ptr())
 
     def _note_storages(self) -> None:
         buffers = [buffer for module in self.modules.values() for buffer in module.buffers()]

@@ -7,6 +7,7 @@ first, that sum to the sequence:
     even               as many tokens each
     computation_wise   as much computation each, from linear and quadratic cost, in closed form
     for_shape          the same, with the costs of a model's layers in FLOPs
+    as_training        that, where nobody says how to cut
     from_costs         the dearest segment as cheap as can be, under measured costs
     pipelined          TeraPipe's: t_1 + ... + t_k + (p-1) max t least, and k is found too
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from helixpipe.errors import ConfigError
@@ -93,6 +94,14 @@ def for_shape(
     return computation_wise(length, segments, linear, quadratic, multiple, evenness)
 
 
+def as_training(
+    shape: ModelShape, length: int, segments: int, recompute: str = "none", unit: int = 1
+) -> tuple[int, ...]:
+    """What training cuts where nothing else is asked for; shorter sequences in finer steps, all of them multiples of `unit`."""
+    multiple = max(unit, min(MULTIPLE, length // segments) // unit * unit)
+    return for_shape(shape, length, segments, multiple, recompute) if segments > 1 else (length,)
+
+
 def from_costs(
     length: int, segments: int, seconds: Seconds, multiple: int = MULTIPLE, evenness: float = 0.0
 ) -> tuple[int, ...]:
@@ -140,10 +149,20 @@ def pipelined(
 
 def refuse_bidirectional(shape: ModelShape, segments: int) -> None:
     """Raise ConfigError where a model cannot be run in so many segments."""
+    refuse_opaque(segments, shape.opaque)
     if segments > 1 and not shape.causal:
         raise ConfigError(
             f"schedule.segments: {segments} segments need causal attention (model.causal), since the first segments run "
             "before the keys of later ones exist; use segments = 1, or the helix family, which splits no sequence"
+        )
+
+
+def refuse_opaque(segments: int, opaque: Collection[int]) -> None:
+    """Raise ConfigError where layers that are one block would have to hand on keys and values."""
+    if segments > 1 and opaque:
+        raise ConfigError(
+            f"schedule.segments: {segments} segments need layers that hand on keys and values, and layer "
+            f"{min(opaque)} is one opaque block; use segments = 1"
         )
 
 

@@ -72,7 +72,8 @@ def launch(arguments: Sequence[str]) -> int:
     try:
         with _terminated_as_interrupted():
             if job.config.mesh_shape().size == 1:
-                from helixpipe.train.worker import Place, work
+                from helixpipe.runtime.place import Place
+                from helixpipe.train.worker import work
 
                 work(job, Place(0, 1, 0, 1), None)
                 return 0

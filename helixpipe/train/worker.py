@@ -9,7 +9,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from torch.distributed.distributed_c10d import Store
 
 from helixpipe.errors import CheckpointError, ConfigError, HelixpipeError, RankError
 from helixpipe.runtime.oom import out_of_memory
+from helixpipe.runtime.place import Place
 from helixpipe.runtime.watch import starting
 from helixpipe.train.job import Job, prepare
 from helixpipe.train.loop import train
@@ -26,30 +27,10 @@ from helixpipe.train.loop import train
 _JOB = "helixpipe/job"
 
 
-class Place(NamedTuple):
-    """Where a rank stands; `local` is among those of its machine."""
-
-    rank: int
-    ranks: int
-    local_rank: int
-    local_ranks: int
-
-    @staticmethod
-    def from_environment() -> Place:
-        """As torchrun, and our launcher, tell it."""
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        try:
-            return Place(*(int(os.environ[name]) for name in names))
-        except (KeyError, ValueError) as error:
-            raise ConfigError(
-                f"environment: {error} is missing or no number; start ranks with torchrun, which sets {', '.join(names)}"
-            ) from None
-
-
 def work(job: Job, place: Place, store: Store | None) -> None:
     """Carry out a job as one rank. `store` is where ranks meet, None when there is one. Raises HelixpipeError."""
     torch.set_num_threads(job.config.runtime.threads)
-    device = _device(job.config.runtime.device, place)
+    device = place.device(job.config.runtime.device, "runtime.device")
     group = None
     if store is not None:
         group = _meet(job, place, store, device)
@@ -87,7 +68,7 @@ def join(arguments: Sequence[str], warn: Callable[[str], None]) -> int:
         if not text:
             return 2  # rank 0 says why
         job = Job.from_json(text)
-    _device(job.config.runtime.device, place)  # a fault of this machine alone: whoever has it says it
+    place.device(job.config.runtime.device, "runtime.device")  # a fault of this machine alone: whoever has it says it
     try:
         work(job, place, store)
     except (CheckpointError, ConfigError):
@@ -97,24 +78,12 @@ def join(arguments: Sequence[str], warn: Callable[[str], None]) -> int:
     return 0
 
 
-def _device(wanted: str, place: Place) -> str:
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return "cpu"
-    if not torch.cuda.is_available():
-        raise ConfigError("runtime.device: 'cuda', and torch sees none here; use 'auto' or 'cpu'")
-    index = place.local_rank % torch.cuda.device_count()
-    torch.cuda.set_device(index)
-    return f"cuda:{index}"
-
-
 def _meet(job: Job, place: Place, store: Store, device: str) -> dist.ProcessGroup:
     """Join the group of all ranks; the group in which objects travel between CPUs."""
-    # several ranks on one device cannot use NCCL: they go through host memory
-    own_device = device != "cpu" and place.local_ranks <= torch.cuda.device_count()
     timeout = timedelta(seconds=job.config.runtime.timeout_s)
     with starting(place.rank):
         dist.init_process_group(
-            "nccl" if own_device else "gloo", store=store, rank=place.rank, world_size=place.ranks, timeout=timeout
+            place.backend(device), store=store, rank=place.rank, world_size=place.ranks, timeout=timeout
         )
         # a checkpoint of a big model takes longer than a message may
         group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout * 10)

@@ -34,7 +34,10 @@ def seq_runs(rows: list[dict[str, Any]]) -> dict[tuple[str, int, str], dict[str,
 
 
 def test_helix_is_fastest_at_its_headline(helix: dict[str, Any]) -> None:
-    """7B, 128k tokens, 64 H20: faster than 1F1B, ZB1P and AdaPipe, whatever travels, in less memory."""
+    """7B, 128k tokens, 64 H20: faster than 1F1B, ZB1P and AdaPipe, whatever travels, in less memory.
+
+    The rank with the head has its logits and their gradients in float32, whole, and holds up to 1.4 times as much.
+    """
     found = helix["cell"](*helix["HEADLINE"])
     by = found["contenders"]
     for name in (*helix["HELIX"], *helix["WHOLE"]):
@@ -42,8 +45,9 @@ def test_helix_is_fastest_at_its_headline(helix: dict[str, Any]) -> None:
         for other in helix["OTHERS"]:
             assert by[name]["step_s"] < by[other]["step_s"]
         assert by[name]["peak_bytes"] < by["1F1B"]["peak_bytes"] < by["ZB1P"]["peak_bytes"]
-        # as much on every rank, where 1F1B's first keeps p micro-batches and its last one
-        assert by[name]["least_bytes"] > 0.8 * by[name]["peak_bytes"]
+        # as much on all other ranks, where 1F1B's first keeps p micro-batches and its last one
+        assert by[name]["least_bytes"] > 0.95 * by[name]["next_bytes"]
+        assert 1.15 * by[name]["next_bytes"] < by[name]["peak_bytes"] < 1.4 * by[name]["next_bytes"]
     assert by["1F1B"]["least_bytes"] < 0.3 * by["1F1B"]["peak_bytes"]
     assert by["ZB1P"]["step_s"] < by["1F1B"]["step_s"]
 
@@ -133,7 +137,7 @@ def test_seq1f1b_fits_128k_tokens(seq: dict[str, Any]) -> None:
 def test_seq1f1b_fullest_rank_is_predicted_low(seq_memory: list[dict[str, Any]]) -> None:
     """What a run holds is part of what its allocator reserved, so none is predicted above it. How far below is not derived
     but seen, and it is far: up to three tenths without segments, and two fifths with them (7B at 128k)."""
-    least = {"1F1B": 0.69, "1F1B-I": 0.75, "Seq1F1B": 0.57, "Seq1F1B-I": 0.62}
+    least = {"1F1B": 0.70, "1F1B-I": 0.76, "Seq1F1B": 0.57, "Seq1F1B-I": 0.62}
     ran = {at: each for at, each in seq_runs(seq_memory).items() if each["published_fullest_gib"]}
     assert len(ran) == 37
     for (model, length, name), each in ran.items():
@@ -153,11 +157,14 @@ def test_seq1f1b_ratios_to_1f1b_fullest_to_fullest(seq_memory: list[dict[str, An
 
 
 def test_seq1f1b_ranks_are_as_uneven_as_measured(seq_memory: list[dict[str, Any]]) -> None:
-    """The charts without titles over the one with: predicted for the mean over the fullest. 13B at 64k is apart again."""
+    """The charts without titles over the one with: predicted for the mean over the fullest. 13B at 64k is apart again.
+
+    The others come out too even by up to 0.055: the head's rank needs float32 gradients of logits that Megatron's does not.
+    """
     ran = {at: each for at, each in seq_runs(seq_memory).items() if each["published_fullest_gib"]}
     off = {at: each["evenness"] - each["published_evenness"] for at, each in ran.items()}
-    assert -0.08 < off.pop(("13B", 64, "1F1B")) < -0.07
-    assert all(abs(each) < 0.05 for each in off.values())
+    assert -0.07 < off.pop(("13B", 64, "1F1B")) < -0.06
+    assert all(-0.02 < each < 0.06 for each in off.values())
 
 
 def test_seq1f1b_charts_without_titles_are_means(seq: dict[str, Any]) -> None:

@@ -87,7 +87,11 @@ def test_what_ranks_make_comes_back_by_rank(nurseries: list[int]) -> None:
     ("fate", "kind", "message"),
     [
         ("killed", RankError, r"rank 1 \(pid \d+\) was killed by SIGKILL; the other ranks are stopped"),
-        ("faulty", RankError, r"rank 1 \(pid \d+\) ended with exit code 1; the other ranks are stopped"),
+        (
+            "faulty",
+            RankError,
+            r"(?s)rank 1 \(pid \d+\) failed; the other ranks are stopped\n\nTraceback.*\nValueError: a fault in the code",
+        ),
         ("refused", CheckpointError, r"this is how it is"),
         ("slow", RankError, r"no end after 1 s of ranks 0, 1, 2; they are stopped"),
     ],

@@ -148,7 +148,7 @@ def test_merge_of_two_sets_of_keys() -> None:
     torch.testing.assert_close(merged[1], whole[1], rtol=1e-13, atol=1e-13)
 
 
-def refused(schedule: Schedule, shape: ModelShape, lengths: tuple[int, ...] | None) -> str:
+def refused(schedule: Schedule, shape: ModelShape, lengths: tuple[int, ...]) -> str:
     with pytest.raises(ConfigError) as error:
         Pipeline(Decoder(shape), schedule, segment_lengths=lengths)
     return str(error.value)
@@ -156,8 +156,8 @@ def refused(schedule: Schedule, shape: ModelShape, lengths: tuple[int, ...] | No
 
 def test_segments_that_cannot_be() -> None:
     schedule = schedule_of(Case(1, 2, "B", "none"))
-    assert refused(schedule, SHAPE, None) == (
-        "segment_lengths: None; the schedule has 2 segments: give as many lengths, none 0"
+    assert refused(schedule, SHAPE, (12,)) == (
+        "segment_lengths: (12,); the schedule has 2 segments: give as many lengths, none 0"
     )
     bidirectional = ModelShape(layers=4, hidden=16, heads=4, ffn=24, vocabulary=19, causal=False)
     assert refused(schedule, bidirectional, (6, 6)) == (

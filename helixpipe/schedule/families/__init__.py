@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from helixpipe.errors import ConfigError, nearest
+from helixpipe.parts.shape import ModelShape, Shaped, shape_of
 from helixpipe.schedule.check import check
 from helixpipe.schedule.families.breadth_first import breadth_first
 from helixpipe.schedule.families.dualpipe_v import dualpipe_v
@@ -62,13 +63,37 @@ def options(family: str) -> tuple[str, ...]:
     return tuple(inspect.signature(FAMILIES[family]).parameters)[3:]
 
 
-def build_schedule(family: str, *, ranks: int, layers: int, microbatches: int, **given: Any) -> Schedule:
+def build_schedule(
+    family: str,
+    *,
+    ranks: int,
+    microbatches: int,
+    layers: int = 0,
+    model: Shaped | ModelShape | None = None,
+    **given: Any,
+) -> Schedule:
     """The schedule of a family, checked.
 
-    `given` are the family's own options (`options(family)` names them), such as `folds` and `travel` of
-    `helix`. Raises ConfigError for a family, option or size that cannot be.
+    `model` says how many layers there are, and which of them are one block; without one, `layers` does. `given` are the
+    family's own options (`options(family)` names them), such as `folds` and `travel` of `helix`; `opaque=True` is all
+    layers. Raises ConfigError for a family, option or size that cannot be.
     """
     known = options(family)
+    if model is not None:
+        shape = shape_of(model)
+        if layers not in (0, shape.layers):
+            raise ConfigError(f"schedule.layers: {layers}, and the model has {shape.layers}; leave layers away")
+        layers = shape.layers
+        if shape.opaque:
+            given = {"opaque": shape.opaque, **given}
+    if given.get("opaque") is True:
+        given["opaque"] = tuple(range(layers))
+    if given.get("opaque") and "opaque" not in known:
+        whole = [name for name in FAMILIES if "segments" not in options(name) and "opaque" in options(name)]
+        raise ConfigError(
+            f"schedule.family: {family} looks inside layers, and layer {min(given['opaque'])} is one opaque block; "
+            f"use {', '.join(whole[:-1])} or {whole[-1]}"
+        )
     for name in given:
         if name not in known:
             raise ConfigError(f"schedule.{name}: {family} has no such option{nearest(name, known)}")

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from helixpipe.errors import ConfigError
 from helixpipe.schedule.action import Action, Pass
+from helixpipe.schedule.partition import refuse_opaque
 
 Unit = tuple[int, int]  # micro-batch, segment
 T = TypeVar("T")
@@ -52,8 +53,4 @@ def check_segments(segments: int, opaque: Collection[int] = ()) -> None:
     """Whether layers can be run in so many segments; raises ConfigError."""
     if segments < 1:
         raise ConfigError(f"schedule.segments: {segments}; give at least 1 (1 keeps the sequence whole)")
-    if segments > 1 and opaque:
-        raise ConfigError(
-            f"schedule.segments: {segments} segments need layers that hand on keys and values, and layer "
-            f"{min(opaque)} is one opaque block; use segments = 1"
-        )
+    refuse_opaque(segments, opaque)
