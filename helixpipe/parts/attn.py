@@ -54,17 +54,21 @@ class AttnKind(Kind):
         q, before = work.shape.q_size, work.batch.microbatch_size * work.batch.start(work.segment)
         if work.keeping.device == "cuda":  # which joins all earlier keys and values
             found += 2 * before * work.shape.kv_size * work.keeping.element_bytes
-        return found + q * (work.unit if work.is_wide else work.unit + work.wide_unit)
+        return found + q * (work.unit if work.is_wide else work.unit + 2 * work.wide_unit)
 
     def backward_workspace(self, part: Part, work: Work, unread: bool = False) -> int:
+        """Of segments: at an earlier one's keys, or at all of them joined, with q's gradient summed in float32 or wider."""
         shape, keeping, batch = work.shape, work.keeping, work.batch
-        found = super().backward_workspace(part, work) + self._kernel(work, backward=True)
+        inputs, kernel = super().backward_workspace(part, work), self._kernel(work, backward=True)
         if not work.segment:
-            return found
+            return inputs + kernel
         earlier = [batch.tokens(segment) for segment in range(work.segment)]
-        joined = sum(earlier) if keeping.device == "cuda" else max(earlier)  # keys whose gradients come at once
-        found += 2 * joined * shape.kv_size * keeping.element_bytes * (2 if keeping.device == "cuda" else 1)
-        return found + shape.q_size * (work.unit if work.is_wide else work.unit + work.wide_unit)
+        is_cuda = keeping.device == "cuda"  # which joins keys and values, and gets the gradients of all at once
+        joined = 2 * (sum(earlier) if is_cuda else max(earlier)) * shape.kv_size
+        found = joined * keeping.element_bytes * (2 if is_cuda else 1) + shape.q_size * work.unit
+        if is_cuda and work.segment == len(batch.segment_lengths) - 1 and not work.is_wide:
+            found += joined * keeping.wide_bytes  # what it owes is widened while the narrow gradients are there
+        return inputs + found + max(kernel, 0 if work.is_wide else shape.q_size * work.wide_unit)
 
     @staticmethod
     def _kernel(work: Work, backward: bool) -> int:

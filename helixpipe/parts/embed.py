@@ -14,6 +14,7 @@ class EmbedKind(Kind):
     reads = ()
     beside = ("tokens", "start")
     makes = ("x",)
+    divides = False
 
     def parameters(self, shape: ModelShape) -> Shapes:
         rows = {"tokens": shape.vocabulary} | ({"positions": shape.context} if shape.positions == "learned" else {})

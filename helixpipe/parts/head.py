@@ -16,6 +16,7 @@ class HeadKind(Kind):
     beside = ("targets",)
     makes = ("loss",)
     alone = True
+    divides = False
     splits = True
 
     def parameters(self, shape: ModelShape) -> Shapes:
@@ -71,5 +72,6 @@ class HeadKind(Kind):
             piece = work.sliced(part)
             graph = sum(self.saved(part, piece).values())
             return work.value_bytes(part.reads[0]) + graph + self.backward_workspace(part, piece)
-        most = 2 * work.shape.vocabulary * work.wide_unit
-        return max(most, norm_backward(work) + work.shape.hidden * work.unit) + self.largest_matrix(work)
+        both = 2 * work.shape.vocabulary * work.wide_unit
+        after = work.shape.vocabulary * work.unit + work.shape.hidden * work.unit + self.largest_matrix(work)
+        return max(both, after, norm_backward(work) + work.shape.hidden * work.unit)

@@ -43,6 +43,8 @@ class Kind:
     splits: ClassVar[bool] = False
     """Whether its weight gradients can be put off to a W."""
     has_parameters: ClassVar[bool] = True
+    divides: ClassVar[bool] = True
+    """Whether tensor-parallel ranks divide its matrices."""
     over_tokens: ClassVar[bool] = True
     """Whether tensor-parallel ranks share what it makes by tokens; else by heads."""
     units: ClassVar[int] = 0
@@ -130,9 +132,10 @@ class Kind:
         return inputs + self.largest_matrix(work)
 
     def largest_matrix(self, work: Work) -> int:
-        """Bytes of a weight gradient before it is added to the parameter's."""
+        """Bytes of a weight gradient before it is added to the parameter's, on all processes of a rank together."""
         elements = max((math.prod(shape) for shape in self.parameters(work.shape).values()), default=0)
-        return elements * work.keeping.element_bytes
+        copies = work.keeping.processes // (work.keeping.tensor_parallel if self.divides else 1)
+        return elements * work.keeping.element_bytes * max(copies, 1)
 
     def inside(self, part: Part) -> tuple[Part, ...]:
         """The parts that it is made of, as far as costs go: itself, but for an opaque layer."""
