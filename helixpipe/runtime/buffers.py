@@ -73,7 +73,8 @@ class Buffers:
         Replicas have seen other tokens each: all take what the first one has.
         """
         if 2 in ends:
-            raise ConfigError(self._fault or next(filter(None, self._mesh.told(self._fault))))
+            said = self._mesh.told(self._fault)  # by all, whoever has a fault of its own
+            raise ConfigError(self._fault or next(filter(None, said)))
         if 1 in ends and (copies := self._mesh.copies) is not None:
             box = [self._values(self._modules.running)]
             with self._watch.together():

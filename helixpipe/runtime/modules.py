@@ -25,6 +25,7 @@ from helixpipe.model.decoder import Model
 from helixpipe.model.kernels import check_head_dim
 from helixpipe.parts.part import Part
 from helixpipe.parts.shape import ModelShape
+from helixpipe.runtime.calls import call_fault
 from helixpipe.runtime.tensor import TensorParallel
 from helixpipe.schedule.program import parameter_owners, visits
 from helixpipe.schedule.schedule import Schedule
@@ -112,6 +113,8 @@ class Modules:
         if tensor is not None:
             tensor.divide(part, module)
         module = module.to(self.device)
+        if fault := call_fault(part, module):
+            yield fault
         if self.rank in self.schedule.ranks_of[stage]:
             self.running[part] = module
         if self.rank == self.schedule.owner(stage):

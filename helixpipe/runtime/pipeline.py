@@ -24,7 +24,6 @@ from helixpipe.parts.part import Part
 from helixpipe.parts.work import Batch, Keeping, Work
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
 from helixpipe.runtime.buffers import Buffers
-from helixpipe.runtime.calls import check_calls
 from helixpipe.runtime.context import Context
 from helixpipe.runtime.executor import execute
 from helixpipe.runtime.ledger import Ledger
@@ -106,7 +105,6 @@ class Pipeline:
         )
         modules = Modules(model, schedule, self.rank, self.device, dtype, self._tensor, self.mesh.told)
         self._shape, self._weights = modules.shape, Weights(modules)
-        check_calls(self._weights.modules)
         _check_attention(self._weights.modules, schedule.segments)
         for part, module in self._weights.modules.items():
             if context is not None:

@@ -152,8 +152,12 @@ import helixpipe as hp
 class Thing:
     pass
 
+def tell(line):
+    sys.stdout.write(line + "\\n")  # in one piece, beside another rank's
+    sys.stdout.flush()
+
 def main(what, thing):
-    print("rank", dist.get_rank(), flush=True)
+    tell(f"rank {dist.get_rank()}")
     total = torch.ones(1)
     dist.all_reduce(total)
     if what == "raises" and dist.get_rank() == 1:
@@ -164,7 +168,7 @@ GUARDED = (
     SCRIPT
     + """
 if __name__ == "__main__":
-    print(hp.launch(main, sys.argv[1], Thing(), ranks=2, timeout_s=30), flush=True)
+    tell(str(hp.launch(main, sys.argv[1], Thing(), ranks=2, timeout_s=30)))
 """
 )
 
@@ -186,7 +190,7 @@ def test_a_script_and_its_own_classes(tmp_path: Path) -> None:
     assert sorted(done.stdout.splitlines()) == ["(2.0, 'Thing')", "rank 0", "rank 1"]
     failed = run([script, "raises"])
     assert failed.returncode == 1
-    assert f'  File "{script}", line 15, in main' in failed.stderr
+    assert f'  File "{script}", line 19, in main' in failed.stderr
     assert failed.stderr.endswith("ValueError: no\n")
     script.write_text(SCRIPT + "hp.launch(main, 'goes', Thing(), ranks=2)\n")
     unguarded = run([script])
