@@ -128,7 +128,7 @@ def kept_bytes(modules: list[PlainParts], step: Callable[[], float]) -> int:
     ledger = Ledger(lambda pointer: pointer in weights)
     with ledger.graphs():
         step()
-    return ledger.high_bytes
+    return ledger.high.kept_bytes
 
 
 def split_contender(shape: ModelShape, tokens: torch.Tensor, targets: torch.Tensor) -> Contender:

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from helixpipe.runtime.live import Live
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
@@ -42,20 +44,24 @@ def ours(shape: ModelShape, layers: int, policy: str, x: torch.Tensor, split: bo
     decoder = Decoder(shape)
     parts = tuple(part for layer in range(1, layers + 1) for part in layer_parts(layer))
     modules = {part: decoder.part(part) for part in parts}
-    tape = Tape(Stage(parts), modules, policy, Ledger(lambda pointer: False))
+    ledger, end = Ledger(lambda pointer: False), Value("x", layers + 1)
+    tape = Tape(Stage(parts), modules, policy, ledger, (end,))
     feed = Feed(torch.empty(0), torch.empty(0))
     gradient = torch.randn_like(x)
     weights = [p for module in modules.values() for p in module.parameters()]
 
     def backward() -> float:
-        _, records = tape.forward({Value("x", 1): x}, feed)
+        live = Live(ledger)
+        live.put(Value("x", 1), x)
+        records = tape.forward(live, feed)
+        live.drop((end,))
+        gradients = {end: ledger.keep(gradient.clone())}  # a backward may write into what it is given
         begun = time.perf_counter()
         if split:
-            _, waiting = tape.input_backward(records, {Value("x", layers + 1): gradient}, feed)
-            for weight, kept_x, kept_grad in waiting:
+            for weight, kept_x, kept_grad in tape.input_backward(records, gradients, feed):
                 add_product(weight, kept_x.tensor, kept_grad.tensor)
         else:
-            tape.backward(records, {Value("x", layers + 1): gradient}, feed)
+            tape.backward(records, gradients, feed)
         seconds = time.perf_counter() - begun
         assert all(weight.grad is not None for weight in weights)
         return seconds
