@@ -9,15 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from helixpipe.config_text import build_config
-from helixpipe.errors import DataError
-from helixpipe.train.data import Corpus, open_corpus
+from corpora import corpus, refused
 
 CODES = {
     "uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "float64": 6, "float32": 7, "uint16": 8,
 }  # fmt: skip
-TODO = "write the index of its .bin anew, or take it away and set data.dtype"
+MEND = "write the index of its .bin anew, or take it away and set data.dtype"
 
 
 def index(
@@ -30,21 +27,6 @@ def index(
     head = magic + struct.pack("<QBQQ", version, CODES[dtype] if code is None else code, len(lengths), len(marks))
     arrays = np.array(lengths, "<i4").tobytes() + np.array(offsets, "<i8").tobytes() + np.array(marks, "<i8").tobytes()
     return head + arrays + (bytes(len(lengths)) if modes else b"")
-
-
-def corpus(path: Path, vocabulary: int = 256, **data: object) -> Corpus:
-    table = {
-        "data": {"path": str(path), "held_out": 0.25, **data},
-        "model": {"vocabulary": vocabulary},
-        "train": {"sequence_length": 8},
-    }
-    return open_corpus(build_config(table))
-
-
-def refused(path: Path, vocabulary: int = 256, **data: object) -> str:
-    with pytest.raises(DataError) as caught:
-        corpus(path, vocabulary, **data)
-    return str(caught.value)
 
 
 def write(folder: Path, indexed: bytes, dtype: str = "int32", tokens: int = 200, name: str = "a") -> Path:
@@ -122,7 +104,7 @@ def test_an_index_of_floats_is_refused(tmp_path: Path, dtype: str) -> None:
     ],
 )
 def test_an_index_that_is_none_is_refused(tmp_path: Path, content: bytes, why: str) -> None:
-    assert refused(write(tmp_path, content)) == f"data.path: '{tmp_path}/a.idx' {why}; {TODO}"
+    assert refused(write(tmp_path, content)) == f"data.path: '{tmp_path}/a.idx' {why}; {MEND}"
 
 
 @pytest.mark.parametrize("lengths", [[199], [100, 101], [], [2**31 - 1] * 3])
@@ -139,7 +121,7 @@ def test_what_only_has_the_name_of_an_index_is_refused(tmp_path: Path, make: Cal
     np.arange(200, dtype=np.int32).tofile(tmp_path / "a.bin")
     make(tmp_path / "a.idx")
     for path in (tmp_path / "a.bin", tmp_path):
-        assert refused(path) == f"data.path: '{tmp_path}/a.idx' is a link to nowhere or not a file; {TODO}"
+        assert refused(path) == f"data.path: '{tmp_path}/a.idx' is a link to nowhere or not a file; {MEND}"
 
 
 def test_an_index_without_its_tokens_is_refused(tmp_path: Path) -> None:

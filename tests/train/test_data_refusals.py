@@ -14,31 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from corpora import corpus, refused
 
-from helixpipe.config_text import build_config
-from helixpipe.errors import DataError
-from helixpipe.train.data import Corpus, open_corpus
 from helixpipe.train.formats import refusal
 
 TEXT = b"It was a bright cold day in April, and the clocks were striking thirteen.\n" * 20
 LINES = b"".join(json.dumps({"text": f"line {i}", "n": i}).encode() + b"\n" for i in range(50))
 EXTRACT = "write its text to text files, or its tokens to .npy or .bin"
 MEDIA = "give text or tokens"
-
-
-def corpus(path: Path, vocabulary: int = 256, **data: object) -> Corpus:
-    table = {
-        "data": {"path": str(path), "held_out": 0.25, **data},
-        "model": {"vocabulary": vocabulary},
-        "train": {"sequence_length": 8},
-    }
-    return open_corpus(build_config(table))
-
-
-def refused(path: Path, vocabulary: int = 256, **data: object) -> str:
-    with pytest.raises(DataError) as caught:
-        corpus(path, vocabulary, **data)
-    return str(caught.value)
 
 
 def _zip() -> bytes:
