@@ -160,15 +160,15 @@ function labels(span) { // the most told first
 
 function drawMemory(lane, g, w, end) {
   const points = lane.points, base = withStanding ? lane.standing : 0, columns = Math.max(0, Math.ceil(end));
-  const [kept, all] = [new Float64Array(columns), new Float64Array(columns)]; // the most of what a column of pixels spans
+  const [activations, all] = [new Float64Array(columns), new Float64Array(columns)]; // the most of what a column of pixels spans
   for (let i = 0; i < points.length; i++) {
-    const [time, kept, buffers, workspace = 0] = points[i], activations = kept + workspace;
+    const [time, kept, transit, workspace = 0] = points[i], working = kept + workspace;
     const until = i + 1 < points.length ? points[i + 1][0] : lane.timeline.makespan;
     if (until < view.from || time > view.to) continue;
     const last = Math.min(columns - 1, Math.floor(x(until)));
     for (let c = Math.max(0, Math.floor(x(time))); c <= last; c++) {
-      kept[c] = Math.max(kept[c], activations);
-      all[c] = Math.max(all[c], activations + buffers);
+      activations[c] = Math.max(activations[c], working);
+      all[c] = Math.max(all[c], working + transit);
     }
   }
   const height = curve - 3, bottom = bar + curve;
@@ -184,7 +184,7 @@ function drawMemory(lane, g, w, end) {
     }
   };
   area(all, style.buffers);
-  area(kept, style.activations);
+  area(activations, style.activations);
   if (base) area(null, style.stands);
 }
 
