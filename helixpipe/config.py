@@ -13,6 +13,7 @@ from typing import Literal
 
 from helixpipe.errors import ConfigError
 from helixpipe.mesh import MeshShape
+from helixpipe.parts.rotary import Rotary
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.shapes import named_shape
 from helixpipe.parts.work import Keeping
@@ -23,6 +24,14 @@ from helixpipe.schedule.partition import check_cut, refuse_bidirectional
 from helixpipe.schedule.schedule import Schedule
 
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Keys of `helixpipe.parts.rotary.Rotary`; what stays unset is the model's own."""
+
+    type: str | None = None
+    """default, linear, dynamic, yarn, llama3 or longrope."""
 
 
 @dataclass(frozen=True)
@@ -49,20 +58,52 @@ class ModelConfig:
     """RMSNorm or LayerNorm."""
     norm_eps: float | None = None
     """What the norm adds to the variance."""
+    norm_offset: bool | None = None
+    """Whether an RMSNorm multiplies by 1 + weight."""
+    norm_bias: bool | None = None
+    """Whether a LayerNorm has a bias."""
+    norms: Literal["before", "after", "both"] | None = None
+    """Norms before attention and MLP, after each of them, or both."""
+    embed_norm: bool | None = None
+    """A norm of what the embedding makes, which is layer 0's norm before attention too."""
+    embed_scale: float | None = None
+    """What the embedding's rows are multiplied by."""
     positions: Literal["rope", "learned"] | None = None
     """Rotary or learned positions."""
     rope_base: float | None = None
     """The base of rotary positions."""
+    rope: RopeConfig = field(default_factory=lambda: RopeConfig())
+    """How rotary positions are scaled to longer sequences: a table with a type, a factor and what the type needs."""
+    rotary_share: float | None = None
+    """The share of a head that is rotated."""
+    window_rope_base: float | None = None
+    """The base of layers with a window, never scaled; 0 is as all layers."""
     context: int | None = None
     """The longest sequence that learned positions have room for."""
-    mlp: Literal["swiglu", "gelu"] | None = None
-    """Three matrices with a gate, or two."""
+    mlp: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh"] | None = None
+    """Three matrices with a gate (the first three), or two."""
     qkv_bias: bool | None = None
     """Biases of q, k and v."""
+    o_bias: bool | None = None
+    """Bias of attention's output projection."""
     bias: bool | None = None
-    """Biases of the other linear layers."""
+    """Biases of all linear layers but q, k, v and the head."""
     qk_norm: bool | None = None
-    """RMSNorm on every head's q and k."""
+    """A norm of q and k."""
+    qk_norm_over: Literal["head", "width"] | None = None
+    """Whether that is over each head or over all of them."""
+    attention_scale: float | None = None
+    """What attention's scores are multiplied by; 0 is head_dim ** -0.5."""
+    softcap: float | None = None
+    """c of c * tanh(score / c) in attention; 0 is none."""
+    window: int | None = None
+    """A token sees the window - 1 before it and itself; 0 is all."""
+    window_pattern: tuple[bool, ...] | None = None
+    """Which layers have the window, repeated over the layers; all of them when unset."""
+    head_softcap: float | None = None
+    """The softcap of the logits."""
+    head_transform: bool | None = None
+    """A linear layer, activation and norm before the logits."""
     tied: bool | None = None
     """Whether the head uses the embedding's table."""
     causal: bool | None = None
@@ -216,8 +257,12 @@ class Config:
     def shape(self) -> ModelShape:
         """The model's shape; raises ConfigError."""
         changes = dataclasses.asdict(self.model)
-        name = changes.pop("name")
-        return named_shape(name, **{key: value for key, value in changes.items() if value is not None})
+        name, rope = (
+            changes.pop("name"),
+            {key: value for key, value in changes.pop("rope").items() if value is not None},
+        )
+        shape = named_shape(name, **{key: value for key, value in changes.items() if value is not None})
+        return dataclasses.replace(shape, rope=Rotary(**rope)) if rope else shape
 
     def build_schedule(self) -> Schedule:
         """The schedule, checked; raises ConfigError."""

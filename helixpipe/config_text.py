@@ -39,12 +39,18 @@ def write_toml(config: Config) -> str:
 
 def to_table(config: Config) -> Table:
     """The config's keys that are set."""
-    return {
-        section: {
-            key: list(value) if isinstance(value, tuple) else value for key, value in keys.items() if value is not None
-        }
-        for section, keys in dataclasses.asdict(config).items()
-    }
+    return {section: _set_keys(keys) for section, keys in dataclasses.asdict(config).items()}
+
+
+def _set_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """As TOML has them, without those that are not set."""
+    found: dict[str, Any] = {}
+    for key, value in keys.items():
+        if isinstance(value, Mapping):
+            found |= {key: inner} if (inner := _set_keys(value)) else {}
+        elif value is not None:
+            found[key] = list(value) if isinstance(value, tuple) else value
+    return found
 
 
 def merged(base: Table, over: Table) -> Table:
@@ -55,22 +61,32 @@ def merged(base: Table, over: Table) -> Table:
         for option in FAMILY_OPTIONS:
             found.get("schedule", {}).pop(option, None)
     for section, keys in over.items():
-        found.setdefault(section, {}).update(keys)
+        mine = found.setdefault(section, {})
+        for key, value in keys.items():
+            mine[key] = {**mine.get(key, {}), **value} if isinstance(value, Mapping) else value
     return found
 
 
 def build_config(table: Mapping[str, Any]) -> Config:
     """A config from a table; raises ConfigError for a key, type, value or combination that cannot be."""
     table = _checked(table, "")
-    sections = {
-        name: kind(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in table.get(name, {}).items()}
-        )
-        for name, kind in _sections().items()
-    }
-    config = Config(**sections)
+    config = Config(**{name: _made(kind, table.get(name, {})) for name, kind in _sections().items()})
     check_config(config)
     return config
+
+
+def _made(kind: Any, keys: Mapping[str, Any]) -> Any:
+    """A dataclass from its keys, checked before."""
+    hints = _hints(kind)
+    values = {
+        key: _made(hints[key], value)
+        if isinstance(value, Mapping)
+        else tuple(value)
+        if isinstance(value, list)
+        else value
+        for key, value in keys.items()
+    }
+    return kind(**values)
 
 
 class Arguments(NamedTuple):
@@ -112,9 +128,13 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
         if not equals and not waiting:
             raise ConfigError(f"--{name}: no value; give {_expected(kind)}")
         words = [text] if equals else [waiting.pop(0)]
-        if typing.get_origin(kind) is tuple and "," not in words[0] and not equals and waiting:
+        if len(_pair(kind)) == 2 and "," not in words[0] and not equals and waiting:
             words.append(waiting.pop(0))
-        overrides.setdefault(section, {})[key] = _from_text(kind, ",".join(words), f"--{name}")
+        *outer, last = key.split(".")
+        inside: dict[str, Any] = overrides.setdefault(section, {})
+        for each in outer:
+            inside = inside.setdefault(each, {})
+        inside[last] = _from_text(kind, ",".join(words), f"--{name}")
     return Arguments(path, overrides)
 
 
@@ -130,13 +150,37 @@ def _field_type(section: str, key: str, where: str) -> Any:
         if full and not key:
             raise ConfigError(f"{where}{section}: a key needs its section; did you mean '{where}{full[0]}'?")
         raise ConfigError(f"{where}{section}: no such section{nearest(section, sections)}")
-    hints = typing.get_type_hints(sections[section])
-    if key not in hints:
-        raise ConfigError(f"{where}{section}.{key}: no such key{nearest(key, hints)}")
-    kind = hints[key]
-    if typing.get_origin(kind) is types.UnionType or typing.get_origin(kind) is typing.Union:
-        kind = next(choice for choice in typing.get_args(kind) if choice is not type(None))
+    name, within, inner = key.partition(".")
+    hints = _hints(sections[section])
+    if name not in hints:
+        raise ConfigError(f"{where}{section}.{name}: no such key{nearest(name, hints)}")
+    kind = hints[name]
+    if dataclasses.is_dataclass(kind) != bool(within):
+        keys = ", ".join(_hints(kind)) if not within else ""
+        raise ConfigError(
+            f"{where}{section}.{key}: "
+            + (f"a table; write {section}.{name}.KEY, one of {keys}" if keys else f"{name} is no table")
+        )
+    if within and inner not in _hints(kind):
+        raise ConfigError(f"{where}{section}.{key}: no such key{nearest(inner, _hints(kind))}")
+    return _hints(kind)[inner] if within else kind
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields; of one that may be unset, what it is when it is set."""
+    return {key: _given(hint) for key, hint in typing.get_type_hints(kind).items()}
+
+
+def _given(kind: Any) -> Any:
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return next(choice for choice in typing.get_args(kind) if choice is not type(None))
     return kind
+
+
+def _pair(kind: Any) -> tuple[Any, ...]:
+    """The types of a tuple of so many values; nothing for one of any number, or for what is none."""
+    inner = typing.get_args(kind) if typing.get_origin(kind) is tuple else ()
+    return () if Ellipsis in inner else inner
 
 
 def _checked(table: Mapping[str, Any], where: str) -> Table:
@@ -148,6 +192,13 @@ def _checked(table: Mapping[str, Any], where: str) -> Table:
         if not isinstance(keys, Mapping):
             raise ConfigError(f"{where}{section}: a section, not a value; write keys under [{section}]")
         for key, value in keys.items():
+            if isinstance(value, Mapping):
+                for inner, each in value.items():
+                    kind = _field_type(section, f"{key}.{inner}", where)
+                    found.setdefault(section, {}).setdefault(key, {})[inner] = _typed(
+                        kind, each, f"{where}{section}.{key}.{inner}"
+                    )
+                continue
             kind = _field_type(section, key, where)
             found.setdefault(section, {})[key] = _typed(kind, value, f"{where}{section}.{key}")
     return found
@@ -162,7 +213,7 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"{where}: {_shown(value)} is not known{known}")
         return value
     if typing.get_origin(kind) is tuple:
-        inner = typing.get_args(kind)
+        inner = _pair(kind) or (typing.get_args(kind)[0],) * (len(value) if isinstance(value, (list, tuple)) else 0)
         if isinstance(value, (list, tuple)) and len(value) == len(inner):
             return [_typed(each, item, where) for each, item in zip(inner, value, strict=True)]
     elif kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -178,7 +229,8 @@ def _from_text(kind: Any, text: str, where: str) -> Any:
         if kind in (int, float):
             return kind(text)
         if typing.get_origin(kind) is tuple:
-            return _typed(kind, [float(item) for item in text.split(",")], where)
+            each = typing.get_args(kind)[0]
+            return _typed(kind, [_from_text(each, item.strip(), where) for item in text.split(",") if item], where)
     except ValueError:
         raise ConfigError(f"{where}: {_shown(text)} will not do; give {_expected(kind)}") from None
     if kind is bool and text in ("true", "false"):
@@ -190,7 +242,7 @@ def _expected(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
-        return f"{len(typing.get_args(kind))} numbers"
+        return f"{len(_pair(kind))} numbers" if _pair(kind) else f"a list, each {_expected(typing.get_args(kind)[0])}"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
 
 

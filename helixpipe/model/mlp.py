@@ -19,7 +19,7 @@ class MLP(Chunked, TensorDivided):
     def __init__(self, shape: ModelShape, chunk: int = 0) -> None:
         super().__init__()
         self.norm = norm(shape)
-        self.gate = Linear(shape.hidden, shape.ffn, bias=shape.bias) if shape.mlp == "swiglu" else None
+        self.gate = Linear(shape.hidden, shape.ffn, bias=shape.bias) if shape.gated else None
         self.up = Linear(shape.hidden, shape.ffn, bias=shape.bias)
         self.down = Linear(shape.ffn, shape.hidden, bias=shape.bias)
         self.chunk = chunk

@@ -20,7 +20,7 @@ class MLPKind(Kind):
 
     def parameters(self, shape: ModelShape) -> Shapes:
         h, ffn = shape.hidden, shape.ffn
-        gate = linear("gate", ffn, h, shape.bias) if shape.mlp == "swiglu" else {}
+        gate = linear("gate", ffn, h, shape.bias) if shape.gated else {}
         up_down = linear("up", ffn, h, shape.bias) | linear("down", h, ffn, shape.bias)
         return norm_parameters(shape, "norm.") | gate | up_down
 
@@ -28,7 +28,7 @@ class MLPKind(Kind):
         return keeping.mlp_chunk
 
     def moved_elements(self, shape: ModelShape) -> float:
-        return 5.0 * shape.hidden + (3.0 if shape.mlp == "swiglu" else 2.0) * shape.ffn
+        return 5.0 * shape.hidden + (3.0 if shape.gated else 2.0) * shape.ffn
 
     @property
     def exchanges(self) -> int:
@@ -40,9 +40,9 @@ class MLPKind(Kind):
             return reads
         shape, keeping = work.shape, work.keeping
         unit = work.tokens * keeping.element_bytes
-        wides = 1 if shape.mlp == "gelu" else 2
+        wides = 2 if shape.gated else 1
         if keeping.keeps_activated:  # and, of a gated one, what its gate became
-            wides += 1 if shape.mlp == "gelu" else 2
+            wides += 2 if shape.gated else 1
         inner = {
             f"{part}.normed": unit * shape.hidden * keeping.tensor_parallel,  # gathered, on each rank
             f"{part}.wide": wides * unit * shape.ffn,
@@ -52,7 +52,7 @@ class MLPKind(Kind):
     def linears(self, part: Part, work: Work) -> dict[str, tuple[int, int]]:
         shape = work.shape
         gathered = shape.hidden * work.keeping.tensor_parallel
-        ups = shape.ffn if shape.mlp == "gelu" else 2 * shape.ffn
+        ups = 2 * shape.ffn if shape.gated else shape.ffn
         return {f"{part}.normed": (ups, gathered), f"{part}.act": (gathered, shape.ffn)}
 
     def forward_workspace(self, part: Part, work: Work, graph: bool) -> int:
@@ -61,7 +61,7 @@ class MLPKind(Kind):
             piece = work.sliced(part)
             return piece.shape.hidden * piece.unit + self.forward_workspace(part, piece, graph=False)
         shape, h = work.shape, work.shape.hidden * work.keeping.tensor_parallel
-        kept = 0 if graph else (1 if shape.mlp == "gelu" else 2) * shape.ffn
+        kept = 0 if graph else (2 if shape.gated else 1) * shape.ffn
         normed = 0 if graph else h + norm_forward(work) // work.unit
         return max(kept + shape.ffn, normed) * work.unit
 
@@ -74,5 +74,5 @@ class MLPKind(Kind):
             return result + graph + self.backward_workspace(part, piece)
         shape = work.shape
         made = shape.ffn * work.unit
-        gradients = made if shape.mlp == "gelu" else 2 * made
+        gradients = 2 * made if shape.gated else made
         return max(gradients + self.largest_matrix(work), norm_backward(work))

@@ -8,23 +8,27 @@ import glob
 import math
 import re
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Protocol
 
 from helixpipe.errors import ConfigError
 from helixpipe.parts.kind import Kind, Shapes, maker
 from helixpipe.parts.part import Part, Value, chain
+from helixpipe.parts.rotary import Rotary
 from helixpipe.parts.work import Batch, Work
 
 TENSOR_DIVIDED = ("heads", "kv_heads", "ffn")
 """What tensor parallelism divides, and with it every matrix that has such a side; all else is whole on each of its ranks."""
 
 
+GATED, UNGATED = ("swiglu", "geglu", "geglu_tanh"), ("gelu", "gelu_tanh")
+"""MLPs of three matrices and of two."""
+
 # field -> the least it may be; kv_heads and head_dim of 0 follow from the others
 _AT_LEAST = {
     "layers": 1, "hidden": 1, "heads": 1, "ffn": 1, "vocabulary": 1, "kv_heads": 0, "head_dim": 0, "context": 0,
-    "norm_eps": 0,
+    "norm_eps": 0, "window": 0, "softcap": 0, "head_softcap": 0, "attention_scale": 0, "window_rope_base": 0,
 }  # fmt: skip
 
 
@@ -44,17 +48,49 @@ class ModelShape:
     norm: str = "rms"
     """`rms` or `layer`."""
     norm_eps: float = 1e-5
+    norm_offset: bool = False
+    """Whether an RMSNorm multiplies by 1 + weight (Gemma)."""
+    norm_bias: bool = True
+    """Whether a LayerNorm has a bias."""
+    norms: str = "before"
+    """Where a layer's norms are: `before` attention and MLP, `after` each of them (OLMo-2), or `both` (Gemma)."""
+    embed_norm: bool = False
+    """A norm of what the embedding makes, which then is layer 0's norm before attention too (ModernBERT)."""
+    embed_scale: float = 1.0
+    """What the embedding's rows are multiplied by (Gemma)."""
     positions: str = "rope"
     """`rope` or `learned`."""
     rope_base: float = 10000.0
+    rope: Rotary = field(default_factory=Rotary)
+    """How rotary positions are scaled beyond the length that a model was made for."""
+    rotary_share: float = 1.0
+    """The share of a head that is rotated (Phi)."""
+    window_rope_base: float = 0.0
+    """The base of layers with a window, whose positions are never scaled; 0: theirs are as all layers' (Gemma 3)."""
     context: int = 0
     """The longest sequence that learned positions have room for; unused by rope."""
     mlp: str = "swiglu"
-    """`swiglu` (three matrices) or `gelu` (two)."""
+    """`swiglu`, `geglu`, `geglu_tanh` (three matrices), `gelu` or `gelu_tanh` (two)."""
     qkv_bias: bool = False
+    o_bias: bool = False
+    """Bias of attention's output projection."""
     bias: bool = False
-    """Biases of the other linear layers."""
+    """Biases of all linear layers but q, k, v and the head."""
     qk_norm: bool = False
+    qk_norm_over: str = "head"
+    """What q's and k's norms are over: each `head`, or the whole `width` before it is cut into heads (OLMo-2)."""
+    attention_scale: float = 0.0
+    """What scores are multiplied by; 0 is head_dim ** -0.5."""
+    softcap: float = 0.0
+    """c of c * tanh(score / c), attention's scores; 0 is none (Gemma 2)."""
+    window: int = 0
+    """A token at i sees j where |i - j| < window, in the layers that have the window; 0 is all."""
+    window_pattern: tuple[bool, ...] = ()
+    """Which layers have the window: repeated over the layers; () is all of them."""
+    head_softcap: float = 0.0
+    """The same of the logits."""
+    head_transform: bool = False
+    """A linear layer, activation and norm before the logits, whose bias the head then has (ModernBERT)."""
     tied: bool = False
     """Whether the head uses the embedding's table."""
     causal: bool = True
@@ -65,6 +101,7 @@ class ModelShape:
         for name, least in _AT_LEAST.items():
             if not getattr(self, name) >= least:
                 raise ConfigError(f"model.{name}: {getattr(self, name)}; give at least {least}")
+        object.__setattr__(self, "window_pattern", tuple(self.window_pattern))
         if not self.rope_base > 0:
             raise ConfigError(f"model.rope_base: {self.rope_base:g}; give more than 0")
         object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
@@ -80,7 +117,10 @@ class ModelShape:
             raise ConfigError(f"model.head_dim: {self.head_dim} is odd; rope needs an even one")
         if self.positions == "learned" and self.context < 1:
             raise ConfigError("model.context: learned positions need one; give the longest sequence")
-        choices = {"norm": ("rms", "layer"), "positions": ("rope", "learned"), "mlp": ("swiglu", "gelu")}
+        choices = {
+            "norm": ("rms", "layer"), "positions": ("rope", "learned"), "mlp": (*GATED, *UNGATED),
+            "norms": ("before", "after", "both"), "qk_norm_over": ("head", "width"),
+        }  # fmt: skip
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"model.{name}: '{getattr(self, name)}' is not known; known: {', '.join(known)}")
@@ -98,6 +138,16 @@ class ModelShape:
     def kv_size(self) -> int:
         """Elements of k, and of v, per token."""
         return self.kv_heads * self.head_dim
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has three matrices."""
+        return self.mlp in GATED
+
+    def window_of(self, layer: int) -> int:
+        """Of a layer: a token at i sees j where |i - j| < window; 0 is all."""
+        pattern = self.window_pattern or (True,)
+        return self.window if pattern[layer % len(pattern)] else 0
 
     @property
     def opaque(self) -> tuple[int, ...]:

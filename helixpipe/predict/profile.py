@@ -41,7 +41,12 @@ CURVES = tuple((kind, name) for kind in PROFILED for name in PASSES if name != W
 # what a part's cost depends on; layers, eps, the rope's base and tied tables change none
 SIZES = (
     "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocabulary", "norm", "mlp", "positions", "qkv_bias", "bias",
-    "qk_norm", "causal",
+    "qk_norm", "causal", "norms", "o_bias", "qk_norm_over", "window", "softcap", "head_transform",
+)  # fmt: skip
+
+_LATER = (
+    "norm_offset", "norm_bias", "norms", "embed_norm", "embed_scale", "rotary_share", "window_rope_base", "o_bias",
+    "qk_norm_over", "attention_scale", "softcap", "window", "head_softcap", "head_transform",
 )  # fmt: skip
 
 
@@ -169,7 +174,10 @@ class Profile:
         found.setdefault("device_type", "cpu")  # a file from before it was told
         kinds = {"device": str, "device_type": str, "dtype": str, "torch": str, "threads": int, "ranks": int}
         given = _checked(found, "", {"shape": dict, "link": dict, "timings": list} | kinds, may_be_null=("link",))
-        given["shape"] = ModelShape(**_checked(given["shape"], "shape.", _kinds(ModelShape)))
+        defaults = {field.name: field.default for field in dataclasses.fields(ModelShape)}
+        known = _kinds(ModelShape)
+        older = {name: defaults[name] for name in known if name in _LATER}  # a file from before there were such models
+        given["shape"] = ModelShape(**_checked(older | given["shape"], "shape.", known))
         if given["link"] is not None:
             given["link"] = Link(**_checked(given["link"], "link.", _kinds(Link)))
             if not given["link"].bytes_per_s:
@@ -232,9 +240,9 @@ def _fields(value: ModelShape | Link) -> dict[str, Any]:
 
 
 def _kinds(kind: type[ModelShape] | type[Link]) -> dict[str, type]:
-    """Field -> the type of its value; their annotations are texts. What is frozen is not measured."""
+    """Field -> the type of its value; their annotations are texts. What no timing depends on is left out."""
     known = {"int": int, "float": float, "str": str, "bool": bool}
-    return {field.name: known[str(field.type)] for field in dataclasses.fields(kind) if field.name != "frozen"}
+    return {field.name: known[str(field.type)] for field in dataclasses.fields(kind) if str(field.type) in known}
 
 
 def _checked(

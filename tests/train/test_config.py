@@ -277,8 +277,9 @@ def test_help_names_every_key_with_its_meaning(
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
     for section, keys in dataclasses.asdict(Config()).items():
-        for key in keys:
-            assert f"--{section}.{key} " in shown, key
+        for key, value in keys.items():
+            for name in [f"{key}.{inner}" for inner in value] if isinstance(value, dict) else [key]:
+                assert f"--{section}.{name} " in shown, name
     assert "Sequences in a micro-batch." in shown
     told = "Without a config file, the config saved with it holds, and options go before it; with one, nothing of the saved config does."
     assert told in " ".join(shown.split())
