@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -50,7 +51,7 @@ class Decoder:
 
     def part(self, part: Part) -> nn.Module:
         with torch.device("meta"):
-            module = MODULES[part.kind](self.recipe)
+            module = MODULES[part.kind](replace(self.recipe, layer=part.layer))
         module.to_empty(device="cpu")
         for place, parameter in module.named_parameters():
             name = self.shape.parameter_name(part, place)
@@ -60,11 +61,11 @@ class Decoder:
 
     @torch.no_grad()
     def _initialise(self, name: str, parameter: nn.Parameter) -> None:
-        """GPT-2's: normal of 0.02, smaller by sqrt(2L) where a layer adds to the residual; norms 1, biases 0."""
+        """GPT-2's: normal of 0.02, smaller by sqrt(2L) where a layer adds to the residual; norms multiply by 1, biases 0."""
         if name.endswith("bias"):
             parameter.zero_()
         elif parameter.dim() == 1:
-            parameter.fill_(1.0)
+            parameter.fill_(0.0 if self.shape.norm_offset else 1.0)
         else:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
             residual = name.endswith(("o.weight", "down.weight"))
