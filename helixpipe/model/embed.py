@@ -26,9 +26,11 @@ class Embed(nn.Module):
         if self.scale != 1:
             x = x.mul_(float(torch.tensor(self.scale, dtype=x.dtype)))
         if self.positions is not None:
-            at = slice(start, start + tokens.shape[1]) if isinstance(start, int) else start
-            x = x + self.positions.weight[at]
-        return x if self.norm is None else self.norm(x)  # type: ignore[no-any-return]
+            if isinstance(start, Tensor):
+                x = x + self.positions(start)
+            else:
+                x = x + self.positions.weight[start : start + tokens.shape[1]]
+        return x if self.norm is None else self.norm(x)
 
 
 def make(recipe: Recipe) -> nn.Module:
