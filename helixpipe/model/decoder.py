@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 
 from helixpipe.model import attn, block, embed, head, mlp, norm, proj, qkv
 from helixpipe.model.recipe import Recipe
-from helixpipe.model.rope import Rope
+from helixpipe.model.rope import Ropes
 from helixpipe.parts.part import Part
 from helixpipe.parts.shape import ModelShape
 
@@ -45,12 +46,11 @@ class Decoder:
         together; 0 is all at once.
         """
         self.shape, self.seed = shape, seed
-        rope = Rope(shape.head_dim, shape.rope_base) if shape.positions == "rope" else None
-        self.recipe = Recipe(shape, rope, mlp_chunk, head_chunk)
+        self.recipe = Recipe(shape, Ropes(shape), mlp_chunk, head_chunk)
 
     def part(self, part: Part) -> nn.Module:
         with torch.device("meta"):
-            module = MODULES[part.kind](self.recipe)
+            module = MODULES[part.kind](replace(self.recipe, layer=part.layer))
         module.to_empty(device="cpu")
         for place, parameter in module.named_parameters():
             name = self.shape.parameter_name(part, place)
