@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
+import re
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from helixpipe.config import Config
 from helixpipe.config_text import build_config, merged, parse_arguments, write_toml
 from helixpipe.model.rope import Rope, Ropes
 from helixpipe.parts.rotary import TYPES, Rotary
+from helixpipe.train.manifest import Manifest, check_shape, read_manifest
 
 # keys of transformers that have another name here
 THEIRS = {"original": "original_max_position_embeddings", "type": "rope_type"}
@@ -273,3 +277,23 @@ def test_a_type_without_its_keys_is_refused_in_a_config() -> None:
     with pytest.raises(hp.ConfigError) as caught:
         config("--model.rope.type", "proportional")
     assert str(caught.value).startswith("--model.rope.type: 'proportional' is not known")
+
+
+def test_the_guide_has_every_type_with_its_keys() -> None:
+    page = (Path(__file__).parents[2] / "docs/guide/stretching.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")]
+    told = {row[0].strip("`"): {*re.findall(r"`(\w+)`", row[2])} | {*re.findall(r"`(\w+)`", row[3])} for row in rows}
+    assert told == {name: {*keys.needs, *keys.takes} for name, keys in TYPES.items()}
+
+
+def test_a_run_may_go_on_with_other_positions(tmp_path: Path) -> None:
+    """They have no weights. Numbers in lists come back from a manifest as lists."""
+    rotary = Rotary("longrope", original=64, factor=2.0, short_factor=(1.0,) * 16, long_factor=(2.0,) * 16)
+    shape = dataclasses.replace(Config().shape(), rope=rotary)
+    written = Manifest(1, dataclasses.asdict(shape), {}, {}).to_json()
+    (tmp_path / "manifest.json").write_text(written)
+    saved = read_manifest(tmp_path)
+    for other in (shape, dataclasses.replace(shape, rope=ROTARIES[1], rope_base=5e5)):
+        check_shape(saved, other, tmp_path)
+    with pytest.raises(hp.CheckpointError, match=r"its model\.rotary_share is 1\.0, and the config's 0\.5"):
+        check_shape(saved, dataclasses.replace(Config().shape(), rotary_share=0.5), tmp_path)
