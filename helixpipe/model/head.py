@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from helixpipe.model.chunked import Chunked, chunked_sum
-from helixpipe.model.cross_entropy import IGNORED, cross_entropy
+from helixpipe.model.cross_entropy import cross_entropy
 from helixpipe.model.linear import Linear
 from helixpipe.model.norm import norm
 from helixpipe.model.recipe import Recipe
+from helixpipe.parts.head import IGNORED
 from helixpipe.parts.shape import ModelShape
 
 
