@@ -54,6 +54,10 @@ class _RMSNorm(torch.autograd.Function):
         return dx, dweight, None
 
 
+NORMS = (nn.LayerNorm, RMSNorm)
+"""They keep their input and not what they make, and give the same when they are run again."""
+
+
 def norm(shape: ModelShape, size: int = 0) -> nn.Module:
     """RMSNorm or LayerNorm over the last dimension (0: the hidden size)."""
     if shape.norm == "rms":

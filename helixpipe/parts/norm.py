@@ -38,6 +38,7 @@ class NormKind(Kind):
     name = "norm"
     reads = ("x",)
     makes = ("n",)
+    cheap = True
 
     def parameters(self, shape: ModelShape) -> Shapes:
         return norm_parameters(shape)
