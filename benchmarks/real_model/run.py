@@ -95,8 +95,7 @@ def loading(folder: Path) -> None:
     held = "kept = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)"
     all_parts = "model = hp.load(folder); kept = [model.part(p) for p in chain(model.shape.layers)]"
     half = (
-        "model = hp.load(folder); n = model.shape.layers\n"
-        "kept = [model.part(p) for p in chain(n) if p.layer < n // 2]"
+        "model = hp.load(folder); n = model.shape.layers\nkept = [model.part(p) for p in chain(n) if p.layer < n // 2]"
     )
     read = "kept = [sum(len(open(f, 'rb').read()) for f in __import__('pathlib').Path(folder).glob('*.safetensors'))]"
     rows = {"the bytes alone": read, "transformers": held, "ours, all": all_parts, "ours, the first of 2 ranks": half}
@@ -117,7 +116,7 @@ def tokens_of_library(folder: Path, out: Path) -> None:
     end = tokenizer.eos_token_id
     ids: list[int] = []
     for path in sorted(Path(os.__file__).parent.glob("*.py")):
-        ids += tokenizer(path.read_text(encoding="utf-8", errors="replace")).input_ids + [end]
+        ids += [*tokenizer(path.read_text(encoding="utf-8", errors="replace")).input_ids, end]
     np.save(out, np.array(ids, dtype=np.uint16))
 
 
