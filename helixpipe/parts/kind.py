@@ -44,6 +44,8 @@ class Kind:
     """Whether it is recomputed by itself, with no other part."""
     splits: ClassVar[bool] = False
     """Whether its weight gradients can be put off to a W."""
+    hands_on: ClassVar[bool] = False
+    """Whether what it makes is what it reads, the same tensor: it computes, keeps and costs nothing."""
     has_parameters: ClassVar[bool] = True
     divides: ClassVar[bool] = True
     """Whether tensor-parallel ranks divide its matrices."""
@@ -51,6 +53,10 @@ class Kind:
     """Whether tensor-parallel ranks share what it makes by tokens; else by heads."""
     units: ClassVar[int] = 0
     """A forward's duration, to draw with when nothing is known of model or machine."""
+
+    def of(self, part: Part, shape: ModelShape) -> Kind:
+        """What a part of this kind is in one model: itself, or a variant of it."""
+        return self
 
     def parameters(self, shape: ModelShape) -> Shapes:
         return {}
