@@ -10,10 +10,8 @@ from helixpipe.model.chunked import Chunked, chunked_sum
 from helixpipe.model.linear import Linear
 from helixpipe.model.norm import norm
 from helixpipe.model.recipe import Recipe
+from helixpipe.parts.head import IGNORED
 from helixpipe.parts.shape import ModelShape
-
-IGNORED = -100
-"""A target that counts for nothing, as in torch's cross entropy."""
 
 
 def counted(*targets: Tensor) -> int:
@@ -35,9 +33,26 @@ class Head(Chunked):
 
     def whole(self, x: Tensor, *others: Tensor) -> Tensor:
         (targets,) = others
-        logits = self.output(self.norm(x)).flatten(0, 1)
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        return F.cross_entropy(wide, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        return F.cross_entropy(self.logits(x), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+    def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy of each token, [b, s], for evaluations: 0 where the target does not count.
+
+        A class of someone's own that changes the loss gives its sum.
+        """
+        if type(self).forward is not Head.forward or type(self).whole is not Head.whole:
+            return self.forward(x, targets)
+        size = self.local_chunk or x.shape[1]
+        pieces = [
+            F.cross_entropy(self.logits(some), wanted.flatten(), ignore_index=IGNORED, reduction="none").view_as(wanted)
+            for some, wanted in zip(x.split(size, 1), targets.split(size, 1), strict=True)
+        ]
+        return torch.cat(pieces, 1)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x [b, s, h] -> [b * s, vocabulary], in float32 or wider."""
+        logits: Tensor = self.output(self.norm(x)).flatten(0, 1)
+        return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def make(recipe: Recipe) -> nn.Module:

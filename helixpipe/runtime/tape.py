@@ -59,6 +59,8 @@ class Feed:
     gathered_start: Start | None = None
     needs: Needs | None = None
     stream: Stream | None = None
+    by_token: bool = False
+    """Whether a head that knows the loss of each token gives these, as in evaluations, and not their sum."""
 
     @property
     def attended(self) -> Start:
@@ -209,7 +211,7 @@ class Tape:
         if graph:  # what follows may count on it, whatever is frozen before
             made = [each if each.requires_grad else each.detach().requires_grad_() for each in made]
         if feed.needs is not None:
-            feed.needs.check(part, module, made)
+            feed.needs.check(part, module, made, feed.targets.shape if feed.by_token else ())
             if graph and made[0].requires_grad:
                 nbytes = feed.needs.backward_bytes(chunk, place)
                 made[0].register_hook(lambda _: self.ledger.works(nbytes))
@@ -238,7 +240,8 @@ def run_part(
         case "embed":
             return (module(feed.tokens, feed.start),)
         case "head":
-            return (module(*inputs, feed.targets),)
+            each = getattr(module, "token_losses", None) if feed.by_token else None
+            return ((each if callable(each) else module)(*inputs, feed.targets),)
         case "qkv":
             return tuple(module(*inputs, feed.attended))
         case "block":
