@@ -7,7 +7,6 @@ the files when it is asked for. So a resumed run needs no state of a loader.
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import itertools
 import os
 import sysconfig
@@ -155,15 +154,7 @@ def open_corpus(config: Config) -> Corpus:
             f"({length + 1}); raise data.held_out, set it to 0, or give more data"
         )
     remarks = tuple(_remarks(pieces, vocabulary, left_out))
-    found = Corpus(training, held_out, length, config.batch_size, vocabulary, config.train.seed, remarks)
-    asked = config.train.evaluate_sequences
-    if held_out and (count := found.windows(asked)) < asked:
-        fewer = (
-            f"train.evaluate_sequences: {asked}, and the {len(held_out):,} tokens held out have room for {count} of {length} "
-            f"side by side; {count} {'is' if count == 1 else 'are'} evaluated"
-        )
-        found = dataclasses.replace(found, remarks=(*remarks, fewer))
-    return found
+    return Corpus(training, held_out, length, config.batch_size, vocabulary, config.train.seed, remarks)
 
 
 def _find(given: str) -> tuple[list[Path], str]:

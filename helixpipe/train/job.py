@@ -16,7 +16,7 @@ from helixpipe.config_text import Arguments, Table, build_config, merged, parse_
 from helixpipe.errors import CheckpointError, ConfigError
 from helixpipe.files import fault
 from helixpipe.train import manifest as manifests
-from helixpipe.train.data import open_corpus
+from helixpipe.train.data import Corpus, open_corpus
 from helixpipe.train.manifest import Manifest
 
 _RUNS = Path("runs")
@@ -79,8 +79,7 @@ def prepare(arguments: Sequence[str], warn: Callable[[str], None], ranks: int | 
             )
         _tell_changes(renewed(manifest.config), config, warn)
         _tell_other_data(manifest.data, data, warn)
-    for remark in corpus.remarks:
-        warn(remark)
+    _tell_remarks(corpus, config, warn)
     return Job(config, checkpoint, manifest.step if manifest else 0)
 
 
@@ -95,8 +94,7 @@ def prepare_evaluation(arguments: Sequence[str], warn: Callable[[str], None], ra
     if not len(corpus.held_out):
         raise ConfigError("data.held_out: 0, so there is nothing to evaluate on; give a share of the data, such as 0.1")
     _tell_other_data(manifest.data, corpus.fingerprint(), warn, "evaluating")
-    for remark in corpus.remarks:
-        warn(remark)
+    _tell_remarks(corpus, config, warn)
     return Job(_anywhere(config), checkpoint, manifest.step, "evaluate", "--json" in arguments)
 
 
@@ -225,6 +223,19 @@ def _tell_changes(before: Table, config: Config, warn: Callable[[str], None]) ->
     ]
     if changes:
         warn(f"continuing with changes: {', '.join(changes)}")
+
+
+def _tell_remarks(corpus: Corpus, config: Config, warn: Callable[[str], None]) -> None:
+    """What is remarkable about the data, and where it has fewer held-out windows than are asked for."""
+    for remark in corpus.remarks:
+        warn(remark)
+    asked, length = config.train.evaluate_sequences, config.train.sequence_length
+    count = corpus.windows(asked)
+    if len(corpus.held_out) and count < asked:
+        warn(
+            f"train.evaluate_sequences: {asked}, and the {len(corpus.held_out):,} tokens held out have room for {count} of "
+            f"{length:,} side by side: {count} will be evaluated"
+        )
 
 
 def _tell_other_data(

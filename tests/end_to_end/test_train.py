@@ -31,7 +31,7 @@ ffn = 64
 steps = {STEPS}
 sequence_length = 64
 evaluate_every = 10
-evaluate_batches = 1
+evaluate_sequences = 4
 warmup_steps = 5
 [run]
 checkpoint_every = 5
