@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from helixpipe.model.head import counted
     from helixpipe.model.layers import Layers
     from helixpipe.runtime.launch import launch
+    from helixpipe.runtime.losses import Losses
     from helixpipe.runtime.mesh import make_device_mesh
     from helixpipe.runtime.pipeline import Pipeline
     from helixpipe.sequence import ring_attention, ulysses_attention
@@ -54,6 +55,7 @@ _LATE = {
     "Attention": "helixpipe.model.attn",
     "Decoder": "helixpipe.model.decoder",
     "Layers": "helixpipe.model.layers",
+    "Losses": "helixpipe.runtime.losses",
     "Model": "helixpipe.model.decoder",
     "Pipeline": "helixpipe.runtime.pipeline",
     "launch": "helixpipe.runtime.launch",
@@ -76,6 +78,7 @@ __all__ = [
     "Estimate",
     "HelixpipeError",
     "Layers",
+    "Losses",
     "Link",
     "MeshShape",
     "Model",

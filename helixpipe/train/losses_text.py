@@ -37,7 +37,7 @@ class Evaluation(NamedTuple):
             "",
             f"loss         {losses.mean:.4f} nats a token",
             f"perplexity   {self.perplexity:,.4g}" if self.perplexity < 1e6 else f"perplexity   {self.perplexity:.3e}",
-            f"tokens       {losses.counted:,} counted, in {self.sequences:,} of {self.sequence_length:,}",
+            f"tokens       {losses.counted:,} counted, in {self.sequences:,} sequences of {self.sequence_length:,}",
             "",
         ]
         if losses.without:

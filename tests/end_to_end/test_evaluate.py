@@ -40,7 +40,7 @@ def test_a_run_s_last_loss_is_told_again_under_its_own_layout(reference: Path, s
     lines = run.out.splitlines()
     assert lines[0] == f"held-out loss of {reference}/checkpoints/step-00000006"
     assert lines[2] == f"loss         {last['held_out_loss']:.4f} nats a token"
-    assert lines[4] == "tokens       256 counted, in 4 of 64"
+    assert lines[4] == "tokens       256 counted, in 4 sequences of 64"
     assert [line.split() for line in lines[6:]] == [
         ["position", "loss", "tokens"],
         *(

@@ -18,7 +18,7 @@ def test_a_table_tells_the_loss_and_where_it_is() -> None:
         "\n"
         "loss         2.0033 nats a token\n"
         "perplexity   7.414\n"
-        "tokens       15,000 counted, in 10 of 1,500\n"
+        "tokens       15,000 counted, in 10 sequences of 1,500\n"
         "\n"
         "position      loss  tokens\n"
         "0           5.0000      10\n"
