@@ -13,6 +13,7 @@ from helixpipe.errors import ConfigError, HelixpipeError, nearest
 USAGE = """\
 usage: helixpipe COMMAND [options]
 
+  prepare    text, JSON lines, Parquet and chats to tokens, with a tokenizer of Hugging Face's
   train      train a model: helixpipe train [config.toml] [--section.key value ...]
   evaluate   a checkpoint's loss on held-out data, in all and by position in the sequence
   plan       the best schedules for a model, a sequence length, a cluster and its memory
@@ -25,7 +26,7 @@ usage: helixpipe COMMAND [options]
 
 helixpipe COMMAND --help tells a command's options; helixpipe --version the version.
 """
-COMMANDS = ("train", "evaluate", "plan", "simulate", "rehearse", "show", "check", "profile", "compare")
+COMMANDS = ("prepare", "train", "evaluate", "plan", "simulate", "rehearse", "show", "check", "profile", "compare")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

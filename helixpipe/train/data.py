@@ -21,11 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helixpipe.config import Config, DataConfig
+from helixpipe.data.formats import holds_tokens, refusal
+from helixpipe.data.megatron_index import index_of, indexed_dtype
 from helixpipe.errors import DataError
 from helixpipe.files import fault
 from helixpipe.parts.head import IGNORED
-from helixpipe.train.formats import holds_tokens, refusal
-from helixpipe.train.megatron_index import index_of, indexed_dtype
 
 # not what people write as a program: tests, vendored packages, and tables
 _STDLIB_SKIPPED = frozenset({

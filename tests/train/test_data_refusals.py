@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from corpora import corpus, refused
 
-from helixpipe.train.formats import refusal
+from helixpipe.data.formats import refusal
 
 TEXT = b"It was a bright cold day in April, and the clocks were striking thirteen.\n" * 20
 LINES = b"".join(json.dumps({"text": f"line {i}", "n": i}).encode() + b"\n" for i in range(50))
