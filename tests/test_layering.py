@@ -16,6 +16,7 @@ ROOT = Path(helixpipe.__file__).parent
 
 # package -> the packages of helixpipe that its files may import from
 MAY_IMPORT = {
+    "data": {"data", "errors", "files"},
     "parts": {"errors", "parts"},
     "schedule": {"errors", "files", "parts", "schedule"},
     "predict": {"errors", "files", "mesh", "parts", "schedule", "predict"},
@@ -58,6 +59,13 @@ def test_what_describes_predicts_and_draws_needs_no_torch() -> None:
 
 def test_importing_helixpipe_is_light() -> None:
     assert not {"torch", "numpy", "tyro", "rich"} & imported_by("import helixpipe")
+
+
+def test_preparing_needs_no_torch_and_no_library_before_it_is_used() -> None:
+    names_of_data = names("data")
+    assert "helixpipe.data.prepare" in names_of_data
+    loaded = imported_by(f"import {', '.join(names_of_data)}")
+    assert not {"torch", "pyarrow", "zstandard", "tokenizers", "transformers", "jinja2"} & loaded
 
 
 def test_show_and_check_run_without_torch(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import struct
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
 from helixpipe.errors import DataError
 
@@ -25,6 +26,40 @@ def index_of(tokens: Path) -> Path | None:
     """The index beside a .bin; None where it has none."""
     beside = (tokens.with_suffix(suffix) for suffix in (".idx", ".IDX"))
     return next((path for path in beside if os.path.lexists(path)), None)
+
+
+class Index(NamedTuple):
+    """`ends`: where each sequence ends, in tokens; `marks`: the sequence with which each document begins, and their count."""
+
+    dtype: str
+    ends: NDArray[np.int64]
+    marks: NDArray[np.int64]
+
+
+def paired(prefix: Path) -> Path | None:
+    """The .bin of a pair that is named by its prefix; None where there is none."""
+    if os.path.lexists(prefix):
+        return None
+    beside = (prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".BIN"))
+    return next((path for path in beside if path.is_file()), None)
+
+
+def read_index(index: Path, tokens: Path, size_bytes: int) -> Index:
+    """All of an index that belongs to a .bin of `size_bytes`; raises DataError where it does not."""
+    dtype = indexed_dtype(index, tokens, size_bytes)
+    try:
+        with index.open("rb") as file:
+            head = _HEAD.unpack(file.read(_HEAD.size))
+            lengths, offsets = np.fromfile(file, "<i4", head[3]), np.fromfile(file, "<i8", head[3])
+            marks = np.fromfile(file, "<i8", head[4])
+    except OSError as error:
+        raise DataError(f"data.path: '{index}' cannot be read: {error.strerror or error}") from None
+    ends = np.cumsum(lengths, dtype=np.int64)
+    if len(lengths) and not (offsets == (ends - lengths) * np.dtype(dtype).itemsize).all():
+        _refuse(index, "has sequences that do not follow one another in its .bin")
+    if not len(marks) or marks[0] != 0 or marks[-1] != len(lengths) or (np.diff(marks) < 0).any():
+        _refuse(index, "has document marks that are not its sequences'")
+    return Index(dtype, ends, marks)
 
 
 def indexed_dtype(index: Path, tokens: Path, size_bytes: int) -> str:

@@ -6,8 +6,6 @@ the files when it is asked for. So a resumed run needs no state of a loader.
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import os
 import sysconfig
 import warnings
@@ -22,10 +20,13 @@ from numpy.typing import NDArray
 
 from helixpipe.config import Config, DataConfig
 from helixpipe.data.formats import holds_tokens, refusal
-from helixpipe.data.megatron_index import index_of, indexed_dtype
+from helixpipe.data.inputs import MANIFEST, is_prepared
+from helixpipe.data.megatron_index import index_of, indexed_dtype, paired
 from helixpipe.errors import DataError
 from helixpipe.files import fault
 from helixpipe.parts.head import IGNORED
+from helixpipe.train.pieces import Piece, Tokens, read_piece
+from helixpipe.train.prepared import nearest_document, open_prepared, prepared_pieces, prepared_remarks
 
 # not what people write as a program: tests, vendored packages, and tables
 _STDLIB_SKIPPED = frozenset({
@@ -40,15 +41,6 @@ _CHECKED_TOKENS = 2**24
 _LOOKED_AT_TOKENS = 4096
 
 
-class Piece(NamedTuple):
-    """A run of tokens in one file."""
-
-    path: str
-    dtype: str
-    offset_bytes: int
-    tokens: int
-
-
 class Batch(NamedTuple):
     """int64 [sequences, sequence_length] each; `targets` are the tokens that come next."""
 
@@ -59,30 +51,6 @@ class Batch(NamedTuple):
         """As many sequences as asked for: those that are added count nothing."""
         more = ((0, sequences - len(self.tokens)), (0, 0))
         return Batch(np.pad(self.tokens, more), np.pad(self.targets, more, constant_values=IGNORED))
-
-
-class Tokens:
-    """Pieces read as one long run."""
-
-    def __init__(self, pieces: Sequence[Piece]) -> None:
-        self.pieces = tuple(pieces)
-        self._ends = list(itertools.accumulate(piece.tokens for piece in self.pieces))
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def read(self, start: int, count: int) -> NDArray[np.int64]:
-        """`count` tokens from `start` on, across files; raises DataError when a file has become shorter."""
-        found = []
-        for index in range(bisect.bisect_right(self._ends, start), len(self.pieces)):
-            piece = self.pieces[index]
-            skipped = start - (self._ends[index] - piece.tokens)
-            taken = min(count, piece.tokens - skipped)
-            found.append(_read_piece(piece, skipped, taken))
-            start, count = start + taken, count - taken
-            if not count:
-                break
-        return np.concatenate(found)
 
 
 @dataclass(frozen=True)
@@ -102,8 +70,12 @@ class Corpus:
         """Tokens to train on, tokens held out, and a checksum of windows all over the former: what data this is."""
         count = min(len(self.training), _SAMPLE_TOKENS)
         room = len(self.training) - count
-        windows = [self.training.read(room * i // (_SAMPLES - 1), count) for i in range(_SAMPLES)]
-        return len(self.training), len(self.held_out), zlib.crc32(np.stack(windows).tobytes())
+        starts = [room * i // (_SAMPLES - 1) for i in range(_SAMPLES)]
+        checksum = zlib.crc32(np.stack([self.training.read(start, count) for start in starts]).tobytes())
+        if self.training.masked():
+            masks = np.stack([self.training.counted(start, count) for start in starts])
+            checksum = zlib.crc32(masks.tobytes(), checksum)
+        return len(self.training), len(self.held_out), checksum
 
     def batch(self, step: int) -> Batch:
         """The batch of a training step: windows from anywhere, decided by seed and step alone."""
@@ -130,19 +102,28 @@ class Corpus:
                 f"data.path: token {windows.flat[at]} does not fit a vocabulary of {self.vocabulary}; "
                 "raise model.vocabulary or prepare the data with its tokenizer"
             )
-        return Batch(windows[:, :-1], windows[:, 1:])
+        targets = windows[:, 1:]
+        if tokens.masked():
+            counted = np.stack([tokens.counted(start + 1, self.sequence_length) for start in starts])
+            targets = np.where(counted, targets, IGNORED)
+        return Batch(windows[:, :-1], targets)
 
 
 def open_corpus(config: Config) -> Corpus:
     """The corpus of a config; raises DataError for data that cannot be trained on."""
     length, vocabulary = config.train.sequence_length, config.shape().vocabulary
-    files, left_out = _find(config.data.path)
-    pieces = [_piece(file, config.data, vocabulary) for file in files]
+    prepared = open_prepared(config.data.path, vocabulary)
+    files, left_out = ([], "") if prepared else _find(config.data.path)
+    pieces = prepared_pieces(prepared) if prepared else [_piece(file, config.data, vocabulary) for file in files]
     named = f"data.path: '{config.data.path}'" if config.data.path else "data.path: the Python standard library"
     if not sum(piece.tokens for piece in pieces):
         raise DataError(f"{named} is empty; give a file or folder with text or tokens{left_out and f' ({left_out})'}")
-    _check_vocabulary(pieces, vocabulary)
-    training, held_out = _split(pieces, config.data.held_out)
+    trained = round(sum(piece.tokens for piece in pieces) * (1 - config.data.held_out))
+    if prepared:
+        trained = nearest_document(prepared, trained)
+    else:
+        _check_vocabulary(pieces, vocabulary)
+    training, held_out = _split(pieces, trained)
     if len(training) < length + 1:
         raise DataError(
             f"{named} has {len(training)} tokens to train on, fewer than a sequence and its next token "
@@ -153,7 +134,7 @@ def open_corpus(config: Config) -> Corpus:
             f"{named} leaves {len(held_out)} tokens held out, fewer than a sequence and its next token "
             f"({length + 1}); raise data.held_out, set it to 0, or give more data"
         )
-    remarks = tuple(_remarks(pieces, vocabulary, left_out))
+    remarks = tuple(prepared_remarks(prepared, vocabulary) if prepared else _remarks(pieces, vocabulary, left_out))
     return Corpus(training, held_out, length, config.batch_size, vocabulary, config.train.seed, remarks)
 
 
@@ -162,7 +143,7 @@ def _find(given: str) -> tuple[list[Path], str]:
     if not given:
         library = Path(sysconfig.get_paths()["stdlib"])
         return [path for path in _walk(library, _STDLIB_SKIPPED) if path.suffix == ".py" and _is_file(path)], ""
-    path = Path(given)
+    path = paired(Path(given)) or Path(given)
     if why := fault(path):
         raise DataError(f"data.path: '{path}' cannot be read: {why}")
     if path.is_dir():
@@ -183,7 +164,10 @@ def _find(given: str) -> tuple[list[Path], str]:
 
 
 def _check_folder(folder: Path, files: Sequence[Path]) -> None:
-    """Raise DataError where a folder has what is neither text nor tokens, or both."""
+    """Raise DataError where a folder has what is neither text nor tokens, or both, or a prepared folder."""
+    inside = next((file.parent for file in files if file.name == MANIFEST and is_prepared(file.parent)), None)
+    if inside is not None:
+        raise DataError(f"data.path: '{inside}' is what helixpipe prepare wrote; give it by itself, not '{folder}'")
     refused = [why for file in files if not _is_indexed(file) and (why := refusal(file))]
     if refused:
         more = len(refused) - 1
@@ -257,9 +241,9 @@ def _numpy(path: Path) -> Piece:
         raise DataError(f"data.path: '{path}' cannot be read: {error.strerror or error}") from None
     except Exception:  # a wrong magic, objects, fewer bytes than the header says; a damaged header fails in any way
         raise DataError(f"data.path: '{path}' is not a whole .npy array of numbers; write it with numpy.save") from None
-    if array.dtype not in (np.uint16, np.uint32) or array.ndim != 1:
+    if array.dtype not in (np.uint16, np.uint32, np.int32, np.int64) or array.ndim != 1:
         raise DataError(
-            f"data.path: '{path}' holds {array.dtype}{list(array.shape)}; give one dimension of uint16 or uint32"
+            f"data.path: '{path}' holds {array.dtype}{list(array.shape)}; give one dimension of uint16, uint32, int32 or int64"
         )
     offset_bytes = array.offset if isinstance(array, np.memmap) else 0
     return Piece(str(path), array.dtype.name, offset_bytes, len(array))
@@ -273,17 +257,6 @@ def _size(path: Path) -> int:
         raise DataError(f"data.path: '{path}' cannot be read: {error.strerror}") from None
 
 
-def _read_piece(piece: Piece, skipped: int, count: int) -> NDArray[np.int64]:
-    width = np.dtype(piece.dtype).itemsize
-    try:
-        found = np.fromfile(piece.path, piece.dtype, count, offset=piece.offset_bytes + skipped * width)
-    except OSError as error:
-        raise DataError(f"data.path: '{piece.path}' cannot be read any more: {error.strerror or error}") from None
-    if len(found) < count:
-        raise DataError(f"data.path: '{piece.path}' became shorter; leave the data alone while it is trained on")
-    return found.astype(np.int64)
-
-
 def _check_vocabulary(pieces: Sequence[Piece], vocabulary: int) -> None:
     if not holds_tokens(pieces[0].path):
         if vocabulary < 256:
@@ -293,7 +266,7 @@ def _check_vocabulary(pieces: Sequence[Piece], vocabulary: int) -> None:
     for piece in pieces:
         count = min(left, piece.tokens)
         left -= count
-        found = _read_piece(piece, 0, count)
+        found = read_piece(piece, 0, count)
         at = _misfit(found, vocabulary)
         if at is not None:
             raise DataError(
@@ -322,7 +295,7 @@ def _remarks(pieces: Sequence[Piece], vocabulary: int, left_out: str) -> Iterato
         return
     for piece in pieces:
         if piece.dtype == "uint16" and piece.path.lower().endswith(".bin") and index_of(Path(piece.path)) is None:
-            found = _read_piece(piece, 0, min(piece.tokens, _LOOKED_AT_TOKENS))
+            found = read_piece(piece, 0, min(piece.tokens, _LOOKED_AT_TOKENS))
             if found.any() and not found[1::2].any() and len(found) > 1:
                 yield (
                     f"data.path: '{piece.path}' has 0 for every second token, as 32-bit tokens read as uint16 do; "
@@ -331,9 +304,8 @@ def _remarks(pieces: Sequence[Piece], vocabulary: int, left_out: str) -> Iterato
                 return
 
 
-def _split(pieces: Sequence[Piece], share: float) -> tuple[Tokens, Tokens]:
-    """Training and held-out: the held-out share is the tail, cut from the file where it begins."""
-    left = round(sum(piece.tokens for piece in pieces) * (1 - share))
+def _split(pieces: Sequence[Piece], left: int) -> tuple[Tokens, Tokens]:
+    """Training, which has `left` tokens, and held-out: the tail, cut from the file where it begins."""
     training: list[Piece] = []
     held_out: list[Piece] = []
     for piece in pieces:

@@ -125,8 +125,20 @@ def test_tokens_of_npy_and_bin_files(tmp_path: Path, dtype: str) -> None:
         assert found.held_out.read(0, 50).tolist() == list(range(150, 200))
 
 
+@pytest.mark.parametrize("dtype", ["int32", "int64"])
+def test_signed_arrays_are_taken_where_they_fit(tmp_path: Path, dtype: str) -> None:
+    np.save(tmp_path / "a.npy", np.arange(200, dtype=dtype))
+    assert corpus(tmp_path / "a.npy").training.read(0, 150).tolist() == list(range(150))
+    for token in (-1, 256):
+        np.save(tmp_path / "a.npy", np.array([*range(199), token], dtype))
+        with pytest.raises(
+            DataError, match=rf"^data.path: '.*a.npy' has token {token} at 199, beyond a vocabulary of 256; "
+        ):
+            corpus(tmp_path / "a.npy")
+
+
 def _wrong_dtype(folder: Path) -> Path:
-    np.save(folder / "a.npy", np.zeros(100, np.int64))
+    np.save(folder / "a.npy", np.zeros(100, np.float64))
     return folder / "a.npy"
 
 
@@ -198,8 +210,8 @@ def _mixed(folder: Path) -> Path:
             "'{}' leaves 8 tokens held out, fewer than a sequence and its next token (9); "
             "raise data.held_out, set it to 0, or give more data",
         ),
-        (_wrong_dtype, "'{}' holds int64[100]; give one dimension of uint16 or uint32"),
-        (_two_dimensions, "'{}' holds uint16[10, 10]; give one dimension of uint16 or uint32"),
+        (_wrong_dtype, "'{}' holds float64[100]; give one dimension of uint16, uint32, int32 or int64"),
+        (_two_dimensions, "'{}' holds uint16[10, 10]; give one dimension of uint16, uint32, int32 or int64"),
         (_cut_short, "'{}' is not a whole .npy array of numbers; write it with numpy.save"),
         (_not_numpy, "'{}' is not a whole .npy array of numbers; write it with numpy.save"),
         (_odd, "'{}' has 101 bytes, not a multiple of uint16's 2; set data.dtype to what it holds"),

@@ -40,7 +40,7 @@ def write(folder: Path, indexed: bytes, dtype: str = "int32", tokens: int = 200,
 def test_the_index_decides_the_dtype(tmp_path: Path, dtype: str, modes: bool) -> None:
     """Guards against int32 read as uint16, which made every second token 0."""
     file = write(tmp_path, index([50, 0, 120, 30], dtype, modes=modes), dtype)
-    for path in (file, tmp_path):
+    for path in (file, tmp_path, tmp_path / "a"):
         found = corpus(path, 128)
         assert found.training.read(0, 150).tolist() == [i % 127 for i in range(150)]
         assert found.held_out.read(0, 50).tolist() == [i % 127 for i in range(150, 200)]

@@ -20,6 +20,7 @@ from helixpipe.data.formats import refusal
 
 TEXT = b"It was a bright cold day in April, and the clocks were striking thirteen.\n" * 20
 LINES = b"".join(json.dumps({"text": f"line {i}", "n": i}).encode() + b"\n" for i in range(50))
+PREPARE = "make tokens of it: helixpipe prepare"
 EXTRACT = "write its text to text files, or its tokens to .npy or .bin"
 MEDIA = "give text or tokens"
 
@@ -104,7 +105,8 @@ def test_a_name_is_enough_to_refuse_a_file(tmp_path: Path, suffix: str, what: st
     else:
         assert todo == {
             ".npz": "save one array with numpy.save", ".idx": "give the .bin beside it", ".safetensors": MEDIA,
-            ".png": MEDIA, ".jpg": MEDIA,
+            ".png": MEDIA, ".jpg": MEDIA, ".jsonl": PREPARE, ".ndjson": PREPARE, ".json-lines": PREPARE, ".parquet": PREPARE,
+            ".arrow": PREPARE,
         }.get(suffix, EXTRACT)  # fmt: skip
 
 
@@ -171,7 +173,7 @@ def test_json_lines_are_known_by_what_they_are(tmp_path: Path, name: str) -> Non
     file = tmp_path / name
     for content in (LINES, b"\xef\xbb\xbf" + LINES, LINES.replace(b"line 0", b"long " * 10_000)):
         file.write_bytes(content)
-        assert refused(file) == f"data.path: '{file}' is JSON lines, neither text nor tokens; {EXTRACT}"
+        assert refused(file) == f"data.path: '{file}' is JSON lines, neither text nor tokens; {PREPARE}"
 
 
 @pytest.mark.parametrize(
@@ -274,7 +276,7 @@ def test_32_bit_tokens_that_are_read_as_16_bit_are_remarked_upon(tmp_path: Path)
     ("array", "holds"),
     [
         (np.zeros(100, np.float32), "float32[100]"),
-        (np.zeros(100, np.int32), "int32[100]"),
+        (np.zeros(100, np.uint8), "uint8[100]"),
         (np.zeros(100, ">u2"), ">u2[100]"),
         (np.array(5, np.uint16), "uint16[]"),
         (np.zeros((4, 25), np.uint32), "uint32[4, 25]"),
@@ -284,7 +286,7 @@ def test_32_bit_tokens_that_are_read_as_16_bit_are_remarked_upon(tmp_path: Path)
 def test_arrays_of_anything_but_tokens_are_refused(tmp_path: Path, array: np.ndarray, holds: str) -> None:
     np.save(tmp_path / "a.npy", array)
     assert refused(tmp_path / "a.npy") == (
-        f"data.path: '{tmp_path}/a.npy' holds {holds}; give one dimension of uint16 or uint32"
+        f"data.path: '{tmp_path}/a.npy' holds {holds}; give one dimension of uint16, uint32, int32 or int64"
     )
 
 
