@@ -60,6 +60,11 @@ class Journal:
         self.done[done.unit] = done
         self._write(done.table())
 
+    def forget(self, units: list[int]) -> None:
+        """These are to be done anew."""
+        for unit in units:
+            del self.done[unit]
+
     def finish(self, manifest: dict[str, Any]) -> None:
         """Make the folder a whole one."""
         self._clean()

@@ -24,15 +24,14 @@ class Cut(Exception):
 class Lines:
     """The lines that begin in bytes [start, stop) of a file. All of a packed file are read: `stop` is its size.
 
-    Iterating gives (number within this range from 1, bytes or None for a line that is too long); raises Cut. `done_bytes`
-    says how far it is, of stop - start.
+    Iterating gives (number within this range from 1, bytes or None for a line that is too long); raises Cut. `count` lines
+    were begun so far; `done_bytes` says how far it is, of stop - start.
     """
 
     def __init__(self, path: str, packing: str, start: int, stop: int) -> None:
         self.path, self.packing, self.start, self.stop = path, packing, start, stop
-        self.done_bytes = 0
+        self.count = self.done_bytes = 0
         self._begin = start
-        self._before: int | None = None
 
     def __iter__(self) -> Iterator[tuple[int, bytes | None]]:
         with open(self.path, "rb") as raw:
@@ -41,35 +40,28 @@ class Lines:
             else:
                 yield from self._plain(raw)
 
-    def line_number(self, number: int) -> int:
-        """The number in the file of a line of this range."""
-        if self._before is None:
-            self._before = _newlines(self.path, self._begin) if not self.packing else 0
-        return self._before + number
+    def before(self) -> int:
+        """How many lines of the file begin before this range; they are counted now."""
+        return 0 if self.packing else _newlines(self.path, self._begin)
 
     def _plain(self, file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
         if self.start:  # a line that begins before is the range's before; the byte before may end it
             file.seek(self.start - 1)
-            _skip_line(file)
+            _skip_line(file, self.stop)
         self._begin = at = file.tell()
-        number = 0
-        while at < self.stop:
-            line = _line(file)
-            if line == b"":
-                return
-            number += 1
+        while at < self.stop and (line := _line(file, self.stop)) != b"":
+            self.count += 1
             at = file.tell()
             self.done_bytes = min(at, self.stop) - self.start
-            yield number, line.removeprefix(MARK) if line and self._begin == 0 and number == 1 else line
+            yield self.count, line.removeprefix(MARK) if line and self._begin == 0 and self.count == 1 else line
 
     def _packed(self, raw: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
         try:
             with _unpacked(raw, self.packing, self.path) as file:
-                number = 0
                 while (line := _line(file)) != b"":
-                    number += 1
+                    self.count += 1
                     self.done_bytes = raw.tell()
-                    yield number, line.removeprefix(MARK) if line and number == 1 else line
+                    yield self.count, line.removeprefix(MARK) if line and self.count == 1 else line
         except EOFError:
             raise Cut("is cut short") from None
         except (zlib.error, gzip.BadGzipFile, _Damaged):
@@ -91,18 +83,19 @@ def whole(path: str) -> str:
     return decoded(Path(path).read_bytes().removeprefix(MARK))
 
 
-def _line(file: IO[bytes]) -> bytes | None:
-    """The next line with its end, b"" after the last, None for one that is too long, which is passed over."""
+def _line(file: IO[bytes], stop: int | None = None) -> bytes | None:
+    """The next line with its end, b"" after the last, None for one that is too long, which is passed over up to `stop`."""
     line = file.readline(MOST_DOCUMENT_BYTES + 1)
     if len(line) <= MOST_DOCUMENT_BYTES:
         return line
     if not line.endswith(b"\n"):
-        _skip_line(file)
+        _skip_line(file, stop)
     return None
 
 
-def _skip_line(file: IO[bytes]) -> None:
-    while (line := file.readline(_BLOCK_BYTES)) and not line.endswith(b"\n"):
+def _skip_line(file: IO[bytes], stop: int | None) -> None:
+    """Pass over the rest of a line, or at least up to `stop`: what begins after that is another range's."""
+    while (line := file.readline(_BLOCK_BYTES)) and not line.endswith(b"\n") and (stop is None or file.tell() < stop):
         pass
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from helixpipe.data.inputs import Input, find
 from helixpipe.data.journal import FORMAT, VERSION, Journal
 from helixpipe.data.options import Options
+from helixpipe.data.records import Span, place
 from helixpipe.data.records import units as units_of
 from helixpipe.data.shards import MOST_NAMED, Done, Setting, cannot_write, save
 from helixpipe.data.tokenizer import Source, end_token, read_source
@@ -57,7 +59,8 @@ def prepare(
         dtype = "uint16" if vocabulary <= 2**16 else "uint32"
         setting = Setting(str(folder), dtype, options, stop_at_bad)
         job = Job(source, options, end, date.fromisoformat(journal.kept["day"]), setting)
-        _check_done(journal, stop_at_bad)
+        if stop_at_bad:  # what an earlier command passed over stops this one, which comes to it again
+            journal.forget([number for number, done in journal.done.items() if done.bad])
         progress = Progress(sum(span.size_bytes for unit in planned for span in unit))
         left = []
         for number, spans in enumerate(planned):
@@ -67,13 +70,17 @@ def prepare(
                 left.append((number, spans))
         progress.begin()
         for done in run(left, workers, job, progress.tell):
-            for named in done.named:
-                progress.say(f"skipped {named}")
             journal.add(done)
         progress.end()
         _check_unchanged(inputs)
-        manifest = _manifest(asked, [journal.done[i] for i in range(len(planned))], source, inputs, left_out)
+        every = [journal.done[number] for number in range(len(planned))]
+        first_bad = list(itertools.islice(_named(planned, every), MOST_NAMED))
+        manifest = _manifest(asked, every, source, inputs, first_bad, left_out)
         manifest |= {"dtype": dtype, "vocabulary": vocabulary, "day": journal.kept["day"] if options.messages else None}
+        for named in first_bad:
+            progress.say(f"skipped {named}")
+        if manifest["skipped"]["bad"] > len(first_bad):
+            progress.say(f"skipped {manifest['skipped']['bad'] - len(first_bad):,} more")
         if not manifest["documents"]:
             raise DataError(_nothing(manifest["skipped"]))
         journal.finish(manifest)
@@ -92,11 +99,16 @@ def _carry(source: Source, folder: Path) -> None:
         save(folder / "tokenizer" / name, content)
 
 
-def _check_done(journal: Journal, stop_at_bad: bool) -> None:
-    """A command that stops at a bad line does so at one that an earlier command passed over."""
-    for done in sorted(journal.done.values(), key=lambda done: done.unit):
-        if stop_at_bad and done.named:
-            raise DataError(f"{done.named[0]} (--on-error skip leaves such out)")
+def _named(planned: Sequence[Sequence[Span]], every: Sequence[Done]) -> Iterator[str]:
+    """The bad documents that are named, by their lines in the files: those before are added up."""
+    before = 0
+    for spans, done in zip(planned, every, strict=True):
+        for at, (span, lines) in enumerate(zip(spans, done.lines, strict=True)):
+            if not span.start:
+                before = 0
+            for _, number, why in (each for each in done.named if each[0] == at):
+                yield f"{place(span, number + before)}: {why}"
+            before += lines
 
 
 def _check_unchanged(inputs: Sequence[Input]) -> None:
@@ -117,7 +129,12 @@ def _nothing(skipped: dict[str, Any]) -> str:
 
 
 def _manifest(
-    asked: dict[str, Any], done: Sequence[Done], source: Source, inputs: Sequence[Input], left_out: Sequence[str]
+    asked: dict[str, Any],
+    done: Sequence[Done],
+    source: Source,
+    inputs: Sequence[Input],
+    first_bad: list[str],
+    left_out: list[str],
 ) -> dict[str, Any]:
     shards = [shard for each in done for shard in each.shards]
     lengths = sum((each.lengths for each in done), Counter[int]())
@@ -134,8 +151,8 @@ def _manifest(
             "bad": sum(each.bad for each in done),
             "short": sum(each.short for each in done),
             "long": sum(each.long for each in done),
-            "first_bad": [named for each in done for named in each.named][:MOST_NAMED],
-            "no_files": list(left_out),
+            "first_bad": first_bad,
+            "no_files": left_out,
         },
         "options": asked["options"],
         "inputs": [{key: value for key, value in each._asdict().items() if key != "mtime_ns"} for each in inputs],

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from helixpipe.data.inputs import MOST_DOCUMENT_BYTES, Input
@@ -32,11 +31,11 @@ class Span(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A document, or why there is none. `where` names the file and its line or row; `done_bytes` are those of the span."""
+    """A document, or why there is none. `number`: its line within the span, or its row in the file; `done_bytes` of the span's."""
 
     content: Content | None
+    number: int
     done_bytes: int
-    where: Callable[[], str]
     why: str = ""
 
 
@@ -79,58 +78,64 @@ def _spans(source: Input, size: int, options: Options) -> Iterator[Span]:
         yield Span(source, start, stop, stop - start)
 
 
-def read(span: Span, options: Options) -> Iterator[Found]:
-    """The documents of a span and the faults in it, in order."""
+def lines_of(span: Span, options: Options) -> Lines | None:
+    """The lines of a span that is read by lines; None for any other."""
+    kind = span.source.kind
+    if kind == "lines" or (kind == "text" and options.split_lines):
+        return Lines(span.source.path, span.source.packing, span.start, span.stop)
+    return None
+
+
+def place(span: Span, number: int) -> str:
+    """Where a document is, for people: `number` is its line or row in the file."""
     path, kind = span.source.path, span.source.kind
     if kind in ("parquet", "arrow"):
+        return f"{path}, row {number}"
+    return f"{path}:{number}" if number else path
+
+
+def read(span: Span, options: Options, lines: Lines | None) -> Iterator[Found]:
+    """The documents of a span and the faults in it, in order. `lines` is `lines_of` it."""
+    if span.source.kind in ("parquet", "arrow"):
         yield from _read_rows(span, options)
-    elif kind == "text" and not options.split_lines:
+    elif lines is None:
         try:
-            yield Found((whole(path),), span.size_bytes, lambda: path)
+            yield Found((whole(span.source.path),), 0, span.size_bytes)
         except DataError as error:
-            yield Found(None, span.size_bytes, lambda: path, str(error))
+            yield Found(None, 0, span.size_bytes, str(error))
     else:
-        lines = Lines(path, span.source.packing, span.start, span.stop)
-        number = 0
         try:
             for number, line in lines:
-                yield from _read_line(lines, number, line, options if kind == "lines" else None)
+                yield from _read_line(number, line, lines.done_bytes, options if span.source.kind == "lines" else None)
         except Cut as error:
-            yield Found(
-                None, span.size_bytes, partial(_line_of, lines, number + 1), f"the file {error} here; get it anew"
-            )
+            yield Found(None, lines.count + 1, span.size_bytes, f"the file {error} here; get it anew")
 
 
-def _read_line(lines: Lines, number: int, line: bytes | None, options: Options | None) -> Iterator[Found]:
+def _read_line(number: int, line: bytes | None, done: int, options: Options | None) -> Iterator[Found]:
     """What a line has: a record's fields, or text where there are no options. A line of blanks has no record."""
-    where = partial(_line_of, lines, number)
     try:
         if line is None:
             raise DataError(f"is longer than the {MOST_DOCUMENT_BYTES:,} bytes that a document may have; divide it")
+        text = line.removesuffix(b"\n").removesuffix(b"\r")
         if options is None:
-            yield Found((decoded(line.removesuffix(b"\n").removesuffix(b"\r")),), lines.done_bytes, where)
-        elif line.strip():
-            yield Found(_content(_record(decoded(line)), options), lines.done_bytes, where)
+            yield Found((decoded(text),), number, done)
+        elif text.strip():
+            yield Found(_content(_record(decoded(text)), options), number, done)
     except DataError as error:
-        yield Found(None, lines.done_bytes, where, str(error))
-
-
-def _line_of(lines: Lines, number: int) -> str:
-    return f"{lines.path}:{lines.line_number(number)}"
+        yield Found(None, number, done, str(error))
 
 
 def _read_rows(span: Span, options: Options) -> Iterator[Found]:
-    path, row = span.source.path, span.first_row
+    path, row, done = span.source.path, span.first_row, 0
     try:
         for share, record in rows(path, span.source.kind, span.start, span.stop, options.fields()):
-            row += 1
-            done, where = int(share * span.size_bytes), partial("{}, row {}".format, path, row)
+            row, done = row + 1, int(share * span.size_bytes)
             try:
-                yield Found(_content(record, options), done, where)
+                yield Found(_content(record, options), row, done)
             except DataError as error:
-                yield Found(None, done, where, str(error))
+                yield Found(None, row, done, str(error))
     except DataError as error:  # of the file
-        yield Found(None, span.size_bytes, partial("{}, after row {}".format, path, row), str(error))
+        yield Found(None, row + 1, done, str(error))
 
 
 def _record(text: str) -> dict[str, Any]:
@@ -196,4 +201,6 @@ def _told(value: Any) -> str:
         return f"a number ({str(value)[:20]})"
     if isinstance(value, str):
         return "text"
-    return ("an empty " if not value else "a ") + ("list" if isinstance(value, list) else "object")
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    return "an object" if value else "an empty object"

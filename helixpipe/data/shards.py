@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from helixpipe.data.lines import Lines
 from helixpipe.data.options import Options
-from helixpipe.data.records import Found, Span, read
+from helixpipe.data.records import Found, Span, lines_of, place, read
 from helixpipe.data.tokenizer import Encoded, Tokenizer
 from helixpipe.errors import DataError, HelixpipeError
 
@@ -49,7 +50,10 @@ class Done:
     lengths: Counter[int] = field(default_factory=Counter)
     largest: int = -1
     bad: int = 0
-    named: list[str] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
+    """Of each span, how many lines it has."""
+    named: list[tuple[int, int, str]] = field(default_factory=list)
+    """The first that are bad: the span, the line in it or the row, and why."""
     short: int = 0
     long: int = 0
 
@@ -60,7 +64,11 @@ class Done:
 def from_table(table: dict[str, Any]) -> Done:
     """`Done.table` read back."""
     lengths = Counter({int(power): count for power, count in table["lengths"].items()})
-    return Done(**table | {"lengths": lengths, "shards": [Shard(**shard) for shard in table["shards"]]})
+    return Done(
+        **table
+        | {"lengths": lengths, "shards": [Shard(**each) for each in table["shards"]]}
+        | {"named": [tuple(each) for each in table["named"]]}
+    )
 
 
 class WriteError(HelixpipeError):
@@ -87,15 +95,17 @@ def prepare_unit(
     done = Done(unit)
     writer = _Writer(done, setting)
     for span in spans:
+        lines = lines_of(span, setting.options)
         told, gathered, letters = 0, list[Found](), 0
-        for found in read(span, setting.options):
+        for found in read(span, setting.options, lines):
             gathered.append(found)
             letters += _letters(found)
             if letters >= _BATCH_LETTERS or len(gathered) >= _BATCH:
-                tokens = _write(gathered, tokenizer, setting, writer)
+                tokens = _write(span, lines, gathered, tokenizer, setting, writer)
                 tell(found.done_bytes - told, tokens)
                 told, gathered, letters = found.done_bytes, [], 0
-        tell(span.size_bytes - told, _write(gathered, tokenizer, setting, writer))
+        tell(span.size_bytes - told, _write(span, lines, gathered, tokenizer, setting, writer))
+        done.lines.append(lines.count if lines else 0)
     writer.close()
     return done
 
@@ -106,7 +116,9 @@ def _letters(found: Found) -> int:
     )
 
 
-def _write(gathered: list[Found], tokenizer: Tokenizer, setting: Setting, writer: _Writer) -> int:
+def _write(
+    span: Span, lines: Lines | None, gathered: list[Found], tokenizer: Tokenizer, setting: Setting, writer: _Writer
+) -> int:
     """Tokenise and write documents; how many tokens they have."""
     done, options = writer.done, setting.options
     encoded = iter(tokenizer.encode([found.content for found in gathered if found.content is not None]))
@@ -114,11 +126,12 @@ def _write(gathered: list[Found], tokenizer: Tokenizer, setting: Setting, writer
     for found in gathered:
         result = found.why if found.content is None else next(encoded)
         if isinstance(result, str):
-            done.bad += 1
-            if setting.stop_at_bad or len(done.named) < MOST_NAMED:
-                done.named.append(f"{found.where()}: {result}")
             if setting.stop_at_bad:
-                raise DataError(f"{done.named[-1]} (--on-error skip leaves such out)")
+                number = found.number + (lines.before() if lines else 0)
+                raise DataError(f"{place(span, number)}: {result} (--on-error skip leaves such out)")
+            done.bad += 1
+            if len(done.named) < MOST_NAMED:
+                done.named.append((len(done.lines), found.number, result))
         elif result.own < options.min_tokens or not len(result.ids):
             done.short += 1
         elif options.max_tokens is not None and result.own > options.max_tokens:
