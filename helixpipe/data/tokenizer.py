@@ -220,7 +220,7 @@ class Tokenizer:
         for begin, end in spans:  # a token counts where any letter of it is the assistant's
             counted |= (begins < end) & (ends > begin)
         ended = self._ended(ids)
-        return Encoded(ended, np.append(counted, [True] * (len(ended) - len(ids))), len(ids))
+        return Encoded(ended, np.concatenate([counted, np.ones(len(ended) - len(ids), bool)]), len(ids))
 
     def _batch(self, texts: list[str], with_added: bool) -> list[NDArray[np.int64] | str]:
         try:
