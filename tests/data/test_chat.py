@@ -33,7 +33,9 @@ CHATML = """\
 """
 WITHOUT = CHATML.replace("{%- generation %}", "").replace("{%- endgeneration %}", "")
 # a turn's end is the assistant's too, where the template puts it into the generation
-WIDE = CHATML.replace("    {%- endgeneration %}\n    {{- '\\n' }}\n", "        {{- '\\n' }}\n    {%- endgeneration %}\n")
+WIDE = CHATML.replace(
+    "    {%- endgeneration %}\n    {{- '\\n' }}\n", "        {{- '\\n' }}\n    {%- endgeneration %}\n"
+)
 
 
 def chat(*turns: str) -> list[dict[str, str]]:
@@ -105,7 +107,10 @@ def test_templates_have_what_transformers_gives_them(tmp_path: Path) -> None:
         "{% endfor %}{{ strftime_now('%Y') }}{% if tools is none %}none{% endif %}{{ eos_token }}"
     )
     folder = write_tokenizer(tmp_path / "tokenizer", template=template, bos_token="<|im_start|>")
-    rows = [[{"role": "user", "content": "  <b>é</b> ", "name": "Ann"}], [{"role": "user", "content": "x", "name": None}]]
+    rows = [
+        [{"role": "user", "content": "  <b>é</b> ", "name": "Ann"}],
+        [{"role": "user", "content": "x", "name": None}],
+    ]
     pyarrow.parquet.write_table(pyarrow.table({"m": rows, "n": [1, 2]}), tmp_path / "a.parquet")
     found = prepare(tmp_path / "out", folder, tmp_path / "a.parquet", "--messages", "m")
     wanted = [library(folder).apply_chat_template(each, tokenize=True, return_dict=True)["input_ids"] for each in rows]
@@ -128,8 +133,10 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, template: str, m
     given = ["prepare", str(file), "--tokenizer", str(folder), "--output", str(tmp_path / "out"), "--messages", "m"]
     assert main([*given, "--workers", "1", *more]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
-    return told.removeprefix("helixpipe: error: ").removeprefix(f"{file}:1: ").removesuffix(
-        " (--on-error skip leaves such out)"
+    return (
+        told.removeprefix("helixpipe: error: ")
+        .removeprefix(f"{file}:1: ")
+        .removesuffix(" (--on-error skip leaves such out)")
     )
 
 
@@ -179,7 +186,9 @@ def test_conversations_that_cannot_be_read(
 
 
 def test_a_template_that_is_no_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert refused(capsys, tmp_path, "{% for %}", []).startswith("--messages: the chat template is not Jinja that can be run: ")
+    assert refused(capsys, tmp_path, "{% for %}", []).startswith(
+        "--messages: the chat template is not Jinja that can be run: "
+    )
     told = refused(capsys, tmp_path, "{{ messages.__class__.__mro__ }}", chat("a"))
     assert told.startswith("the chat template refuses it: access to attribute '__class__' of 'list' object is unsafe")
     assert not os.path.exists(tmp_path / "out/manifest.json")

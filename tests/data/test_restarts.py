@@ -62,7 +62,9 @@ def undisturbed(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 def test_workers_change_no_byte(tmp_path: Path, tokenizer: Path, undisturbed: dict[str, bytes]) -> None:
     assert sum(name.endswith(".tokens") for name in undisturbed) > 10
     for workers in (2, 3):
-        done = subprocess.run(command(tmp_path / "in", tokenizer, tmp_path / f"out{workers}", workers), timeout=60, check=False)
+        done = subprocess.run(
+            command(tmp_path / "in", tokenizer, tmp_path / f"out{workers}", workers), timeout=60, check=False
+        )
         assert done.returncode == 0
         assert tree(tmp_path / f"out{workers}") == undisturbed
 
@@ -207,7 +209,9 @@ def test_a_line_that_was_passed_over_stops_a_command_that_stops(
     file, out = tmp_path / "a.jsonl", tmp_path / "out"
     write_lines(file, [{"text": "one"}, {"text": 2}, {"text": "three"}, {"text": "four"}])
     with monkeypatch.context() as patch:
-        patch.setattr("helixpipe.data.prepare._check_unchanged", lambda inputs: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "helixpipe.data.prepare._check_unchanged", lambda inputs: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         given = ["prepare", str(file), "--tokenizer", str(tokenizer), "--output", str(out), "--on-error", "skip"]
         assert main([*given, "--workers", "1"]) == 130
     assert fails(capsys, out, tokenizer, file).startswith(f"{file}:2: field 'text' is a number (2), not text")
