@@ -42,18 +42,33 @@ def plain_logits(shape: hp.ModelShape, w: Weights, tokens: Tensor) -> Tensor:
     for layer in range(shape.layers):
         at = f"layers.{layer}"
         q, k, v = _qkv(shape, w, f"{at}.qkv", _norm(shape, w, f"{at}.norm", x))
-        o, _ = plain_attention(q, k, v, shape.causal)
+        window = (
+            shape.window if not shape.window_pattern or shape.window_pattern[layer % len(shape.window_pattern)] else 0
+        )
+        o, _ = plain_attention(q, k, v, shape.causal, window, shape.softcap, shape.attention_scale)
         y = x + _linear(w, f"{at}.proj.o", o.transpose(1, 2).flatten(2), shape.bias)
         x = y + _mlp(shape, w, f"{at}.mlp", _norm(shape, w, f"{at}.mlp.norm", y))
     return _linear(w, "embed.tokens" if shape.tied else "head.output", _norm(shape, w, "head.norm", x), False)
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """softmax(QKᵀ/√d)V [b, heads, s, d] and its log-sum-exp [b, heads, s]; k and v may have fewer heads."""
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int = 0, softcap: float = 0.0, scale: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """softmax(QKᵀ/√d)V [b, heads, s, d] and its log-sum-exp [b, heads, s]; k and v may have fewer heads.
+
+    Masked are keys after their query where `causal`, and with a window all that are `window` or more tokens away.
+    """
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-    scores = q @ k.mT * q.shape[-1] ** -0.5
+    scores = q @ k.mT * (scale or q.shape[-1] ** -0.5)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    after = torch.arange(k.shape[2]) - torch.arange(q.shape[2]).unsqueeze(1)
+    hidden = torch.zeros_like(after, dtype=torch.bool)
     if causal:
-        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
+        hidden |= after > 0
+    if window:
+        hidden |= after.abs() >= window
+    scores = scores.masked_fill(hidden, float("-inf"))
     return scores.softmax(-1) @ v, scores.logsumexp(-1)
 
 

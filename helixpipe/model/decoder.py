@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -50,7 +51,7 @@ class Decoder:
 
     def part(self, part: Part) -> nn.Module:
         with torch.device("meta"):
-            module = MODULES[part.kind](self.recipe)
+            module = MODULES[part.kind](replace(self.recipe, layer=part.layer))
         module.to_empty(device="cpu")
         for place, parameter in module.named_parameters():
             name = self.shape.parameter_name(part, place)

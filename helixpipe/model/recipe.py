@@ -16,3 +16,5 @@ class Recipe:
     rope: Rope | None = None
     mlp_chunk: int = 0
     head_chunk: int = 0
+    layer: int = 0
+    """Where the part stands."""
