@@ -129,21 +129,36 @@ def test_the_window_changes_what_is_computed() -> None:
 LENGTHS_OF_64 = {(24, 20, 20): (1, 2, 9, 21, 30, 64), (16, 4, 12, 4, 28): (3, 6, 14, 18)}
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTE)
-@pytest.mark.parametrize(
-    ("lengths", "window"), [(lengths, window) for lengths, some in LENGTHS_OF_64.items() for window in some]
-)
-def test_what_is_kept_and_owed_is_counted_and_predicted(lengths: tuple[int, ...], window: int, recompute: str) -> None:
+def kept_bytes(lengths: tuple[int, ...], window: int, recompute: str) -> tuple[list[int], list[int]]:
+    """After each action of a step: measured, and predicted."""
     shape = ModelShape(
         layers=2, hidden=64, heads=4, ffn=128, vocabulary=64, mlp="gelu", norm="layer", window=window,
-        window_pattern=(True, False),
+        window_pattern=(window > 0, False),
     )  # fmt: skip
     schedule = build_schedule("seq1f1b", ranks=1, layers=2, microbatches=2, segments=len(lengths))
     pipeline = Pipeline(Decoder(shape), schedule, recompute=recompute, segment_lengths=lengths)
     pipeline.step(*batch(shape, 2, 64))
-    held = [point.kept_bytes for point in pipeline.timeline().memory[0][1::2]]
     program = lower(schedule, shape, Batch(1, lengths))
-    assert held == [each.left_bytes for each in held_bytes(program, Keeping(recompute))[0]]
+    measured = [point.kept_bytes for point in pipeline.timeline().memory[0][1::2]]
+    return measured, [each.left_bytes for each in held_bytes(program, Keeping(recompute))[0]]
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize(
+    ("lengths", "window"), [(lengths, window) for lengths, some in LENGTHS_OF_64.items() for window in some]
+)
+def test_what_is_kept_and_owed_is_counted_and_predicted(lengths: tuple[int, ...], window: int, recompute: str) -> None:
+    measured, predicted = kept_bytes(lengths, window, recompute)
+    assert measured == predicted
+
+
+@pytest.mark.parametrize(("lengths", "window"), [((24, 20, 20), 9), ((16, 4, 12, 4, 28), 14)])
+def test_of_a_graph_only_what_is_owed_changes(lengths: tuple[int, ...], window: int) -> None:
+    """It has all keys and values itself. What little a norm keeps beside is not predicted, and is the same without a window."""
+    (with_it, foreseen), (without, foreseen_without) = (kept_bytes(lengths, w, "none") for w in (window, 0))
+    differences = [a - b for a, b in zip(with_it, without, strict=True)]
+    assert differences == [a - b for a, b in zip(foreseen, foreseen_without, strict=True)]
+    assert min(differences) < 0 == max(differences)
 
 
 def test_a_segment_keeps_the_keys_that_a_later_one_sees(monkeypatch: pytest.MonkeyPatch) -> None:
