@@ -49,8 +49,8 @@ class Case:
     microbatches: int = 4
     evaluates: bool = False
     """A forward without a backward."""
-    attention: dict[str, Any] = field(default_factory=dict)
-    """Fields of the shape: window, window_pattern, softcap."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """What is other than in a GPT of these sizes: fields of ModelShape."""
 
     @property
     def is_torch(self) -> bool:
@@ -58,10 +58,11 @@ class Case:
 
     @property
     def shape(self) -> ModelShape:
-        return ModelShape(
-            layers=self.layers, hidden=self.hidden, heads=self.hidden // HEAD_DIM, ffn=4 * self.hidden,
-            vocabulary=VOCABULARY, mlp="gelu", norm="layer", **self.attention,
-        )  # fmt: skip
+        usual: dict[str, Any] = {
+            "layers": self.layers, "hidden": self.hidden, "heads": self.hidden // HEAD_DIM, "ffn": 4 * self.hidden,
+            "vocabulary": VOCABULARY, "mlp": "gelu", "norm": "layer",
+        }  # fmt: skip
+        return ModelShape(**(usual | self.model))
 
     @property
     def keeping(self) -> Keeping:
@@ -80,11 +81,12 @@ class Case:
         return Setting(self.shape, self.length, machine, link, self.keeping).of_family(self.family)
 
     def __str__(self) -> str:
-        words = [self.family, *(f"{name} {value}" for name, value in (self.options | self.attention).items())]
+        words = [self.family, *(f"{name} {value}" for name, value in self.options.items())]
         words += [] if self.is_torch else ["evaluation" if self.evaluates else f"recompute {self.recompute}"]
         words += [f"chunks of {self.chunk}"] * (self.chunk > 0) + ["one rank"] * (self.ranks == 1)
         usual = {"layers": 8, "hidden": 128, "length": 4096, "microbatches": 4}
         words += [f"{name} {getattr(self, name)}" for name, value in usual.items() if getattr(self, name) != value]
+        words += [f"{name} {value}" for name, value in self.model.items()]
         return ", ".join(words)
 
 

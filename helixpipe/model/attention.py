@@ -30,6 +30,7 @@ from torch import Tensor
 from helixpipe.errors import ConfigError
 from helixpipe.model.merging import ALL, Merged, Total, heads, tile_backward, tile_forward
 from helixpipe.model.tiles import Run, Tile, tiles
+from helixpipe.parts.attn import heads_at_once
 from helixpipe.parts.window import seen, tail
 
 
@@ -183,6 +184,8 @@ class AttentionState:
     key_values: KeyValues | None = None
     """None when the sequence is whole."""
     segment: int = 0
+    in_place: bool = False
+    """Whether nobody else reads q, k and v, now or later: their gradients may take their places."""
 
 
 class _Attention(torch.autograd.Function):
@@ -213,6 +216,11 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         rule, past, segment = ctx.rule, ctx.state.key_values, ctx.state.segment
         grad = heads(grad.unflatten(2, (q.shape[2], q.shape[3])))
+        if ctx.state.in_place and past is None and (at_once := _at_once(k)) < k.shape[2]:
+            for first in range(0, k.shape[2], at_once):
+                few = slice(first, min(first + at_once, k.shape[2]))
+                _backward_in_place(few, grad, q, k, v, out, lse, rule)
+            return q, k, v, None, None
         dq = Total(heads(q))
         dk, dv = _differentiate(dq, grad, q, k, v, out, lse, rule, 0)
         if past is not None:
@@ -223,6 +231,24 @@ class _Attention(torch.autograd.Function):
                 del owed
             dk, dv = past.settle(segment, dk, dv)
         return heads(dq.result()).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+def _at_once(k: Tensor) -> int:
+    batch, tokens, kv_heads, _ = k.shape
+    return heads_at_once(k.device.type, batch, tokens, kv_heads, torch.get_num_threads())
+
+
+def _backward_in_place(
+    few: slice, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule
+) -> None:
+    """Write the gradients of some key heads, and of their queries, where these were; q, k and v [b, s, heads, d]."""
+    group = q.shape[2] // k.shape[2]
+    queries = slice(few.start * group, few.stop * group)
+    theirs = q[:, :, queries], k[:, :, few], v[:, :, few]
+    dq = Total(heads(theirs[0]))
+    dk, dv = _differentiate(dq, grad[:, queries], *theirs, out[:, queries], lse[:, queries], rule, 0)
+    for tensor, gradient in zip(theirs, (heads(dq.result()), dk, dv), strict=True):
+        tensor.copy_(gradient)
 
 
 def _attend(merged: Merged, q: Tensor, k: Tensor, v: Tensor, rule: Rule, before: int) -> None:

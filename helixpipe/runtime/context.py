@@ -63,7 +63,7 @@ class Context:
             q, k, v = to_heads(q, k, v, self.mesh)
             if state.key_values is not None:  # they come as views of one storage, and k and v stay longer
                 q, k, v = q.clone(), k.clone(), v.clone()
-            here = attend(q, k, v, rule, state).unflatten(2, q.shape[2:])
+            here = attend(q, k, v, rule, replace(state, in_place=False)).unflatten(2, q.shape[2:])
             return to_sequence(here, self.mesh).flatten(2)
         out: Tensor
         own = Piece(self.mesh.layout(q.shape[1] * self.mesh.size, self.kind), 0, q.shape[1])

@@ -34,7 +34,7 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
 
     # what is trained, and how it is spread
     shape, schedule, corpus = config.shape(), config.build_schedule(), open_corpus(config)
-    model = Decoder(shape, settings.seed, config.runtime.mlp_chunk, config.runtime.head_chunk)
+    model = Decoder(shape, settings.seed, config.runtime.mlp_chunk, config.runtime.head_chunk, settings.z_loss)
     pipeline = Pipeline(
         model,
         schedule,
