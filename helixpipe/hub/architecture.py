@@ -21,83 +21,22 @@ from helixpipe.hub.entries import Config, Entry
 from helixpipe.hub.window import repeating
 from helixpipe.parts.shape import ModelShape
 
-IGNORED = frozenset(
-    [
-        "architectures",
-        "model_type",
-        "transformers_version",
-        "_name_or_path",
-        "name_or_path",
-        "_commit_hash",
-        "auto_map",
-        "torch_dtype",
-        "dtype",
-        "initializer_range",
-        "max_position_embeddings",
-        "use_cache",
-        "pretraining_tp",
-        "attn_implementation",
-        "_attn_implementation",
-        "_attn_implementation_autoset",
-        "_experts_implementation",
-        "return_dict",
-        "use_return_dict",
-        "output_attentions",
-        "output_hidden_states",
-        "chunk_size_feed_forward",
-        "gradient_checkpointing",
-        "id2label",
-        "label2id",
-        "num_labels",
-        "problem_type",
-        "finetuning_task",
-        "task_specific_params",
-        "tokenizer_class",
-        "prefix",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "sep_token_id",
-        "cls_token_id",
-        "mask_token_id",
-        "unk_token_id",
-        "decoder_start_token_id",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "cache_implementation",
-        "max_length",
-        "min_length",
-        "max_new_tokens",
-        "do_sample",
-        "early_stopping",
-        "num_beams",
-        "num_beam_groups",
-        "diversity_penalty",
-        "temperature",
-        "top_k",
-        "top_p",
-        "typical_p",
-        "repetition_penalty",
-        "length_penalty",
-        "no_repeat_ngram_size",
-        "encoder_no_repeat_ngram_size",
-        "bad_words_ids",
-        "num_return_sequences",
-        "output_scores",
-        "return_dict_in_generate",
-        "suppress_tokens",
-        "begin_suppress_tokens",
-        "exponential_decay_length_penalty",
-        "remove_invalid_values",
-        "torchscript",
-        "use_bfloat16",
-        "tf_legacy_loss",
-        "unsloth_version",
-        "unsloth_fixed",
-        "_unsloth_fixed",
-        "transformers.js_config",
-    ]
-)
+IGNORED = frozenset({
+    "architectures", "model_type", "transformers_version", "_name_or_path", "name_or_path", "_commit_hash",
+    "auto_map", "torch_dtype", "dtype", "initializer_range", "use_cache", "pretraining_tp",
+    "attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "_experts_implementation",
+    "return_dict", "use_return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward",
+    "gradient_checkpointing", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task",
+    "task_specific_params", "tokenizer_class", "prefix", "bos_token_id", "eos_token_id", "pad_token_id",
+    "sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id", "decoder_start_token_id",
+    "forced_bos_token_id", "forced_eos_token_id", "cache_implementation", "max_length", "min_length",
+    "max_new_tokens", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
+    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
+    "output_scores", "return_dict_in_generate", "suppress_tokens", "begin_suppress_tokens",
+    "exponential_decay_length_penalty", "remove_invalid_values", "torchscript", "use_bfloat16",
+    "tf_legacy_loss", "unsloth_version", "unsloth_fixed", "_unsloth_fixed",
+})  # fmt: skip
 """Keys that say nothing of what a model computes in training."""
 REFUSED = {
     "quantization_config": "its weights are quantised; save it with whole weights",
@@ -144,8 +83,6 @@ class Architecture:
     """Tensors of older files that are no parameters."""
     ignored: tuple[str, ...] = ()
     """More keys that change nothing."""
-    length_key: str = "max_position_embeddings"
-    """The key of the longest sequence."""
     _lines: dict[str, tuple[Tensor, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -198,7 +135,8 @@ class Architecture:
     def differences(self, shape: ModelShape, config: Config) -> dict[str, Any]:
         """Fields of a shape, with their values, that a config says otherwise."""
         said, shape = self.read(config), canonical(dataclasses.replace(shape, frozen=()))
-        return {name: value for name, value in _fields_of(shape).items() if value != getattr(said, name)}
+        names = [name for name in _fields_of(shape) if name != "context" or shape.context]  # 0 is not known
+        return {name: value for name in names if (value := getattr(shape, name)) != getattr(said, name)}
 
     def places(self, shape: ModelShape) -> dict[str, Place]:
         """Full name of every parameter -> where it is, in files of a model with a head."""

@@ -194,6 +194,11 @@ class EmbedScale:
         return {}
 
 
+def length(default: int) -> Value:
+    """The longest sequence of rotary positions, which is no limit here."""
+    return Value("max_position_embeddings", "context", default, implied=lambda shape: 0)
+
+
 def sizes(**defaults: int) -> tuple[Value, ...]:
     """The five sizes that most configs spell alike, with the class's defaults."""
     fields = {

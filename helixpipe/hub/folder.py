@@ -25,7 +25,7 @@ CONFIG = "config.json"
 _TABLE = "embed.tokens.weight"
 MAY_CHANGE = (
     "rope", "rope_base", "window_rope_base", "window", "window_pattern", "norm_eps", "softcap", "head_softcap",
-    "attention_scale", "causal",
+    "attention_scale", "causal", "context",
 )  # fmt: skip
 """Fields that say how weights are used; all others are decided by the weights."""
 
@@ -71,7 +71,8 @@ class Folder:
     def changed(self, changes: Mapping[str, Any]) -> ModelShape:
         """The shape with some fields changed; raises ConfigError for one that the weights decide."""
         for name, value in changes.items():
-            if name not in MAY_CHANGE and value != getattr(self.shape, name):
+            fixed = name not in MAY_CHANGE or (name == "context" and self.shape.positions == "learned")
+            if fixed and value != getattr(self.shape, name):
                 raise ConfigError(
                     f"model.{name}: {value}, and the weights in model.path are of {getattr(self.shape, name)}; "
                     f"leave it out: only {', '.join(MAY_CHANGE)} may differ"

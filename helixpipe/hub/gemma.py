@@ -17,6 +17,7 @@ from helixpipe.hub.entries import (
     Entry,
     Only,
     Value,
+    length,
     sizes,
     typed,
 )
@@ -76,6 +77,7 @@ GEMMA2 = Architecture(
         Value("attn_logit_softcapping", "softcap", 50.0, nullable=True),
         Value("final_logit_softcapping", "head_softcap", 30.0, nullable=True),
         Always(norms="both", norm_offset=True),
+        length(8192),
         Rope(length=8192),
         AllButEvery(layers=26, every=2),
     ),
@@ -92,6 +94,7 @@ GEMMA3 = Architecture(
         Value("attn_logit_softcapping", "softcap", None),
         Value("final_logit_softcapping", "head_softcap", None),
         Always(norms="both", norm_offset=True, qk_norm=True),
+        length(131072),
         RopeByLayer(1e6, 1e4, 131072),
         AllButEvery(layers=26, every=6, pattern_key="sliding_window_pattern"),
     ),

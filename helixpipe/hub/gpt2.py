@@ -43,5 +43,4 @@ GPT2 = Architecture(
         "n_ctx", "reorder_and_upcast_attn", "summary_type", "summary_use_proj", "summary_activation",
         "summary_proj_to_labels", "summary_first_dropout", "summary_last_dropout",
     ),
-    length_key="n_positions",
 )  # fmt: skip

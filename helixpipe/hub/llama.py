@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from helixpipe.hub.architecture import Architecture, Tensor
-from helixpipe.hub.entries import GATED, Always, AttentionBias, Dropouts, Only, Value, sizes
+from helixpipe.hub.entries import GATED, Always, AttentionBias, Dropouts, Only, Value, length, sizes
 from helixpipe.hub.rope import Rope
 from helixpipe.hub.window import EveryLayer, FromLayer
 from helixpipe.parts.shape import ModelShape
@@ -53,6 +53,7 @@ LLAMA = Architecture(
         Value("rms_norm_eps", "norm_eps", 1e-6),
         ACTIVATION,
         UNTIED,
+        length(2048),
         Rope(length=2048),
         AttentionBias(),
         Only("mlp_bias", False),
@@ -75,6 +76,7 @@ QWEN2 = Architecture(
         Value("rms_norm_eps", "norm_eps", 1e-6),
         ACTIVATION,
         UNTIED,
+        length(32768),
         Rope(length=32768),
         FromLayer(32),
         Always(qkv_bias=True),
@@ -93,6 +95,7 @@ QWEN3 = Architecture(
         Value("rms_norm_eps", "norm_eps", 1e-6),
         ACTIVATION,
         UNTIED,
+        length(32768),
         Rope(length=32768),
         FromLayer(32),
         Always(qk_norm=True),
@@ -114,6 +117,7 @@ MISTRAL = Architecture(
         Value("rms_norm_eps", "norm_eps", 1e-6),
         ACTIVATION,
         UNTIED,
+        length(131072),
         Rope(length=131072),
         EveryLayer(4096),
         Dropouts(attention_dropout=0.0),
@@ -133,6 +137,7 @@ OLMO2 = Architecture(
         Value("rms_norm_eps", "norm_eps", 1e-5),
         ACTIVATION,
         UNTIED,
+        length(2048),
         Rope(length=2048),
         Always(norms="after", qk_norm=True, qk_norm_over="width"),
         AttentionBias(),

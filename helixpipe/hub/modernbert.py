@@ -4,7 +4,7 @@ layers, and a transform before the logits."""
 from __future__ import annotations
 
 from helixpipe.hub.architecture import Architecture, Tensor
-from helixpipe.hub.entries import Always, Dropouts, Only, Value, sizes
+from helixpipe.hub.entries import Always, Dropouts, Only, Value, length, sizes
 from helixpipe.hub.rope import RopeByLayer
 from helixpipe.hub.window import ToEitherSide
 
@@ -26,6 +26,7 @@ MODERNBERT = Architecture(
         Only("classifier_activation", "gelu"),
         Only("decoder_bias", True),
         Only("position_embedding_type", "absolute"),  # of older configs, which never read it
+        length(8192),
         RopeByLayer(160000.0, 10000.0, 8192, "global_rope_theta", "local_rope_theta", scales_windows=True),
         ToEitherSide(layers=22),
         Dropouts(attention_dropout=0.0, embedding_dropout=0.0, mlp_dropout=0.0),

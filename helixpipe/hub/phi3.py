@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from helixpipe.hub.architecture import Architecture, Tensor
-from helixpipe.hub.entries import Dropouts, Value, sizes
+from helixpipe.hub.entries import Dropouts, Value, length, sizes
 from helixpipe.hub.llama import ACTIVATION, ENDS, NORMS, UNTIED, even
 from helixpipe.hub.rope import Rope
 from helixpipe.hub.window import EveryLayer
@@ -20,6 +20,7 @@ PHI3 = Architecture(
         Value("rms_norm_eps", "norm_eps", 1e-5),
         ACTIVATION,
         UNTIED,
+        length(4096),
         Rope(length=4096, original=4096, partial=True, types=("default", "longrope")),
         EveryLayer(None),
         Dropouts(attention_dropout=0.0, resid_pdrop=0.0, embd_pdrop=0.0),
