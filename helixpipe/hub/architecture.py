@@ -124,11 +124,11 @@ class Architecture:
         """The nearest config to a shape."""
         shape = canonical(dataclasses.replace(shape, frozen=()))
         made = dict(base or {"architectures": [self.model_class], "model_type": self.name})
-        before = None if base is None else self.read(base)
         for entry in self.entries:
-            says = () if base is None else entry.read(base)
-            if before is not None and all(getattr(shape, name) == getattr(before, name) for name in says):
-                continue
+            if base is not None:
+                said = self.read(made)  # what an entry says may hang on what one before has changed
+                if all(getattr(shape, name) == getattr(said, name) for name in entry.read(made)):
+                    continue
             made = {key: value for key, value in made.items() if key not in entry.keys} | entry.write(shape)
         return made
 
