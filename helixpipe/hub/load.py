@@ -51,12 +51,13 @@ class Loaded(Decoder):
         shape: ModelShape | None = None,
         mlp_chunk: int = 0,
         head_chunk: int = 0,
+        z_loss: float = 0.0,
         empty: bool = False,
     ) -> None:
         """`shape`: the folder's, with what may differ. `empty`: leave the values to whoever fills them, such as a
         checkpoint. Raises ConfigError for a tensor that is missing, not known or of another size.
         """
-        super().__init__(shape or folder.shape, mlp_chunk=mlp_chunk, head_chunk=head_chunk)
+        super().__init__(shape or folder.shape, mlp_chunk=mlp_chunk, head_chunk=head_chunk, z_loss=z_loss)
         self.folder, self.empty = folder, empty
         self.sources = {} if empty else folder.sources
         self.tell: Callable[[int], None] = lambda elements: None
@@ -91,12 +92,12 @@ class Loaded(Decoder):
         return values
 
 
-def load(path: str | Path, mlp_chunk: int = 0, head_chunk: int = 0) -> Loaded:
+def load(path: str | Path, mlp_chunk: int = 0, head_chunk: int = 0, z_loss: float = 0.0) -> Loaded:
     """The model in a Hugging Face folder, for `Pipeline`: config.json and safetensors, or files of torch.save.
 
     Its weights are read when a rank asks for them. Raises ConfigError for what is wrong with the folder.
     """
-    return Loaded(Folder.open(path), mlp_chunk=mlp_chunk, head_chunk=head_chunk)
+    return Loaded(Folder.open(path), None, mlp_chunk, head_chunk, z_loss)
 
 
 def read(source: Source, spans: list[tuple[int, int]]) -> Tensor:

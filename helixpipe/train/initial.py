@@ -35,15 +35,15 @@ def initial_model(config: Config, schedule: Schedule, checkpoint: Path | None) -
     """The config's model, for a pipeline to be made of; rank 0 shows on a terminal how far reading is."""
     from helixpipe.model.decoder import Decoder
 
-    shape, runtime = config.shape(), config.runtime
+    shape, chunks = config.shape(), (config.runtime.mlp_chunk, config.runtime.head_chunk)
     if not config.model.path:
-        yield Decoder(shape, config.train.seed, runtime.mlp_chunk, runtime.head_chunk)
+        yield Decoder(shape, config.train.seed, *chunks, config.train.z_loss)
         return
     from helixpipe.hub.load import Loaded
 
     try:
         folder = Folder.open(config.model.path)
-        model = Loaded(folder, shape, runtime.mlp_chunk, runtime.head_chunk, empty=checkpoint is not None)
+        model = Loaded(folder, shape, *chunks, config.train.z_loss, empty=checkpoint is not None)
     except ConfigError as error:  # a fault of this machine alone, which others do not see
         raise HelixpipeError(str(error)) from None
     if model.empty or not sys.stderr.isatty() or _rank() != 0:

@@ -27,7 +27,14 @@ from helixpipe.parts.part import Part
 _meshes: dict[tuple[tuple[str, int], ...], DeviceMesh] = {}
 
 
-def ours(folder: Path, family: str = "1f1b", ranks: int = 1, mesh: Any = None, dtype: torch.dtype = torch.float64, **options: Any) -> float:
+def ours(
+    folder: Path,
+    family: str = "1f1b",
+    ranks: int = 1,
+    mesh: Any = None,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> float:
     """Of a step without an update."""
     schedule = hp.build_schedule(family, ranks=ranks, layers=LAYERS, microbatches=4, **options)
     pipeline = hp.Pipeline(hp.load(folder), schedule, mesh, dtype=dtype, timeout_s=30)
@@ -43,7 +50,11 @@ def test_the_loss_is_transformers_own(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_files_of_any_precision_become_masters_without_loss(dtype: torch.dtype, tmp_path: Path) -> None:
     model = saved(tmp_path, "llama", dtype)
-    loaded = {name: p for part in hp.load(tmp_path).shape.chain() for name, p in hp.load(tmp_path).part(part).named_parameters()}
+    loaded = {
+        name: p
+        for part in hp.load(tmp_path).shape.chain()
+        for name, p in hp.load(tmp_path).part(part).named_parameters()
+    }
     assert {p.dtype for p in loaded.values()} == {torch.float32}
     assert ours(tmp_path, dtype=torch.float32) == pytest.approx(loss_of(model.float()), abs=1e-5)
 
@@ -121,7 +132,12 @@ CASES: list[tuple[str, str, dict[str, Any], tuple[tuple[str, int], ...]]] = [
 
 @pytest.mark.parametrize(("name", "family", "options", "sizes"), CASES, ids=lambda each: str(each)[:24])
 def test_a_rank_reads_its_own_share_alone(
-    name: str, family: str, options: dict[str, Any], sizes: tuple[tuple[str, int], ...], tmp_path: Path, four_ranks: Ranks
+    name: str,
+    family: str,
+    options: dict[str, Any],
+    sizes: tuple[tuple[str, int], ...],
+    tmp_path: Path,
+    four_ranks: Ranks,
 ) -> None:
     """What visits is read by its owner alone, and tensor parallelism reads of every cut tensor one part a rank."""
     model = saved(tmp_path, name)
@@ -174,7 +190,9 @@ def test_a_part_that_another_rank_owns_has_sizes_and_no_memory(tmp_path: Path) -
     model = hp.load(tmp_path)
     (gate,) = [
         parameter
-        for name, parameter in model.part_for(Part("mlp", 1), Held(model.shape, owns=lambda name: False)).named_parameters()
+        for name, parameter in model.part_for(
+            Part("mlp", 1), Held(model.shape, owns=lambda name: False)
+        ).named_parameters()
         if name == "gate.weight"
     ]
     assert gate.shape == (24, 16)
