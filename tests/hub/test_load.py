@@ -159,7 +159,6 @@ def test_a_rank_reads_its_own_share_alone(
 
 def test_one_tensor_at_a_time_is_there_beside_the_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that was read is still there when the next is asked for, but the parameters."""
-    import gc
     import weakref
 
     saved(tmp_path, "llama", torch.bfloat16)
@@ -167,7 +166,6 @@ def test_one_tensor_at_a_time_is_there_beside_the_share(tmp_path: Path, monkeypa
     read = loading.read_range
 
     def spy(stored: Stored, asked: Range) -> torch.Tensor:
-        gc.collect()
         assert not any(piece() is not None for piece in pieces)
         found = read(stored, asked)
         pieces.append(weakref.ref(found))
