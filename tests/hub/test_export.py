@@ -165,7 +165,7 @@ def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("helixpipe.hub.write.os.fsync", full)
+    monkeypatch.setattr("helixpipe.hub.write.made", full)
     refused(tmp_path, "out: cannot be written: no space left on device")
     assert not (tmp_path / "out").exists()
 
@@ -217,28 +217,14 @@ def test_train_export_and_transformers_from_the_command_line(
     """Two steps on two ranks from a folder, resumed for a third; what comes out has our loss at the next batch."""
     monkeypatch.chdir(tmp_path)
     saved(tmp_path / "in", "qwen2", torch.float32, vocab_size=256)
-    (tmp_path / "text.txt").write_bytes(bytes(range(256)) * 64)
-    common = [
-        "--train.sequence_length",
-        "16",
-        "--train.warmup_steps",
-        "0",
-        "--train.learning_rate",
-        "1e-2",
-        "--schedule.microbatches",
-        "4",
-    ]
-    common += [
-        "--schedule.family",
-        "helix",
-        "--data.path",
-        "text.txt",
-        "--run.folder",
-        "run",
-        "--run.timeline_step",
-        "0",
-    ]
-    assert main(["train", "--model.path", "in", *common, "--train.steps", "2"]) == 0
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
+    told = {
+        "train.sequence_length": "16", "train.warmup_steps": "0", "train.learning_rate": "1e-2", "train.steps": "2",
+        "schedule.microbatches": "4", "schedule.family": "helix", "data.path": "text.txt", "run.folder": "run",
+        "run.timeline_step": "0",
+    }  # fmt: skip
+    words = [word for key, value in told.items() for word in (f"--{key}", value)]
+    assert main(["train", "--model.path", "in", *words]) == 0
     assert main(["export", "run", "out"]) == 0
     out, _ = capfd.readouterr()
     assert "out: qwen2, " in out
