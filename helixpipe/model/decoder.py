@@ -89,11 +89,11 @@ class Decoder:
 
     @torch.no_grad()
     def _initialise(self, name: str, parameter: nn.Parameter) -> None:
-        """GPT-2's: normal of 0.02, smaller by sqrt(2L) where a layer adds to the residual; norms 1, biases 0."""
+        """GPT-2's: normal of 0.02, smaller by sqrt(2L) where a layer adds to the residual; norms multiply by 1, biases 0."""
         if name.endswith("bias"):
             parameter.zero_()
         elif parameter.dim() == 1:
-            parameter.fill_(1.0)
+            parameter.fill_(0.0 if self.shape.norm_offset else 1.0)
         else:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
             residual = name.endswith(("o.weight", "down.weight"))

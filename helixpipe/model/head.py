@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from helixpipe.model.activation import ACTIVATIONS
 from helixpipe.model.chunked import Chunked, chunked_sum
-from helixpipe.model.cross_entropy import IGNORED, cross_entropy
+from helixpipe.model.cross_entropy import cross_entropy
 from helixpipe.model.linear import Linear
 from helixpipe.model.norm import norm
 from helixpipe.model.recipe import Recipe
+from helixpipe.parts.head import IGNORED
 from helixpipe.parts.shape import ModelShape
 
 
@@ -19,12 +23,15 @@ def counted(*targets: Tensor) -> int:
 
 
 class Head(Chunked):
-    """Final norm, logits and cross entropy, summed over tokens; over slices of `chunk` tokens when that is not 0."""
+    """Final norm, transform, logits and cross entropy, summed over tokens; over slices of `chunk` tokens when that is not 0."""
 
     def __init__(self, shape: ModelShape, chunk: int = 0, z_loss: float = 0.0) -> None:
         super().__init__()
         self.norm = norm(shape)
-        self.output = Linear(shape.hidden, shape.vocabulary, bias=False)
+        self.dense = Linear(shape.hidden, shape.hidden, bias=shape.bias) if shape.head_transform else None
+        self.dense_norm = norm(shape) if shape.head_transform else nn.Identity()
+        self.output = Linear(shape.hidden, shape.vocabulary, bias=shape.head_transform)
+        self.softcap = shape.head_softcap
         self.chunk, self.z_loss = chunk, z_loss
 
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -32,9 +39,32 @@ class Head(Chunked):
 
     def whole(self, x: Tensor, *others: Tensor) -> Tensor:
         (targets,) = others
-        logits = self.output(self.norm(x)).flatten(0, 1)
+        n = self.norm(x)
+        if self.dense is not None:
+            n = self.dense_norm(ACTIVATIONS["gelu"](self.dense(n)))
+        logits: Tensor = self.output(n)
+        if self.softcap:
+            logits = _SoftCap.apply(logits, self.softcap)  # type: ignore[no-untyped-call]
+        logits = logits.flatten(0, 1)
         wide = logits if logits.dtype == torch.float64 else logits.float()
         return cross_entropy(wide, targets.flatten(), self.z_loss)
+
+
+class _SoftCap(torch.autograd.Function):
+    """c * tanh(x / c), in the place of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cap: float) -> Tensor:
+        ctx.mark_dirty(x.div_(cap).tanh_().mul_(cap))
+        ctx.save_for_backward(x)
+        ctx.cap = cap
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """1 - tanh^2, from what was made."""
+        (made,) = ctx.saved_tensors
+        return made.div(ctx.cap).square_().neg_().add_(1).mul_(grad), None
 
 
 def make(recipe: Recipe) -> nn.Module:

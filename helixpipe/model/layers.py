@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helixpipe.errors import ConfigError
-from helixpipe.model.cross_entropy import IGNORED
 from helixpipe.model.layers_shape import LayersShape
 from helixpipe.model.rope import Start
 from helixpipe.model.trial import device_of, failed, given_tensors, own_randomness
+from helixpipe.parts.head import IGNORED
 from helixpipe.parts.part import Part
 from helixpipe.parts.work import Work
 

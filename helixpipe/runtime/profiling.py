@@ -98,7 +98,10 @@ class Parts:
 
     def __init__(self, shape: ModelShape, device: torch.device | str, dtype: torch.dtype) -> None:
         device, shape = torch.device(device), replace(shape, frozen=())  # every pass is timed
-        self.asked, self.shape, self.device, self.dtype = shape, replace(shape, layers=1), device, dtype
+        self.asked, self.device, self.dtype = shape, device, dtype
+        self.shape = replace(
+            shape, layers=1, embed_norm=False
+        )  # a norm is timed as that of the layer, which has one then
         self.stages = tuple(Stage((part,)) for part in chain(1))
         self.weights = Weights(Modules(Decoder(self.shape), self._schedule(1), 0, device, dtype))
         self.ledger = Ledger(self.weights.is_parameter)

@@ -23,6 +23,7 @@ from rich.table import Column
 from helixpipe.config_text import write_toml
 from helixpipe.errors import HelixpipeError
 from helixpipe.files import write_text
+from helixpipe.parts.shape import ModelShape
 from helixpipe.predict.replay import replayed
 from helixpipe.predict.timeline import Timeline
 from helixpipe.predict.timeline_text import to_json
@@ -148,12 +149,9 @@ class Log:
     def _head(self) -> None:
         job, schedule, train = self.job, self.job.config.schedule, self.job.config.train
         shape, mesh = job.config.shape(), job.config.mesh_shape()
-        sizes = shape.parameter_elements(shape.chain())
-        trained = sum(size for name, size in sizes.items() if shape.trains(name))
-        some = f" ({trained:,} trained)" if shape.frozen else ""
         ranks = f"{mesh.size} ranks" + (f" ({mesh})" if mesh.size > mesh.pp else "")
         self._say(
-            f"{job.config.model_title}: {shape.parameter_count:,} parameters{some}, {shape.layers} layers; "
+            f"{job.config.model_title}: {_parameters(shape)}, {shape.layers} layers; "
             f"{schedule.family} on {ranks} ({self.device.split(':')[0]}), {schedule.microbatches} micro-batches "
             f"of {train.microbatch_size} x {train.sequence_length} tokens"
         )
@@ -199,6 +197,13 @@ class Log:
             self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
             print(line, file=sys.stderr, flush=True)
+
+
+def _parameters(shape: ModelShape) -> str:
+    """How many, and of how many the run trains some."""
+    sizes = shape.parameter_elements(shape.chain())
+    trained = sum(size for name, size in sizes.items() if shape.trains(name))
+    return f"{sum(sizes.values()):,} parameters" + (f" ({trained:,} trained)" if shape.frozen else "")
 
 
 def _metrics_until(path: Path, step: int) -> list[str]:

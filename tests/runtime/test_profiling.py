@@ -213,8 +213,11 @@ def test_the_command_that_a_profile_tells_measures_its_shape(name: str, data: An
         "head_dim": data.draw(st.sampled_from((0, 32))),
         "positions": data.draw(st.sampled_from(("rope", "learned"))),
         "context": 4096,
-        "mlp": data.draw(st.sampled_from(("gelu", "swiglu"))),
-        "qk_norm": data.draw(st.booleans()),
+        "mlp": data.draw(st.sampled_from(("gelu", "swiglu", "geglu_tanh"))),
+        "norms": data.draw(st.sampled_from(("before", "after", "both"))),
+        "o_bias": data.draw(st.booleans()),
+        "head_transform": data.draw(st.booleans()),
+        **data.draw(st.sampled_from(({}, {"qk_norm": True}, {"qk_norm": True, "qk_norm_over": "width"}))),
         "causal": data.draw(st.booleans()),
     }
     shape = replace(SHAPES[name], **changes)
