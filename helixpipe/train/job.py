@@ -17,6 +17,7 @@ from helixpipe.errors import CheckpointError, ConfigError
 from helixpipe.files import fault
 from helixpipe.train import manifest as manifests
 from helixpipe.train.data import Corpus, open_corpus
+from helixpipe.train.initial import check_model
 from helixpipe.train.manifest import Manifest
 
 _RUNS = Path("runs")
@@ -87,15 +88,19 @@ def prepare_evaluation(arguments: Sequence[str], warn: Callable[[str], None], ra
     """A job of evaluating: `--json` among the arguments of a training run."""
     given = parse_arguments([word for word in arguments if word != "--json"])
     config, checkpoint, manifest = _read(given, warn, ranks)
-    if checkpoint is None or manifest is None:
-        raise ConfigError("--resume: missing, and random weights tell nothing; give --resume RUN_OR_CHECKPOINT")
-    manifests.check_shape(manifest, config.shape(), checkpoint)
+    if checkpoint and manifest:
+        manifests.check_shape(manifest, config.shape(), checkpoint)
+    elif not config.model.path:
+        raise ConfigError(
+            "--resume: missing, and random weights tell nothing; give --resume RUN_OR_CHECKPOINT or --model.path FOLDER"
+        )
     corpus = open_corpus(config)
     if not len(corpus.held_out):
         raise ConfigError("data.held_out: 0, so there is nothing to evaluate on; give a share of the data, such as 0.1")
-    _tell_other_data(manifest.data, corpus.fingerprint(), warn, "evaluating")
+    if manifest:
+        _tell_other_data(manifest.data, corpus.fingerprint(), warn, "evaluating")
     _tell_remarks(corpus, config, warn)
-    return Job(_anywhere(config), checkpoint, manifest.step, "evaluate", "--json" in arguments)
+    return Job(_anywhere(config), checkpoint, manifest.step if manifest else 0, "evaluate", "--json" in arguments)
 
 
 def _read(
@@ -110,6 +115,7 @@ def _read(
     config = build_config(merged(base, over))
     if ranks is not None:
         config.mesh_shape().check_ranks(ranks)
+    check_model(config, checkpoint)
     return config, checkpoint, manifest
 
 
@@ -173,6 +179,7 @@ def _anywhere(config: Config) -> Config:
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, path=_absolute(config.data.path)),
+        model=dataclasses.replace(config.model, path=_absolute(config.model.path or "") or None),
         schedule=dataclasses.replace(config.schedule, profile=_absolute(config.schedule.profile)),
     )
 

@@ -90,8 +90,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
         if digest != _digest(body):
             raise ValueError
         files = {name: FileSeal(**seal) for name, seal in body["files"].items()}
-        shape = {name: tuple(value) if isinstance(value, list) else value for name, value in body["shape"].items()}
-        return Manifest(body["step"], shape, body["config"], files, tuple(body.get("data", ())))
+        return Manifest(body["step"], _with_tuples(body["shape"]), body["config"], files, tuple(body.get("data", ())))
     except OSError as error:
         raise CheckpointError(f"{path}: {_reason(error)}; this is no whole checkpoint, choose another") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -216,6 +215,13 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _with_tuples(value: Any) -> Any:
+    """As a shape has it, which JSON knows no tuples of."""
+    if isinstance(value, dict):
+        return {name: _with_tuples(each) for name, each in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def _digest(body: dict[str, Any]) -> str:
