@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from helixpipe.model.head import counted
     from helixpipe.model.layers import Layers
     from helixpipe.runtime.launch import launch
+    from helixpipe.runtime.losses import Losses
     from helixpipe.runtime.mesh import make_device_mesh
     from helixpipe.runtime.pipeline import Pipeline
     from helixpipe.sequence import ring_attention, ulysses_attention
@@ -55,6 +56,7 @@ _LATE = {
     "Attention": "helixpipe.model.attn",
     "Decoder": "helixpipe.model.decoder",
     "Layers": "helixpipe.model.layers",
+    "Losses": "helixpipe.runtime.losses",
     "Model": "helixpipe.model.decoder",
     "Pipeline": "helixpipe.runtime.pipeline",
     "launch": "helixpipe.runtime.launch",
@@ -78,6 +80,7 @@ __all__ = [
     "HelixpipeError",
     "Layers",
     "Link",
+    "Losses",
     "MeshShape",
     "Model",
     "ModelShape",
