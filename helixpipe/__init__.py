@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from helixpipe.model.head import counted
     from helixpipe.model.layers import Layers
     from helixpipe.runtime.launch import launch
+    from helixpipe.runtime.losses import Losses
     from helixpipe.runtime.mesh import make_device_mesh
     from helixpipe.runtime.pipeline import Pipeline
     from helixpipe.sequence import ring_attention, ulysses_attention
@@ -57,6 +58,7 @@ _LATE = {
     "Attention": "helixpipe.model.attn",
     "Decoder": "helixpipe.model.decoder",
     "Layers": "helixpipe.model.layers",
+    "Losses": "helixpipe.runtime.losses",
     "Model": "helixpipe.model.decoder",
     "Pipeline": "helixpipe.runtime.pipeline",
     "export": "helixpipe.train.export",
@@ -82,6 +84,7 @@ __all__ = [
     "HelixpipeError",
     "Layers",
     "Link",
+    "Losses",
     "MeshShape",
     "Model",
     "ModelShape",
