@@ -26,16 +26,16 @@ from helixpipe.train.start import check_same_data, make_pipeline
 
 
 def evaluate(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
-    """Tell the held-out losses of the job's weights, on rank 0: a table or a JSON object on standard output.
+    """Tell the held-out losses of the job's checkpoint, or of its folder, on rank 0: a table or a JSON object on standard output.
 
     `group` carries objects between the ranks' CPUs, None with one rank. Nothing is written anywhere.
     """
     config, checkpoint = job.config, job.checkpoint
-    weights = shortened(checkpoint or Path(config.model.path or ""))
-    corpus, pipeline = open_corpus(config), make_pipeline(config, device, job.checkpoint)
+    corpus, pipeline = open_corpus(config), make_pipeline(config, device, checkpoint)
     check_same_data(corpus.fingerprint(), pipeline, group)
     if checkpoint is not None:
         Checkpoints(checkpoint.parent, 1, group).load(checkpoint, _weights(pipeline))
+    weights = shortened(checkpoint or Path(config.model.path or ""))
     asked, speaks = config.train.evaluate_sequences, pipeline.mesh.rank == 0
     count = corpus.windows(asked)
     if speaks:

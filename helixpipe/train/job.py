@@ -69,6 +69,7 @@ def prepare(arguments: Sequence[str], warn: Callable[[str], None], ranks: int | 
     """A job of training."""
     given = parse_arguments(arguments)
     config, checkpoint, manifest = _read(given, warn, ranks)
+    check_model(config, checkpoint)
     corpus = open_corpus(config)
     data = corpus.fingerprint()
     config = _resolved(config, given, checkpoint)
@@ -88,16 +89,17 @@ def prepare_evaluation(arguments: Sequence[str], warn: Callable[[str], None], ra
     """A job of evaluating: `--json` among the arguments of a training run."""
     given = parse_arguments([word for word in arguments if word != "--json"])
     config, checkpoint, manifest = _read(given, warn, ranks)
-    if checkpoint and manifest:
+    if manifest is not None and checkpoint is not None:
         manifests.check_shape(manifest, config.shape(), checkpoint)
     elif not config.model.path:
         raise ConfigError(
-            "--resume: missing, and random weights tell nothing; give --resume RUN_OR_CHECKPOINT or --model.path FOLDER"
+            "--resume: missing, and random weights tell nothing; give --resume RUN_OR_CHECKPOINT, or --model.path FOLDER"
         )
+    check_model(config, checkpoint)
     corpus = open_corpus(config)
     if not len(corpus.held_out):
         raise ConfigError("data.held_out: 0, so there is nothing to evaluate on; give a share of the data, such as 0.1")
-    if manifest:
+    if manifest is not None:
         _tell_other_data(manifest.data, corpus.fingerprint(), warn, "evaluating")
     _tell_remarks(corpus, config, warn)
     return Job(_anywhere(config), checkpoint, manifest.step if manifest else 0, "evaluate", "--json" in arguments)
@@ -115,7 +117,6 @@ def _read(
     config = build_config(merged(base, over))
     if ranks is not None:
         config.mesh_shape().check_ranks(ranks)
-    check_model(config, checkpoint)
     return config, checkpoint, manifest
 
 

@@ -17,7 +17,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torc
 
 
 def make_pipeline(config: Config, device: str, checkpoint: Path | None) -> Pipeline:
-    """The config's model under its schedule and mesh, with initial weights: none where a checkpoint brings them. Collective."""
+    """The config's model under its schedule and mesh. Collective. Its weights are the initial ones; those of a folder are not
+    read where a `checkpoint` is to fill them.
+    """
     runtime, schedule = config.runtime, config.build_schedule()
     with initial_model(config, schedule, checkpoint) as model:
         return Pipeline(
