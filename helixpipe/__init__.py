@@ -21,6 +21,7 @@ from helixpipe.errors import (
 )
 from helixpipe.mesh import MeshShape
 from helixpipe.parts.part import Part, Value
+from helixpipe.parts.rotary import Rotary
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.shapes import named_shape
 from helixpipe.parts.work import Batch
@@ -89,6 +90,7 @@ __all__ = [
     "Plan",
     "Program",
     "RankError",
+    "Rotary",
     "Schedule",
     "ScheduleError",
     "Setting",

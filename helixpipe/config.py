@@ -11,9 +11,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from helixpipe.config_rope import RopeConfig
 from helixpipe.errors import ConfigError
 from helixpipe.mesh import MeshShape
-from helixpipe.parts.rotary import Rotary
+from helixpipe.parts.freezing import freeze
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.shapes import named_shape
 from helixpipe.parts.work import Keeping
@@ -24,14 +25,6 @@ from helixpipe.schedule.partition import check_cut, refuse_bidirectional
 from helixpipe.schedule.schedule import Schedule
 
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Keys of `helixpipe.parts.rotary.Rotary`; what stays unset is the model's own."""
-
-    type: str | None = None
-    """default, linear, dynamic, yarn, llama3 or longrope."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +72,7 @@ class ModelConfig:
     window_rope_base: float | None = None
     """The base of layers with a window, never scaled; 0 is as all layers."""
     context: int | None = None
-    """The longest sequence that learned positions have room for."""
+    """The longest sequence that learned positions have room for; of rotary ones what the model was made for, and no limit."""
     mlp: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh"] | None = None
     """Three matrices with a gate (the first three), or two."""
     qkv_bias: bool | None = None
@@ -174,7 +167,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, how much at a time, and the optimizer (AdamW, warm-up, cosine)."""
+    """How long, how much at a time, and the optimizer (AdamW, warm-up, a schedule of the learning rate)."""
 
     steps: int = 120
     """Optimizer steps in all."""
@@ -187,13 +180,21 @@ class TrainConfig:
     learning_rate: float = 2e-3
     """At its highest, after the warm-up."""
     min_learning_rate: float | None = None
-    """Where the cosine ends; a tenth of learning_rate when unset."""
+    """Where the learning rate ends; a tenth of learning_rate when unset."""
     warmup_steps: int = 30
     """Steps over which the learning rate rises from zero."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """After the warm-up: down by a cosine, by a line, not at all, or stable and then down by a line over decay_steps."""
+    decay_steps: int | None = None
+    """wsd: the last steps, over which the learning rate falls; a tenth of steps when unset."""
     weight_decay: float = 0.1
     """On matrices alone."""
     betas: tuple[float, float] = (0.9, 0.99)
     """AdamW's decay of the first and second moment."""
+    z_loss: float = 0.0
+    """What the mean of (log-sum-exp of the logits)^2 weighs beside the cross entropy, such as 1e-4; losses shown are without."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that are not trained: names, or patterns such as "embed*" or "layers.0-15.*" (layers 0 to 15)."""
     clip_norm: float = 1.0
     """Gradients above this norm, over all ranks, are scaled down to it; 0 is no clipping."""
     evaluate_every: int = 40
@@ -257,12 +258,11 @@ class Config:
     def shape(self) -> ModelShape:
         """The model's shape; raises ConfigError."""
         changes = dataclasses.asdict(self.model)
-        name, rope = (
-            changes.pop("name"),
-            {key: value for key, value in changes.pop("rope").items() if value is not None},
-        )
+        name = changes.pop("name")
+        rope = {key: value for key, value in changes.pop("rope").items() if value is not None}
         shape = named_shape(name, **{key: value for key, value in changes.items() if value is not None})
-        return dataclasses.replace(shape, rope=Rotary(**rope)) if rope else shape
+        shape = dataclasses.replace(shape, rope=shape.rope.with_keys(rope, shape.context)) if rope else shape
+        return freeze(shape, self.train.freeze)
 
     def build_schedule(self) -> Schedule:
         """The schedule, checked; raises ConfigError."""
@@ -334,7 +334,7 @@ FAMILY_OPTIONS = tuple(option.name for option in dataclasses.fields(ScheduleConf
 # key -> the least it may be
 _AT_LEAST = {
     "data.held_out": 0, "train.steps": 1, "train.microbatch_size": 1, "train.sequence_length": 1, "train.seed": 0,
-    "train.learning_rate": 0, "train.min_learning_rate": 0, "train.warmup_steps": 0, "train.weight_decay": 0,
+    "train.learning_rate": 0, "train.min_learning_rate": 0, "train.warmup_steps": 0, "train.decay_steps": 1, "train.z_loss": 0, "train.weight_decay": 0,
     "train.clip_norm": 0, "train.evaluate_every": 0, "train.evaluate_sequences": 1, "runtime.mlp_chunk": 0,
     "runtime.head_chunk": 0, "runtime.port": 0, "runtime.threads": 1, "run.checkpoint_every": 0, "run.keep": 1,
     "run.timeline_step": 0, "schedule.segment_multiple": 1, "mesh.dp": 1, "mesh.cp": 1, "mesh.tp": 1,
@@ -377,7 +377,18 @@ def _check_together(config: Config) -> None:
     if not shape.causal:  # it would see the token it is asked for
         raise ConfigError("model.causal: next-token training needs a causal model; set it to true")
     shape.check_length(train.sequence_length)
-    if (train.min_learning_rate or 0) > train.learning_rate:
+    _check_rates(train)
+
+
+def _check_rates(train: TrainConfig) -> None:
+    lowest, decay = train.min_learning_rate, train.decay_steps
+    if (lowest or 0) > train.learning_rate:
         raise ConfigError(
-            f"train.min_learning_rate: {train.min_learning_rate} is above train.learning_rate {train.learning_rate}; lower it"
+            f"train.min_learning_rate: {lowest} is above train.learning_rate {train.learning_rate}; lower it"
         )
+    if lowest is not None and train.schedule == "constant":
+        raise ConfigError("train.min_learning_rate: a constant schedule never falls; remove the key")
+    if decay is not None and train.schedule != "wsd":
+        raise ConfigError(f"train.decay_steps: {train.schedule} has no such key, wsd has; remove it")
+    if decay is not None and decay > train.steps:
+        raise ConfigError(f"train.decay_steps: {decay} are more than train.steps {train.steps}; lower it")

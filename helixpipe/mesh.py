@@ -76,6 +76,10 @@ class MeshShape:
         )
 
     def _check_heads(self, shape: ModelShape) -> None:
+        if self.tp > 1 and shape.qk_norm and shape.qk_norm_over == "width":
+            raise ConfigError(
+                f"mesh.tp: {self.tp} ranks divide the heads, and model.qk_norm_over 'width' needs all of them together; use tp 1"
+            )
         divided = {name: getattr(shape, name) for name in TENSOR_DIVIDED}
         for name, count in divided.items():
             if count % self.tp:

@@ -36,16 +36,30 @@ def plain_gradients(
 
 def plain_logits(shape: hp.ModelShape, w: Weights, tokens: Tensor) -> Tensor:
     """tokens [b, s] -> [b, s, vocabulary]"""
-    x = F.embedding(tokens, w["embed.tokens.weight"])
+    x = F.embedding(tokens, w["embed.tokens.weight"]) * shape.embed_scale
     if shape.positions == "learned":
         x = x + w["embed.positions.weight"][: tokens.shape[1]]
+    if shape.embed_norm:
+        x = _norm(shape, w, "embed.norm", x)
+    before, after = shape.norms in ("before", "both"), shape.norms in ("after", "both")
     for layer in range(shape.layers):
         at = f"layers.{layer}"
-        q, k, v = _qkv(shape, w, f"{at}.qkv", _norm(shape, w, f"{at}.norm", x))
-        o, _ = plain_attention(q, k, v, shape.causal)
-        y = x + _linear(w, f"{at}.proj.o", o.transpose(1, 2).flatten(2), shape.bias)
-        x = y + _mlp(shape, w, f"{at}.mlp", _norm(shape, w, f"{at}.mlp.norm", y))
-    return _linear(w, "embed.tokens" if shape.tied else "head.output", _norm(shape, w, "head.norm", x), False)
+        n = _norm(shape, w, f"{at}.norm", x) if before and not (shape.embed_norm and layer == 0) else x
+        o, _ = plain_attention(*_qkv(shape, w, f"{at}.qkv", n), shape.causal)
+        made = _linear(w, f"{at}.proj.o", o.transpose(1, 2).flatten(2), shape.bias or shape.o_bias)
+        y = x + (_norm(shape, w, f"{at}.proj.norm", made) if after else made)
+        made = _mlp(shape, w, f"{at}.mlp", _norm(shape, w, f"{at}.mlp.norm", y) if before else y)
+        x = y + (_norm(shape, w, f"{at}.mlp.after", made) if after else made)
+    return _head(shape, w, _norm(shape, w, "head.norm", x))
+
+
+def _head(shape: hp.ModelShape, w: Weights, n: Tensor) -> Tensor:
+    if shape.head_transform:
+        n = _norm(shape, w, "head.dense_norm", F.gelu(_linear(w, "head.dense", n, shape.bias)))
+    logits = _linear(w, "embed.tokens" if shape.tied else "head.output", n, False)
+    if shape.head_transform:
+        logits = logits + w["head.bias"]
+    return shape.head_softcap * torch.tanh(logits / shape.head_softcap) if shape.head_softcap else logits
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
@@ -64,17 +78,17 @@ def _linear(w: Weights, name: str, x: Tensor, bias: bool) -> Tensor:
 def _norm(shape: hp.ModelShape, w: Weights, name: str, x: Tensor) -> Tensor:
     weight, size = w[f"{name}.weight"], x.shape[-1:]
     if shape.norm == "rms":
-        return F.rms_norm(x, size, weight, shape.norm_eps)
-    return F.layer_norm(x, size, weight, w[f"{name}.bias"], shape.norm_eps)
+        return F.rms_norm(x, size, 1 + weight if shape.norm_offset else weight, shape.norm_eps)
+    return F.layer_norm(x, size, weight, w[f"{name}.bias"] if shape.norm_bias else None, shape.norm_eps)
 
 
 def _qkv(shape: hp.ModelShape, w: Weights, name: str, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """n [b, s, h] -> three of [b, heads, s, d]"""
-    q, k, v = (
-        _linear(w, f"{name}.{each}", n, shape.qkv_bias).unflatten(-1, (heads, shape.head_dim)).transpose(1, 2)
-        for each, heads in (("q", shape.heads), ("k", shape.kv_heads), ("v", shape.kv_heads))
-    )
-    if shape.qk_norm:
+    q, k, v = (_linear(w, f"{name}.{each}", n, shape.qkv_bias) for each in "qkv")
+    if shape.qk_norm and shape.qk_norm_over == "width":
+        q, k = _norm(shape, w, f"{name}.q_norm", q), _norm(shape, w, f"{name}.k_norm", k)
+    q, k, v = (t.unflatten(-1, (-1, shape.head_dim)).transpose(1, 2) for t in (q, k, v))
+    if shape.qk_norm and shape.qk_norm_over == "head":
         q, k = _norm(shape, w, f"{name}.q_norm", q), _norm(shape, w, f"{name}.k_norm", k)
     if shape.positions == "rope":
         q, k = _rotated(q, shape.rope_base), _rotated(k, shape.rope_base)
@@ -92,8 +106,18 @@ def _rotated(t: Tensor, base: float) -> Tensor:
 
 def _mlp(shape: hp.ModelShape, w: Weights, name: str, n: Tensor) -> Tensor:
     wide = _linear(w, f"{name}.up", n, shape.bias)
-    wide = F.gelu(wide) if shape.mlp == "gelu" else F.silu(_linear(w, f"{name}.gate", n, shape.bias)) * wide
+    activation = {
+        "swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "geglu_tanh": _tanh_gelu, "gelu_tanh": _tanh_gelu,
+    }[shape.mlp]  # fmt: skip
+    if shape.mlp in ("swiglu", "geglu", "geglu_tanh"):
+        wide = activation(_linear(w, f"{name}.gate", n, shape.bias)) * wide
+    else:
+        wide = activation(wide)
     return _linear(w, f"{name}.down", wide, shape.bias)
+
+
+def _tanh_gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
 
 
 def batch(shape: hp.ModelShape, sequences: int, length: int, seed: int = 1) -> tuple[Tensor, Tensor]:

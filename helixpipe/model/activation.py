@@ -28,16 +28,19 @@ class Activation(Protocol):
 
 
 class GELU:
+    def __init__(self, approximate: str = "none") -> None:
+        """`approximate`: as in torch, none or tanh."""
+        self.approximate = approximate
+
     def forward(self, *inputs: Tensor) -> Tensor:
         (x,) = inputs
-        return F.gelu(x)
+        return F.gelu(x, approximate=self.approximate)
 
     def backward(self, grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return (aten.gelu_backward.grad_input(grad, *inputs, grad_input=grad),)
+        return (aten.gelu_backward.grad_input(grad, *inputs, approximate=self.approximate, grad_input=grad),)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        (x,) = inputs
-        return F.gelu(x)
+        return self.forward(*inputs)
 
 
 class SwiGLU:
@@ -56,3 +59,31 @@ class SwiGLU:
     def __call__(self, *inputs: Tensor) -> Tensor:
         gate, up = inputs
         return F.silu(gate) * up
+
+
+class GeGLU:
+    """gelu(gate) * up (arXiv 2002.05202)"""
+
+    def __init__(self, approximate: str = "none") -> None:
+        """`approximate`: as in torch, none or tanh."""
+        self.gelu = GELU(approximate)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        gate, up = inputs
+        return self.gelu(gate).mul_(up)
+
+    def backward(self, grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        gate, up = inputs
+        dup = self.gelu(gate).mul_(grad)
+        (dgate,) = self.gelu.backward(grad.mul_(up), gate)
+        return dgate, dup
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        gate, up = inputs
+        return self.gelu(gate) * up
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "swiglu": SwiGLU(), "geglu": GeGLU(), "geglu_tanh": GeGLU("tanh"), "gelu": GELU(), "gelu_tanh": GELU("tanh"),
+}  # fmt: skip
+"""By `ModelShape.mlp`."""

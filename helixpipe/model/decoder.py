@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 
 from helixpipe.model import attn, block, embed, head, mlp, norm, proj, qkv
 from helixpipe.model.recipe import Recipe
-from helixpipe.model.rope import Rope
+from helixpipe.model.rope import Ropes
 from helixpipe.parts.part import Part
 from helixpipe.parts.shape import ModelShape
 
@@ -40,17 +41,18 @@ class Model(Protocol):
 class Decoder:
     """The model of a ModelShape. Parameters are initialised by name from the seed, whatever the placement."""
 
-    def __init__(self, shape: ModelShape, seed: int = 0, mlp_chunk: int = 0, head_chunk: int = 0) -> None:
+    def __init__(
+        self, shape: ModelShape, seed: int = 0, mlp_chunk: int = 0, head_chunk: int = 0, z_loss: float = 0.0
+    ) -> None:
         """`mlp_chunk`, `head_chunk`: tokens at a time through the MLP and the head, on all ranks that share a sequence
-        together; 0 is all at once.
+        together; 0 is all at once. `z_loss`: what (log-sum-exp of the logits)^2 weighs in the gradient; losses are without.
         """
         self.shape, self.seed = shape, seed
-        rope = Rope(shape.head_dim, shape.rope_base) if shape.positions == "rope" else None
-        self.recipe = Recipe(shape, rope, mlp_chunk, head_chunk)
+        self.recipe = Recipe(shape, Ropes(shape), mlp_chunk, head_chunk, z_loss=z_loss)
 
     def part(self, part: Part) -> nn.Module:
         with torch.device("meta"):
-            module = MODULES[part.kind](self.recipe)
+            module = MODULES[part.kind](replace(self.recipe, layer=part.layer))
         module.to_empty(device="cpu")
         for place, parameter in module.named_parameters():
             name = self.shape.parameter_name(part, place)
@@ -60,11 +62,11 @@ class Decoder:
 
     @torch.no_grad()
     def _initialise(self, name: str, parameter: nn.Parameter) -> None:
-        """GPT-2's: normal of 0.02, smaller by sqrt(2L) where a layer adds to the residual; norms 1, biases 0."""
+        """GPT-2's: normal of 0.02, smaller by sqrt(2L) where a layer adds to the residual; norms multiply by 1, biases 0."""
         if name.endswith("bias"):
             parameter.zero_()
         elif parameter.dim() == 1:
-            parameter.fill_(1.0)
+            parameter.fill_(0.0 if self.shape.norm_offset else 1.0)
         else:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
             residual = name.endswith(("o.weight", "down.weight"))

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from helixpipe.model.norm import norm
 from helixpipe.model.recipe import Recipe
 from helixpipe.model.rope import Start
 from helixpipe.parts.shape import ModelShape
 
 
 class Embed(nn.Module):
+    """Rows of the table, scaled, with learned positions and a norm where a model has them."""
+
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
         self.tokens = nn.Embedding(shape.vocabulary, shape.hidden)
         self.positions = nn.Embedding(shape.context, shape.hidden) if shape.positions == "learned" else None
+        self.norm = norm(shape) if shape.embed_norm else None
+        self.scale = shape.embed_scale
 
     def forward(self, tokens: Tensor, start: Start) -> Tensor:
         x: Tensor = self.tokens(tokens)
-        if self.positions is None:
-            return x
-        if isinstance(start, Tensor):
-            return x + self.positions(start)  # type: ignore[no-any-return]
-        return x + self.positions.weight[start : start + tokens.shape[1]]
+        if self.scale != 1:
+            x = x.mul_(float(torch.tensor(self.scale, dtype=x.dtype)))
+        if self.positions is not None:
+            if isinstance(start, Tensor):
+                x = x + self.positions(start)
+            else:
+                x = x + self.positions.weight[start : start + tokens.shape[1]]
+        return x if self.norm is None else self.norm(x)
 
 
 def make(recipe: Recipe) -> nn.Module:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from helixpipe.model.activation import ACTIVATIONS
 from helixpipe.model.chunked import Chunked, chunked_sum
+from helixpipe.model.cross_entropy import cross_entropy
 from helixpipe.model.linear import Linear
 from helixpipe.model.norm import norm
 from helixpipe.model.recipe import Recipe
@@ -20,20 +24,23 @@ def counted(*targets: Tensor) -> int:
 
 
 class Head(Chunked):
-    """Final norm, logits and cross entropy, summed over tokens; over slices of `chunk` tokens when that is not 0."""
+    """Final norm, transform, logits and cross entropy, summed over tokens; over slices of `chunk` tokens when that is not 0."""
 
-    def __init__(self, shape: ModelShape, chunk: int = 0) -> None:
+    def __init__(self, shape: ModelShape, chunk: int = 0, z_loss: float = 0.0) -> None:
         super().__init__()
         self.norm = norm(shape)
-        self.output = Linear(shape.hidden, shape.vocabulary, bias=False)
-        self.chunk = chunk
+        self.dense = Linear(shape.hidden, shape.hidden, bias=shape.bias) if shape.head_transform else None
+        self.dense_norm = norm(shape) if shape.head_transform else nn.Identity()
+        self.output = Linear(shape.hidden, shape.vocabulary, bias=shape.head_transform)
+        self.softcap = shape.head_softcap
+        self.chunk, self.z_loss = chunk, z_loss
 
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:
         return chunked_sum(self, self.local_chunk, x, targets)
 
     def whole(self, x: Tensor, *others: Tensor) -> Tensor:
         (targets,) = others
-        return F.cross_entropy(self.logits(x), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        return cross_entropy(self.logits(x), targets.flatten(), self.z_loss)
 
     def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy of each token, [b, s], for evaluations: 0 where the target does not count.
@@ -51,9 +58,32 @@ class Head(Chunked):
 
     def logits(self, x: Tensor) -> Tensor:
         """x [b, s, h] -> [b * s, vocabulary], in float32 or wider."""
-        logits: Tensor = self.output(self.norm(x)).flatten(0, 1)
+        n = self.norm(x)
+        if self.dense is not None:
+            n = self.dense_norm(ACTIVATIONS["gelu"](self.dense(n)))
+        logits: Tensor = self.output(n)
+        if self.softcap:
+            logits = _SoftCap.apply(logits, self.softcap)  # type: ignore[no-untyped-call]
+        logits = logits.flatten(0, 1)
         return logits if logits.dtype == torch.float64 else logits.float()
 
 
+class _SoftCap(torch.autograd.Function):
+    """c * tanh(x / c), in the place of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cap: float) -> Tensor:
+        ctx.mark_dirty(x.div_(cap).tanh_().mul_(cap))
+        ctx.save_for_backward(x)
+        ctx.cap = cap
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """1 - tanh^2, from what was made."""
+        (made,) = ctx.saved_tensors
+        return made.div(ctx.cap).square_().neg_().add_(1).mul_(grad), None
+
+
 def make(recipe: Recipe) -> nn.Module:
-    return Head(recipe.shape, recipe.head_chunk)
+    return Head(recipe.shape, recipe.head_chunk, recipe.z_loss)

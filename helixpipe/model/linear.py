@@ -129,9 +129,9 @@ class Linear(nn.Linear):
         return self.scatter(y) if self.bias is None else self.scatter(y) + self.bias
 
 
-def added(linear: nn.Module, y: Tensor, x: Tensor) -> Tensor:
-    """x + y, where y is what `linear` made: in its place, unless the layer is someone's own, which may have kept it."""
-    return y.add_(x) if isinstance(linear, Linear) else x + y
+def added(maker: nn.Module, y: Tensor, x: Tensor) -> Tensor:
+    """x + y, where y is what `maker` made: in its place, unless the module is someone's own, which may have kept it."""
+    return y.add_(x) if isinstance(maker, Linear | nn.RMSNorm | nn.LayerNorm) else x + y
 
 
 def activated(linear: nn.Module, activation: Activation, *inputs: Tensor) -> Tensor:

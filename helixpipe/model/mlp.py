@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from helixpipe.model.activation import GELU, Activation, SwiGLU
+from helixpipe.model.activation import ACTIVATIONS
 from helixpipe.model.chunked import Chunked, chunked
 from helixpipe.model.divided import Exchange, TensorDivided
 from helixpipe.model.linear import Linear, activated, added
@@ -14,14 +14,16 @@ from helixpipe.parts.shape import ModelShape
 
 
 class MLP(Chunked, TensorDivided):
-    """Norm, GELU or SwiGLU MLP and residual add; over slices of `chunk` tokens when that is not 0."""
+    """Norm before, MLP, norm after and residual add; over slices of `chunk` tokens when that is not 0."""
 
     def __init__(self, shape: ModelShape, chunk: int = 0) -> None:
         super().__init__()
-        self.norm = norm(shape)
+        self.norm = norm(shape) if shape.norms_before else None
         self.gate = Linear(shape.hidden, shape.ffn, bias=shape.bias) if shape.gated else None
         self.up = Linear(shape.hidden, shape.ffn, bias=shape.bias)
         self.down = Linear(shape.ffn, shape.hidden, bias=shape.bias)
+        self.after = norm(shape) if shape.norms_after else None
+        self.activation = ACTIVATIONS[shape.mlp]
         self.chunk = chunk
 
     def divide(self, gather: Exchange, scatter: Exchange) -> None:
@@ -32,11 +34,12 @@ class MLP(Chunked, TensorDivided):
         return chunked(self, self.local_chunk, y)
 
     def whole(self, x: Tensor, *others: Tensor) -> Tensor:
-        n = self.gather(self.norm(x))
-        activation: Activation = GELU() if self.gate is None else SwiGLU()
+        n = self.gather(x if self.norm is None else self.norm(x))
         wide = [self.up(n)] if self.gate is None else [self.gate(n), self.up(n)]
         del n  # not needed any more where nothing keeps it
-        return added(self.down, activated(self.down, activation, *wide), x)
+        made = activated(self.down, self.activation, *wide)
+        del wide
+        return added(self.down, made, x) if self.after is None else added(self.after, self.after(made), x)
 
 
 def make(recipe: Recipe) -> nn.Module:

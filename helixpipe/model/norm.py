@@ -16,27 +16,34 @@ class RMSNorm(nn.RMSNorm):
     """torch's RMSNorm over the last dimension, with one number a row kept beside its input on every device.
 
     torch has one kernel for it on CUDA. Elsewhere it is made of operations whose results are all kept, the normalised
-    input among them, in float32: there it is `_RMSNorm`.
+    input among them, in float32: there it is `_RMSNorm`. So it is where it multiplies by 1 + weight, which a narrow
+    precision cannot hold and the kernel takes in no other.
     """
 
+    def __init__(self, size: int, eps: float, offset: bool = False) -> None:
+        """`offset`: multiply by 1 + weight."""
+        super().__init__(size, eps=eps)
+        self.offset = offset
+
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cuda":
+        if x.device.type == "cuda" and not self.offset:
             fused: Tensor = F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
             return fused
-        made: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        made: Tensor = _RMSNorm.apply(x, self.weight, self.eps, self.offset)  # type: ignore[no-untyped-call]
         return made
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x / rms(x) * weight, computed in float32 or wider."""
+    """x / rms(x) * weight, or with an offset * (1 + weight), computed in float32 or wider."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: bool) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        made: Tensor = (x * scale).mul_(weight).to(x.dtype)
+        ctx.offset = offset
+        made: Tensor = (x * scale).mul_(_factor(weight, offset, wide)).to(x.dtype)
         return made
 
     @staticmethod
@@ -47,19 +54,28 @@ class _RMSNorm(torch.autograd.Function):
         product = grad * y
         dweight = product.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
-            return None, dweight, None
-        mean = product.mul_(weight).mean(-1, keepdim=True)
-        dx = torch.mul(grad, weight, out=product).addcmul_(y, mean, value=-1).mul_(scale)
+            return None, dweight, None, None
+        factor = _factor(weight, ctx.offset, scale.dtype)
+        mean = product.mul_(factor).mean(-1, keepdim=True)
+        dx = torch.mul(grad, factor, out=product).addcmul_(y, mean, value=-1).mul_(scale)
         dx = dx.to(x.dtype)
-        return dx, dweight, None
+        return dx, dweight, None, None
+
+
+def _factor(weight: Tensor, offset: bool, wide: torch.dtype) -> Tensor:
+    return weight.to(wide) + 1 if offset else weight
+
+
+NORMS = (nn.LayerNorm, RMSNorm)
+"""They keep their input and not what they make, and give the same when they are run again."""
 
 
 def norm(shape: ModelShape, size: int = 0) -> nn.Module:
     """RMSNorm or LayerNorm over the last dimension (0: the hidden size)."""
     if shape.norm == "rms":
-        return RMSNorm(size or shape.hidden, eps=shape.norm_eps)
-    return nn.LayerNorm(size or shape.hidden, eps=shape.norm_eps)
+        return RMSNorm(size or shape.hidden, shape.norm_eps, shape.norm_offset)
+    return nn.LayerNorm(size or shape.hidden, eps=shape.norm_eps, bias=shape.norm_bias)
 
 
 def make(recipe: Recipe) -> nn.Module:
-    return norm(recipe.shape)
+    return norm(recipe.shape) if recipe.shape.has_norm_before(recipe.layer) else nn.Identity()

@@ -1,4 +1,7 @@
-"""head: final norm, logits and cross entropy, x of layer L to the loss. It may run in slices."""
+"""head: final norm, a transform where a model has one, logits and cross entropy, x of layer L to the loss.
+
+It may run in slices.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,16 @@ class HeadKind(Kind):
 
     def parameters(self, shape: ModelShape) -> Shapes:
         """A tied head lists its table too: see `parameter_name`."""
-        return norm_parameters(shape, "norm.") | linear("output", shape.vocabulary, shape.hidden, False)
+        h, found = shape.hidden, norm_parameters(shape, "norm.")
+        if shape.head_transform:
+            found |= linear("dense", h, h, shape.bias) | norm_parameters(shape, "dense_norm.")
+        return found | linear("output", shape.vocabulary, h, shape.head_transform)
 
     def parameter_name(self, part: Part, name: str, shape: ModelShape) -> str:
         if name == "output.weight" and shape.tied:
             return f"{FIRST}.tokens.weight"
+        if name == "output.bias":  # the head's own, whosever the table is
+            return "head.bias"
         return f"head.{name}"
 
     def value_shape(self, name: str, work: Work) -> tuple[int, ...]:
@@ -39,7 +47,8 @@ class HeadKind(Kind):
         return keeping.head_chunk
 
     def moved_elements(self, shape: ModelShape) -> float:
-        return 2.0 * shape.hidden + 4.0 * shape.vocabulary
+        normed = (6.0 if shape.head_transform else 2.0) * shape.hidden
+        return normed + (6.0 if shape.head_softcap else 4.0) * shape.vocabulary
 
     @property
     def vocabulary_exchanges(self) -> int:
@@ -53,21 +62,32 @@ class HeadKind(Kind):
         reads = work.values(part.reads)
         if work.slices(part):
             return reads
-        inner = {
-            f"{part}.normed": work.tokens * work.shape.hidden * work.keeping.element_bytes,
-            f"{part}.logits": work.tokens * work.shape.vocabulary * work.keeping.wide_bytes,
-        }
+        shape, h = work.shape, work.shape.hidden * work.unit
+        inner = {f"{part}.normed": h, f"{part}.logits": shape.vocabulary * work.wide_unit}
+        if shape.head_transform:
+            inner |= {f"{part}.dense": h, f"{part}.act": h, self._multiplied(part, work): h}
+            inner |= norm_saved(work, f"{part}.dense_norm")
+        if shape.head_softcap:
+            inner[f"{part}.capped"] = shape.vocabulary * work.unit
         return reads | norm_saved(work, f"{part}.norm") | inner
 
+    @staticmethod
+    def _multiplied(part: Part, work: Work) -> str:
+        """The name of what the table is multiplied by."""
+        return f"{part}.transformed" if work.shape.head_transform else f"{part}.normed"
+
     def linears(self, part: Part, work: Work) -> dict[str, tuple[int, int]]:
-        return {f"{part}.normed": (work.shape.vocabulary, work.shape.hidden)}
+        h = work.shape.hidden
+        dense = {f"{part}.normed": (h, h)} if work.shape.head_transform else {}
+        return dense | {self._multiplied(part, work): (work.shape.vocabulary, h)}
 
     def forward_workspace(self, part: Part, work: Work, graph: bool) -> int:
         """Logits beside their log-softmax, which a graph keeps."""
         if work.slices(part):
             return self.forward_workspace(part, work.sliced(part), graph=False)
         narrow = 0 if work.is_wide else work.unit
-        return work.shape.vocabulary * (work.wide_unit * (1 if graph else 2) + narrow)
+        kept = work.unit if graph and work.shape.head_softcap else 0  # the logits are what the softcap made
+        return work.shape.vocabulary * (work.wide_unit * (1 if graph else 2) + narrow - kept)
 
     def backward_workspace(self, part: Part, work: Work, unread: bool = False) -> int:
         """The gradients of the log-softmax and of the logits."""

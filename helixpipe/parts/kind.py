@@ -36,12 +36,16 @@ class Kind:
     """Whether what it makes belongs to the next layer."""
     attends: ClassVar[bool] = False
     """Whether it is attention: parameterless, quadratic, and what a selective recompute leaves out."""
+    cheap: ClassVar[bool] = False
+    """Whether what it makes costs so little that a recomputed graph makes it again rather than keep it."""
     opaque: ClassVar[bool] = False
     """Whether it is a whole layer, into which nobody looks."""
     alone: ClassVar[bool] = False
     """Whether it is recomputed by itself, with no other part."""
     splits: ClassVar[bool] = False
     """Whether its weight gradients can be put off to a W."""
+    hands_on: ClassVar[bool] = False
+    """Whether what it makes is what it reads, the same tensor: it computes, keeps and costs nothing."""
     has_parameters: ClassVar[bool] = True
     divides: ClassVar[bool] = True
     """Whether tensor-parallel ranks divide its matrices."""
@@ -49,6 +53,10 @@ class Kind:
     """Whether tensor-parallel ranks share what it makes by tokens; else by heads."""
     units: ClassVar[int] = 0
     """A forward's duration, to draw with when nothing is known of model or machine."""
+
+    def of(self, part: Part, shape: ModelShape) -> Kind:
+        """What a part of this kind is in one model: itself, or a variant of it."""
+        return self
 
     def parameters(self, shape: ModelShape) -> Shapes:
         return {}
@@ -130,6 +138,10 @@ class Kind:
         """
         inputs = sum(map(work.value_bytes, part.reads))
         return inputs + self.largest_matrix(work)
+
+    def in_place(self, part: Part, work: Work) -> int:
+        """Bytes of its inputs' gradients that need no room of their own where nobody else reads these inputs."""
+        return 0
 
     def largest_matrix(self, work: Work) -> int:
         """Bytes of a weight gradient before it is added to the parameter's, on all processes of a rank together."""

@@ -1,4 +1,7 @@
-"""mlp: norm, GELU or SwiGLU MLP and the residual add, y to the next layer's x. It may run in slices."""
+"""mlp: norm, MLP with or without a gate, norm and the residual add, y to the next layer's x. It may run in slices.
+
+A model has the norm before, the one after, or both.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,16 @@ class MLPKind(Kind):
         h, ffn = shape.hidden, shape.ffn
         gate = linear("gate", ffn, h, shape.bias) if shape.gated else {}
         up_down = linear("up", ffn, h, shape.bias) | linear("down", h, ffn, shape.bias)
-        return norm_parameters(shape, "norm.") | gate | up_down
+        before = norm_parameters(shape, "norm.") if shape.norms_before else {}
+        after = norm_parameters(shape, "after.") if shape.norms_after else {}
+        return before | gate | up_down | after
 
     def chunk(self, keeping: Keeping) -> int:
         return keeping.mlp_chunk
 
     def moved_elements(self, shape: ModelShape) -> float:
-        return 5.0 * shape.hidden + (3.0 if shape.gated else 2.0) * shape.ffn
+        norms = shape.norms_before + shape.norms_after
+        return (1.0 + 2.0 * (norms + 1)) * shape.hidden + (3.0 if shape.gated else 2.0) * shape.ffn
 
     @property
     def exchanges(self) -> int:
@@ -43,27 +49,42 @@ class MLPKind(Kind):
         wides = 2 if shape.gated else 1
         if keeping.keeps_activated:  # and, of a gated one, what its gate became
             wides += 2 if shape.gated else 1
-        inner = {
-            f"{part}.normed": unit * shape.hidden * keeping.tensor_parallel,  # gathered, on each rank
+        found: Kept = reads | norm_saved(work, f"{part}.norm") if shape.norms_before else {}
+        found |= {
+            self._multiplied(part, work): unit * shape.hidden * keeping.tensor_parallel,  # gathered, on each rank
             f"{part}.wide": wides * unit * shape.ffn,
         }
-        return reads | norm_saved(work, f"{part}.norm") | inner
+        if shape.norms_after:
+            found |= {f"{part}.made": unit * shape.hidden} | norm_saved(work, f"{part}.after")
+        return found
+
+    @staticmethod
+    def _multiplied(part: Part, work: Work) -> str:
+        """The name of what the first linear layers read: y itself where there is no norm of it."""
+        return f"{part}.normed" if work.shape.norms_before else work.gathered(part.reads[0])
 
     def linears(self, part: Part, work: Work) -> dict[str, tuple[int, int]]:
         shape = work.shape
         gathered = shape.hidden * work.keeping.tensor_parallel
         ups = 2 * shape.ffn if shape.gated else shape.ffn
-        return {f"{part}.normed": (ups, gathered), f"{part}.act": (gathered, shape.ffn)}
+        return {self._multiplied(part, work): (ups, gathered), f"{part}.act": (gathered, shape.ffn)}
 
     def forward_workspace(self, part: Part, work: Work, graph: bool) -> int:
-        """What the last linear layer reads, and what the activation reads where no graph keeps it."""
+        """What the last linear layer reads, and what the activation reads where no graph keeps it.
+
+        With a norm after, what the last linear layer makes is not yet what the part does.
+        """
         if work.slices(part):
             piece = work.sliced(part)
             return piece.shape.hidden * piece.unit + self.forward_workspace(part, piece, graph=False)
         shape, h = work.shape, work.shape.hidden * work.keeping.tensor_parallel
         kept = 0 if graph else (2 if shape.gated else 1) * shape.ffn
-        normed = 0 if graph else h + norm_forward(work) // work.unit
-        return max(kept + shape.ffn, normed) * work.unit
+        normed = 0 if graph else shape.norms_before * (h + norm_forward(work) // work.unit)
+        most = max(kept + shape.ffn, normed) * work.unit
+        if not shape.norms_after:
+            return most
+        made = shape.hidden * work.unit
+        return max(most - made, norm_forward(work)) if graph else max(most, made + norm_forward(work))
 
     def backward_workspace(self, part: Part, work: Work, unread: bool = False) -> int:
         """At the last linear layer: its input made anew and the weight's gradient; then those of what the activation reads."""

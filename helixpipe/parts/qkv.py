@@ -23,9 +23,9 @@ class QKVKind(Kind):
         h, q, kv, bias = shape.hidden, shape.q_size, shape.kv_size, shape.qkv_bias
         found = linear("q", q, h, bias) | linear("k", kv, h, bias) | linear("v", kv, h, bias)
         if shape.qk_norm:
-            found |= norm_parameters(shape, "q_norm.", shape.head_dim) | norm_parameters(
-                shape, "k_norm.", shape.head_dim
-            )
+            whole = shape.qk_norm_over == "width"
+            found |= norm_parameters(shape, "q_norm.", q if whole else shape.head_dim)
+            found |= norm_parameters(shape, "k_norm.", kv if whole else shape.head_dim)
         return found
 
     def value_shape(self, name: str, work: Work) -> tuple[int, ...]:
@@ -33,6 +33,7 @@ class QKVKind(Kind):
         return (*work.lead, heads, work.shape.head_dim)
 
     def moved_elements(self, shape: ModelShape) -> float:
+        """Whatever share of a head is rotated: the rest is copied beside it."""
         return 2.0 * (shape.q_size + 2 * shape.kv_size) if shape.positions == "rope" else 0.0
 
     @property
@@ -43,9 +44,10 @@ class QKVKind(Kind):
         shape = work.shape
         (n,) = part.reads
         found = {work.gathered(n): work.value_bytes(n) * work.keeping.tensor_parallel}
-        if shape.qk_norm:  # over each head of q and k
+        if shape.qk_norm:
             for name, size, heads in (("q", shape.q_size, shape.heads), ("k", shape.kv_size, shape.kv_heads)):
-                found |= {f"{part}.{name}": work.unit * size} | norm_saved(work, f"{part}.{name}_norm", heads)
+                rows = heads if shape.qk_norm_over == "head" else 1
+                found |= {f"{part}.{name}": work.unit * size} | norm_saved(work, f"{part}.{name}_norm", rows)
         return found
 
     def linears(self, part: Part, work: Work) -> dict[str, tuple[int, int]]:

@@ -57,7 +57,7 @@ class ModelShape:
     embed_norm: bool = False
     """A norm of what the embedding makes, which then is layer 0's norm before attention too (ModernBERT)."""
     embed_scale: float = 1.0
-    """What the embedding's rows are multiplied by (Gemma)."""
+    """What the embedding's rows are multiplied by, as rounded to their precision (Gemma)."""
     positions: str = "rope"
     """`rope` or `learned`."""
     rope_base: float = 10000.0
@@ -68,14 +68,15 @@ class ModelShape:
     window_rope_base: float = 0.0
     """The base of layers with a window, whose positions are never scaled; 0: theirs are as all layers' (Gemma 3)."""
     context: int = 0
-    """The longest sequence that learned positions have room for; unused by rope."""
+    """The longest sequence that learned positions have room for; of rope what the model was made for, and no limit; 0:
+    unknown."""
     mlp: str = "swiglu"
     """`swiglu`, `geglu`, `geglu_tanh` (three matrices), `gelu` or `gelu_tanh` (two)."""
     qkv_bias: bool = False
     o_bias: bool = False
     """Bias of attention's output projection."""
     bias: bool = False
-    """Biases of all linear layers but q, k, v and the head."""
+    """Biases of all linear layers but q, k, v and the logits."""
     qk_norm: bool = False
     qk_norm_over: str = "head"
     """What q's and k's norms are over: each `head`, or the whole `width` before it is cut into heads (OLMo-2)."""
@@ -113,8 +114,7 @@ class ModelShape:
         object.__setattr__(self, "head_dim", self.head_dim or self.hidden // self.heads)
         if self.heads % self.kv_heads:
             raise ConfigError(f"model.kv_heads: {self.kv_heads} do not divide {self.heads} heads; choose a divisor")
-        if self.positions == "rope" and self.head_dim % 2:
-            raise ConfigError(f"model.head_dim: {self.head_dim} is odd; rope needs an even one")
+        self._check_rotary()
         if self.positions == "learned" and self.context < 1:
             raise ConfigError("model.context: learned positions need one; give the longest sequence")
         choices = {
@@ -124,10 +124,40 @@ class ModelShape:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"model.{name}: '{getattr(self, name)}' is not known; known: {', '.join(known)}")
-
+        self._check_norms()
         if isinstance(self.frozen, str):
             raise ConfigError(f"model.frozen: '{self.frozen}' is one text; give a list of names or patterns")
         object.__setattr__(self, "frozen", tuple(self.frozen))
+
+    def _check_norms(self) -> None:
+        if self.norm_offset and self.norm != "rms":
+            raise ConfigError(
+                "model.norm_offset: true, and a LayerNorm multiplies by its weight alone; set model.norm to rms or leave it away"
+            )
+        if self.qk_norm_over != "head" and not self.qk_norm:
+            raise ConfigError(
+                f"model.qk_norm_over: '{self.qk_norm_over}', and q and k have no norm; set model.qk_norm to true or leave it away"
+            )
+        if not 0 < self.embed_scale < math.inf:
+            raise ConfigError(f"model.embed_scale: {self.embed_scale:g}; give more than 0, and a finite number")
+
+    def _check_rotary(self) -> None:
+        if not 0 < self.rotary_share <= 1:
+            raise ConfigError(f"model.rotary_share: {self.rotary_share:g}; give more than 0 and at most 1")
+        if self.positions != "rope":
+            if self.rope != Rotary():
+                raise ConfigError(
+                    f"model.rope.type: {self.rope.type} scales rotary positions, and these are {self.positions}; "
+                    "remove model.rope or set model.positions to rope"
+                )
+            return
+        if self.head_dim % 2:
+            raise ConfigError(f"model.head_dim: {self.head_dim} is odd; rope needs an even one")
+        if not self.rotated:
+            raise ConfigError(
+                f"model.rotary_share: {self.rotary_share:g} of a head of {self.head_dim} is no number; raise it"
+            )
+        self.rope.check(self.rotated, self.rope_base)
 
     @property
     def q_size(self) -> int:
@@ -140,9 +170,34 @@ class ModelShape:
         return self.kv_heads * self.head_dim
 
     @property
+    def rotated(self) -> int:
+        """Numbers of each head that rotary positions turn; the rest pass."""
+        return int(self.head_dim * self.rotary_share)
+
+    def rotary_of(self, layer: int) -> tuple[float, Rotary]:
+        """Base and scaling of a layer's rotary positions."""
+        if self.window_rope_base and self.window_of(layer):
+            return self.window_rope_base, Rotary()
+        return self.rope_base, self.rope
+
+    @property
     def gated(self) -> bool:
         """Whether the MLP has three matrices."""
         return self.mlp in GATED
+
+    @property
+    def norms_before(self) -> bool:
+        """Whether attention and MLP have norms of what they read."""
+        return self.norms != "after"
+
+    @property
+    def norms_after(self) -> bool:
+        """Whether attention and MLP have norms of what they make."""
+        return self.norms != "before"
+
+    def has_norm_before(self, layer: int) -> bool:
+        """Whether a layer has a norm before attention: else n is x."""
+        return self.norms_before and not (self.embed_norm and layer == 0)
 
     def window_of(self, layer: int) -> int:
         """Of a layer: a token at i sees j where |i - j| < window; 0 is all."""
@@ -175,11 +230,11 @@ class ModelShape:
 
     def about(self, part: Part) -> Kind:
         """What a part is in this model: the one road to everything that is said of it."""
-        return part.about
+        return part.about.of(part, self)
 
     def alike(self, part: Part) -> Hashable:
         """What parts that cost the same have in common, so that one of them is priced for all."""
-        return part.kind
+        return self.about(part)
 
     def value_shape(self, value: Value, batch: Batch, segment: int) -> tuple[int, ...]:
         """Shape of a value for one segment: [b, s, h]; q, k and v [b, s, heads, head_dim]; o [b, s, heads * head_dim]."""
@@ -237,6 +292,12 @@ class Shaped(Protocol):
 
     @property
     def shape(self) -> ModelShape: ...
+
+
+def handed_on(parts: Iterable[Part], shape: ModelShape) -> dict[str, str]:
+    """Values that are other values' tensors, where these parts run: name -> the name of what was handed on."""
+    handing = [part for part in parts if shape.about(part).hands_on]
+    return {str(made): str(read) for part in handing for made, read in zip(part.makes, part.reads, strict=True)}
 
 
 def shape_of(model: Shaped | ModelShape) -> ModelShape:

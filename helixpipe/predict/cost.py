@@ -80,6 +80,8 @@ class Analytic:
     def _seconds(self, part: Part, flops: float, batch: Batch, segment: int, backward: bool) -> float:
         device = self.accelerator
         about = self.shape.about(part)
+        if about.hands_on:
+            return 0.0
         reached = device.matmul_efficiency
         if about.attends:
             reached = device.attention_backward_efficiency if backward else device.attention_efficiency

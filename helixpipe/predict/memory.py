@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from helixpipe.parts.kind import Kept
 from helixpipe.parts.part import Value
+from helixpipe.parts.shape import handed_on
 from helixpipe.parts.work import Keeping, Work
 from helixpipe.predict.keeping import kept, key_values, owed
 from helixpipe.schedule.action import Action, Pass
@@ -171,8 +172,11 @@ def _moves(
     schedule = program.schedule
     cut = chunks(schedule.stages[stage], not keeping.recomputes, schedule.outputs[stage])
     work = Work(program.shape, program.batch, segment, keeping)
-    step = _Step([], work, schedule.segments > 1)
     into, out = schedule.edges_into[stage], schedule.edges_out_of[stage]
+    # what another rank's part handed on came as a tensor of its own
+    here = [stage, *(edge.producer for edge, met in zip(into, meets.before, strict=True) if met)]
+    same = handed_on((part for each in here for part in schedule.stages[each].parts), program.shape)
+    step = _Step([], work, schedule.segments > 1, same)
     if kind is Pass.F:
         step.arrive(into, meets.before)
         for chunk in cut:
@@ -205,10 +209,15 @@ class _Step:
     work: Work
     keeps_past: bool
     """Whether keys and values wait for later segments."""
+    same: dict[str, str]
+    """Names of values that are other values' tensors here -> theirs."""
 
     def hold(self, held: Kept, by: int) -> None:
-        if held:
-            self.moves.append(Move(held, by))
+        alone = {name: size for name, size in held.items() if name not in self.same} if self.same else held
+        if alone:
+            self.moves.append(Move(alone, by))
+        for name in self.same.keys() & held.keys():  # by itself: it may be held under both names at once
+            self.moves.append(Move({self.same[name]: held[name]}, by))
 
     def needs(self, workspace_bytes: int) -> None:
         self.moves.append(Move({}, 0, 0, workspace_bytes))
@@ -244,11 +253,11 @@ class _Step:
     def _run(self, chunk: Chunk, graph: bool, again: bool) -> None:
         work = self.work
         selective = work.keeping.recompute == "selective"
-        for part, drops in zip(chunk.parts, chunk.lifetimes.drops, strict=True):
+        for place, (part, drops) in enumerate(zip(chunk.parts, chunk.lifetimes.drops, strict=True)):
             if not (again and part is chunk.parts[-1] and self._is_unread(chunk)):
                 self.values(part.makes, 1)
             if graph:
-                self.hold(work.saved(part), 1)
+                self.hold(chunk.saved(place, work), 1)
             elif selective:
                 self.hold(work.kept(part), 1)
             self.needs(work.forward_workspace(part, graph))
@@ -264,15 +273,14 @@ class _Step:
         """Autograd lets go of each part's share of the graph as it passes it, but for what is put off."""
         work = self.work
         self.values(chunk.gives, -1, GRADIENT)
-        for part, pending in reversed(list(zip(chunk.parts, chunk.lifetimes.pending, strict=True))):
-            unread = work.keeping.recomputes and part is chunk.parts[-1]
+        for place, part in reversed(list(enumerate(chunk.parts))):
             left = work.put_off(part) if puts_off else {}
             inputs = {name: size for name, size in left.items() if not name.startswith(GRADIENT)}
-            self.needs(sum(map(work.value_bytes, pending)) + work.backward_workspace(part, unread))
+            self.needs(chunk.backward_bytes(place, work))
             self.hold(inputs, 1)
             if part.about.attends:
                 self._owe()
-            self.hold(work.saved(part), -1)
+            self.hold(chunk.saved(place, work), -1)
             self.hold({name: size for name, size in left.items() if name not in inputs}, 1)
         self.values(chunk.reads, 1, GRADIENT)
         for part in chunk.parts if self.keeps_past else ():

@@ -98,7 +98,10 @@ class Parts:
 
     def __init__(self, shape: ModelShape, device: torch.device | str, dtype: torch.dtype) -> None:
         device, shape = torch.device(device), replace(shape, frozen=())  # every pass is timed
-        self.asked, self.shape, self.device, self.dtype = shape, replace(shape, layers=1), device, dtype
+        self.asked, self.device, self.dtype = shape, device, dtype
+        self.shape = replace(
+            shape, layers=1, embed_norm=False
+        )  # a norm is timed as that of the layer, which has one then
         self.stages = tuple(Stage((part,)) for part in chain(1))
         self.weights = Weights(Modules(Decoder(self.shape), self._schedule(1), 0, device, dtype))
         self.ledger = Ledger(self.weights.is_parameter)
@@ -145,7 +148,7 @@ class Parts:
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.shape.vocabulary, (1, sum(cut)), generator=generator).to(self.device)
         pieces = tokens.split(cut, 1)
-        return {(0, i): Feed(piece, piece, sum(cut[:i]), i) for i, piece in enumerate(pieces)}
+        return {(0, i): Feed(piece, piece, sum(cut[:i]), i, sequence_length=sum(cut)) for i, piece in enumerate(pieces)}
 
 
 def measure_link(device: torch.device | str) -> Link:

@@ -25,6 +25,7 @@ from helixpipe.config import Config
 from helixpipe.config_text import write_toml
 from helixpipe.errors import HelixpipeError
 from helixpipe.files import write_text
+from helixpipe.parts.shape import ModelShape
 from helixpipe.predict.replay import replayed
 from helixpipe.predict.timeline import Timeline
 from helixpipe.predict.timeline_text import to_json
@@ -200,10 +201,17 @@ def described(config: Config, device: str) -> str:
     schedule, train, shape, mesh = config.schedule, config.train, config.shape(), config.mesh_shape()
     ranks = f"{mesh.size} ranks" + (f" ({mesh})" if mesh.size > mesh.pp else "")
     return (
-        f"{config.model.name}: {shape.parameter_count:,} parameters, {shape.layers} layers; "
+        f"{config.model.name}: {_parameters(shape)}, {shape.layers} layers; "
         f"{schedule.family} on {ranks} ({device.split(':')[0]}), {schedule.microbatches} micro-batches "
         f"of {train.microbatch_size} x {train.sequence_length} tokens"
     )
+
+
+def _parameters(shape: ModelShape) -> str:
+    """How many, and of how many the run trains some."""
+    sizes = shape.parameter_elements(shape.chain())
+    trained = sum(size for name, size in sizes.items() if shape.trains(name))
+    return f"{sum(sizes.values()):,} parameters" + (f" ({trained:,} trained)" if shape.frozen else "")
 
 
 def _metrics_until(path: Path, step: int) -> list[str]:

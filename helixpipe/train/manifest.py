@@ -58,6 +58,10 @@ class Manifest:
         return json.dumps(body | {"sha256": _digest(body)}, indent=1)
 
 
+# of a shape, without parameters: how positions are turned, which a run may stretch as it goes on
+_MAY_CHANGE = ("rope", "rope_base", "window_rope_base")
+
+
 def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
@@ -112,10 +116,18 @@ def verify(checkpoint: Path) -> Manifest:
     return manifest
 
 
-def check_shape(manifest: Manifest, shape: ModelShape, checkpoint: Path) -> None:
-    """Raise CheckpointError when the checkpoint is of another model."""
+def check_shape(manifest: Manifest, shape: ModelShape, checkpoint: Path, weights_alone: bool = False) -> None:
+    """Raise CheckpointError when the checkpoint is of another model. Rotary positions have no weights: they may change.
+
+    `weights_alone`: the optimizer's moments are not needed, so that anything may have been frozen.
+    """
     for name, value in dataclasses.asdict(shape).items():
-        if name in manifest.shape and manifest.shape[name] != value:
+        if name == "frozen" and weights_alone:
+            continue
+        if name == "frozen" and manifest.shape.get(name, value) != value:  # of what was frozen it has no moments
+            was = manifest.config.get("train", {}).get("freeze", [])
+            raise CheckpointError(f"{checkpoint}: its train.freeze is {json.dumps(was)}; freeze the same parameters")
+        if name in manifest.shape and manifest.shape[name] != value and name not in _MAY_CHANGE:
             raise CheckpointError(
                 f"{checkpoint}: its model.{name} is {manifest.shape[name]}, and the config's {value}; use the same model"
             )

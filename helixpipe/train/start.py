@@ -18,7 +18,7 @@ def make_pipeline(config: Config, device: str) -> Pipeline:
     """The config's model under its schedule and mesh, with initial weights. Collective."""
     runtime, schedule = config.runtime, config.build_schedule()
     return Pipeline(
-        Decoder(config.shape(), config.train.seed, runtime.mlp_chunk, runtime.head_chunk),
+        Decoder(config.shape(), config.train.seed, runtime.mlp_chunk, runtime.head_chunk, config.train.z_loss),
         schedule,
         make_device_mesh(config.mesh_shape(), device, runtime.timeout_s),
         device=device,

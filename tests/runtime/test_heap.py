@@ -27,6 +27,19 @@ CASES = [
     Case("helix", "selective", CHUNK, {"travel": "attention"}, **SIZES),
 ]
 ALONE = [Case("1f1b", "full", CHUNK, ranks=1, **SIZES)]
+GEMMA = {
+    "norm": "rms",
+    "norms": "both",
+    "norm_offset": True,
+    "mlp": "geglu_tanh",
+    "head_softcap": 5.0,
+    "embed_scale": 11.3,
+}
+OLMO = {"norm": "rms", "norms": "after", "mlp": "swiglu", "qk_norm": True, "qk_norm_over": "width"}
+BERT = {"norm_bias": False, "embed_norm": True, "mlp": "geglu", "head_transform": True, "vocabulary": 1024}
+SMALL: dict[str, Any] = {"ranks": 1, "layers": 2, "hidden": 128, "length": 1024, "microbatches": 2}
+ALONE += [Case("1f1b", "none", model=GEMMA, **SMALL), Case("1f1b", "full", CHUNK, model=OLMO, **SMALL)]
+ALONE += [Case("1f1b", "selective", model=BERT, **SMALL)]
 DEPTHS = [Case("1f1b", chunk=CHUNK, ranks=1, evaluates=True, **(SIZES | {"layers": layers})) for layers in (2, 6)]
 
 
@@ -53,6 +66,15 @@ def test_the_heap_holds_what_the_timeline_counts(found: dict[str, list[Peak]], c
 def test_the_heap_holds_what_was_predicted(found: dict[str, list[Peak]], case: Case) -> None:
     ratios = [peak.predicted_over_heap for peak in found[str(case)]]
     assert ratios == pytest.approx([1.0] * len(ratios), abs=WITHIN), told(found[str(case)])
+
+
+def test_a_recompute_holds_no_n_and_few_gradients_beside_q_k_and_v(found: dict[str, list[Peak]]) -> None:
+    """In attention's backward: 2 inputs of layers, q k v o, the gradients of o and of the residual, a head's of four, a
+    posted receive, each of b*s*h; and the kernel's tiles, 1 MiB."""
+    case = Case("1f1b", "full", CHUNK, **SIZES)
+    unit = case.length * case.hidden * 4
+    for peak in found[str(case)]:
+        assert peak.heap_bytes <= 1.02 * ((2 + 4 + 2 + 1 + 1) * unit + 2**20), told(found[str(case)])
 
 
 def test_an_evaluation_holds_no_more_for_more_layers(found: dict[str, list[Peak]]) -> None:

@@ -200,6 +200,19 @@ def test_a_missing_file_is_named() -> None:
         ({"model": {"head_dim": -32}}, "model.head_dim: -32; give at least 0"),
         ({"model": {"context": -1}}, "model.context: -1; give at least 0"),
         ({"model": {"norm_eps": -1e-5}}, "model.norm_eps: -1e-05; give at least 0"),
+        (
+            {"model": {"name": "gpt2", "norm_offset": True}},
+            "model.norm_offset: true, and a LayerNorm multiplies by its weight alone; set model.norm to rms or leave it away",
+        ),
+        (
+            {"model": {"qk_norm_over": "width"}},
+            "model.qk_norm_over: 'width', and q and k have no norm; set model.qk_norm to true or leave it away",
+        ),
+        ({"model": {"embed_scale": 0.0}}, "model.embed_scale: 0; give more than 0, and a finite number"),
+        (
+            {"model": {"qk_norm": True, "qk_norm_over": "width"}, "mesh": {"tp": 2}},
+            "mesh.tp: 2 ranks divide the heads, and model.qk_norm_over 'width' needs all of them together; use tp 1",
+        ),
         ({"model": {"rope_base": 0.0}}, "model.rope_base: 0; give more than 0"),
         ({"model": {"causal": False}}, "model.causal: next-token training needs a causal model; set it to true"),
         ({"schedule": {"family": "helx"}}, "schedule.family: 'helx' is not known; did you mean 'helix'?"),
@@ -251,6 +264,18 @@ def test_a_missing_file_is_named() -> None:
             {"train": {"min_learning_rate": 1.0}},
             "train.min_learning_rate: 1.0 is above train.learning_rate 0.002; lower it",
         ),
+        (
+            {"train": {"schedule": "constant", "min_learning_rate": 1e-4}},
+            "train.min_learning_rate: a constant schedule never falls; remove the key",
+        ),
+        ({"train": {"decay_steps": 4}}, "train.decay_steps: cosine has no such key, wsd has; remove it"),
+        (
+            {"train": {"schedule": "wsd", "decay_steps": 121}},
+            "train.decay_steps: 121 are more than train.steps 120; lower it",
+        ),
+        ({"train": {"schedule": "wsd", "decay_steps": 0}}, "train.decay_steps: 0; give at least 1"),
+        ({"train": {"schedule": "wds"}}, "train.schedule: 'wds' is not known; did you mean 'wsd'?"),
+        ({"train": {"z_loss": -1e-4}}, "train.z_loss: -0.0001; give at least 0"),
         ({"mesh": {"tp": 3}}, "mesh.tp: 3 ranks do not divide model.heads 4; tp may be 1, 2 or 4"),
         ({"mesh": {"dp": 0}}, "mesh.dp: 0; give at least 1"),
         (
