@@ -39,14 +39,17 @@ from helixpipe.schedule.schedule import Schedule
 from helixpipe.schedule.stage import Stage
 
 if TYPE_CHECKING:
+    from helixpipe.hub.load import load
     from helixpipe.model.attn import Attention
     from helixpipe.model.decoder import Decoder, Model
     from helixpipe.model.head import counted
     from helixpipe.model.layers import Layers
     from helixpipe.runtime.launch import launch
+    from helixpipe.runtime.losses import Losses
     from helixpipe.runtime.mesh import make_device_mesh
     from helixpipe.runtime.pipeline import Pipeline
     from helixpipe.sequence import ring_attention, ulysses_attention
+    from helixpipe.train.export import export
 
 __version__ = _version("helixpipe")
 
@@ -55,9 +58,12 @@ _LATE = {
     "Attention": "helixpipe.model.attn",
     "Decoder": "helixpipe.model.decoder",
     "Layers": "helixpipe.model.layers",
+    "Losses": "helixpipe.runtime.losses",
     "Model": "helixpipe.model.decoder",
     "Pipeline": "helixpipe.runtime.pipeline",
+    "export": "helixpipe.train.export",
     "launch": "helixpipe.runtime.launch",
+    "load": "helixpipe.hub.load",
     "counted": "helixpipe.model.head",
     "make_device_mesh": "helixpipe.runtime.mesh",
     "ring_attention": "helixpipe.sequence",
@@ -78,6 +84,7 @@ __all__ = [
     "HelixpipeError",
     "Layers",
     "Link",
+    "Losses",
     "MeshShape",
     "Model",
     "ModelShape",
@@ -99,7 +106,9 @@ __all__ = [
     "check",
     "counted",
     "estimate",
+    "export",
     "launch",
+    "load",
     "lower",
     "make_device_mesh",
     "named_shape",

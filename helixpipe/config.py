@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from helixpipe.config_rope import RopeConfig
 from helixpipe.errors import ConfigError
+from helixpipe.hub.folder import Folder
 from helixpipe.mesh import MeshShape
 from helixpipe.parts.freezing import freeze
 from helixpipe.parts.shape import ModelShape
@@ -24,15 +26,19 @@ from helixpipe.schedule import families
 from helixpipe.schedule.partition import check_cut, refuse_bidirectional
 from helixpipe.schedule.schedule import Schedule
 
+DEFAULT_MODEL = "tiny"
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A shape by name, and any of its fields to change."""
+    """A shape by name, or a model from files; and any of its fields to change."""
 
-    name: str = "tiny"
-    """A shape of helixpipe.parts.shapes.SHAPES; the keys below change it."""
+    name: str | None = None
+    """A shape of helixpipe.parts.shapes.SHAPES, tiny when unset; the keys below change it."""
+    path: str | None = None
+    """In the place of a name, a Hugging Face folder: config.json and weights, from which training begins. Of the keys below
+    only those that say how weights are used may then change: rope, rope_base, window, norm_eps, ..."""
     layers: int | None = None
     """Decoder layers."""
     hidden: int | None = None
@@ -199,8 +205,8 @@ class TrainConfig:
     """Gradients above this norm, over all ranks, are scaled down to it; 0 is no clipping."""
     evaluate_every: int = 40
     """Steps between evaluations on held-out data; 0 is only the first and the last."""
-    evaluate_batches: int = 4
-    """Batches in an evaluation, each as large as a training step's."""
+    evaluate_sequences: int = 16
+    """Sequences in an evaluation, spread evenly over what is held out, whatever a batch is; as many as fit side by side."""
 
 
 @dataclass(frozen=True)
@@ -258,11 +264,17 @@ class Config:
     def shape(self) -> ModelShape:
         """The model's shape; raises ConfigError."""
         changes = dataclasses.asdict(self.model)
-        name = changes.pop("name")
+        name, path = changes.pop("name"), changes.pop("path")
         rope = {key: value for key, value in changes.pop("rope").items() if value is not None}
-        shape = named_shape(name, **{key: value for key, value in changes.items() if value is not None})
+        changes = {key: value for key, value in changes.items() if value is not None}
+        shape = Folder.open(path).changed(changes) if path else named_shape(name or DEFAULT_MODEL, **changes)
         shape = dataclasses.replace(shape, rope=shape.rope.with_keys(rope, shape.context)) if rope else shape
         return freeze(shape, self.train.freeze)
+
+    @property
+    def model_title(self) -> str:
+        """What the model is called."""
+        return self.model.name or (Path(self.model.path).name if self.model.path else DEFAULT_MODEL)
 
     def build_schedule(self) -> Schedule:
         """The schedule, checked; raises ConfigError."""
@@ -335,7 +347,7 @@ FAMILY_OPTIONS = tuple(option.name for option in dataclasses.fields(ScheduleConf
 _AT_LEAST = {
     "data.held_out": 0, "train.steps": 1, "train.microbatch_size": 1, "train.sequence_length": 1, "train.seed": 0,
     "train.learning_rate": 0, "train.min_learning_rate": 0, "train.warmup_steps": 0, "train.decay_steps": 1, "train.z_loss": 0, "train.weight_decay": 0,
-    "train.clip_norm": 0, "train.evaluate_every": 0, "train.evaluate_batches": 1, "runtime.mlp_chunk": 0,
+    "train.clip_norm": 0, "train.evaluate_every": 0, "train.evaluate_sequences": 1, "runtime.mlp_chunk": 0,
     "runtime.head_chunk": 0, "runtime.port": 0, "runtime.threads": 1, "run.checkpoint_every": 0, "run.keep": 1,
     "run.timeline_step": 0, "schedule.segment_multiple": 1, "mesh.dp": 1, "mesh.cp": 1, "mesh.tp": 1,
 }  # fmt: skip
@@ -371,6 +383,10 @@ def _check_values(config: Config) -> None:
 
 def _check_together(config: Config) -> None:
     """What no single key can be blamed for without the others."""
+    if config.model.name and config.model.path:
+        raise ConfigError(
+            f"model.path: '{config.model.path}', and model.name is '{config.model.name}'; leave one of them out"
+        )
     train, shape = config.train, config.shape()
     lengths = config.segment_lengths(config.build_schedule()) or (train.sequence_length,)
     config.mesh_shape().check(shape, lengths)

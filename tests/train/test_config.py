@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 from helixpipe.config import Config, ModelConfig
-from helixpipe.config_text import build_config, merged, parse_arguments, read_toml, to_table, write_toml
+from helixpipe.config_text import (
+    build_config,
+    merged,
+    parse_arguments,
+    read_saved,
+    read_toml,
+    renewed,
+    to_table,
+    write_toml,
+)
 from helixpipe.errors import ConfigError
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.shapes import SHAPES
@@ -30,7 +39,7 @@ def test_the_written_config_reads_back_the_same() -> None:
 def test_every_field_of_a_shape_can_be_changed() -> None:
     keys = {field.name for field in dataclasses.fields(ModelConfig)}
     # what is frozen is no shape of a model: it is given with the model, not by a key
-    assert keys == {field.name for field in dataclasses.fields(ModelShape)} - {"frozen"} | {"name"}
+    assert keys == {field.name for field in dataclasses.fields(ModelShape)} - {"frozen"} | {"name", "path"}
 
 
 def test_the_model_is_the_named_shape_with_changes() -> None:
@@ -42,7 +51,9 @@ def test_the_model_is_the_named_shape_with_changes() -> None:
 def test_the_example_spells_out_the_defaults() -> None:
     table = read_toml(EXAMPLES / "tiny.toml")
     assert build_config(table) == dataclasses.replace(
-        Config(), schedule=dataclasses.replace(Config().schedule, folds=2, travel="none", groups="sequential")
+        Config(),
+        model=dataclasses.replace(Config().model, name="tiny"),
+        schedule=dataclasses.replace(Config().schedule, folds=2, travel="none", groups="sequential"),
     )
     for section, keys in to_table(Config()).items():
         assert keys.items() <= table[section].items(), section
@@ -124,10 +135,14 @@ def test_an_empty_path_to_resume_is_no_new_run(arguments: list[str]) -> None:
     assert str(caught.value) == "--resume: no path is given; name a run folder or a checkpoint, or write --resume alone"
 
 
+REPLACED = "no such key any more; train.evaluate_sequences took its place: held-out sequences in an evaluation, whatever a batch is"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--train.step", "3"], "--train.step: no such key; did you mean 'steps'?"),
+        (["--train.evaluate_batches", "3"], f"--train.evaluate_batches: {REPLACED}"),
         (["--trian.steps", "3"], "--trian: no such section; did you mean 'train'?"),
         (["--steps", "3"], "--steps: a key needs its section; did you mean '--train.steps'?"),
         (["--train.steps", "many"], "--train.steps: 'many' will not do; give a whole number"),
@@ -152,6 +167,7 @@ def test_a_wrong_argument_is_named(arguments: list[str], message: str) -> None:
     ("text", "message"),
     [
         ("[train]\nstep = 3", "train.step: no such key; did you mean 'steps'?"),
+        ("[train]\nevaluate_batches = 3", f"train.evaluate_batches: {REPLACED}"),
         ("[trian]\nsteps = 3", "trian: no such section; did you mean 'train'?"),
         ("train = 3", "train: a section, not a value; write keys under [train]"),
         ("[train]\nsteps = 'many'", "train.steps: 'many' will not do; give a whole number"),
@@ -317,3 +333,20 @@ def test_config_and_checks_do_not_import_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_a_config_that_an_earlier_version_saved_is_read(tmp_path: Path) -> None:
+    """With as many held-out sequences as its batches were; a file that a user wrote is refused (above)."""
+    config = build_config({"train": {"microbatch_size": 3}, "schedule": {"microbatches": 8}})
+    table = to_table(config)
+    assert renewed(table) == table
+    del table["train"]["evaluate_sequences"], table["mesh"]  # the mesh came later than batches
+    table["train"]["evaluate_batches"] = 2
+    assert build_config(renewed(table)).train.evaluate_sequences == 2 * 3 * 8
+    assert table["train"]["evaluate_batches"] == 2, "what was given stays as it is"
+    path = tmp_path / "config.toml"
+    path.write_text(write_toml(config).replace("evaluate_sequences = 16", "evaluate_batches = 2"))
+    assert read_saved(path)["train"]["evaluate_sequences"] == 48
+    path.write_text("train = 3")
+    with pytest.raises(ConfigError, match=r"config.toml: train: a section, not a value; write keys under \[train\]$"):
+        read_saved(path)
