@@ -161,7 +161,7 @@ def test_a_profile_is_of_one_window() -> None:
     local = replace(SHAPE, window=9)
     profile(local).check_fits(replace(local, window_pattern=(True,)))
     profile(SHAPE).check_fits(replace(local, window_pattern=(False,)))
-    with pytest.raises(ConfigError, match="^profile: measured with window 9 where 0 is asked for"):
+    with pytest.raises(ConfigError, match=r"^profile: measured with window 9 where 0 is asked for"):
         profile(local).check_fits(SHAPE)
     for refused in (
         lambda: profile(SHAPE).check_fits(MIXED),
