@@ -38,6 +38,7 @@ from helixpipe.schedule.schedule import Schedule
 from helixpipe.schedule.stage import Stage
 
 if TYPE_CHECKING:
+    from helixpipe.hub.load import load
     from helixpipe.model.attn import Attention
     from helixpipe.model.decoder import Decoder, Model
     from helixpipe.model.head import counted
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from helixpipe.runtime.mesh import make_device_mesh
     from helixpipe.runtime.pipeline import Pipeline
     from helixpipe.sequence import ring_attention, ulysses_attention
+    from helixpipe.train.export import export
 
 __version__ = _version("helixpipe")
 
@@ -56,7 +58,9 @@ _LATE = {
     "Layers": "helixpipe.model.layers",
     "Model": "helixpipe.model.decoder",
     "Pipeline": "helixpipe.runtime.pipeline",
+    "export": "helixpipe.train.export",
     "launch": "helixpipe.runtime.launch",
+    "load": "helixpipe.hub.load",
     "counted": "helixpipe.model.head",
     "make_device_mesh": "helixpipe.runtime.mesh",
     "ring_attention": "helixpipe.sequence",
@@ -97,7 +101,9 @@ __all__ = [
     "check",
     "counted",
     "estimate",
+    "export",
     "launch",
+    "load",
     "lower",
     "make_device_mesh",
     "named_shape",

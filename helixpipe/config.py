@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from helixpipe.errors import ConfigError
+from helixpipe.hub.folder import Folder
 from helixpipe.mesh import MeshShape
-from helixpipe.parts.rotary import Rotary
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.shapes import named_shape
 from helixpipe.parts.work import Keeping
@@ -23,23 +24,51 @@ from helixpipe.schedule import families
 from helixpipe.schedule.partition import check_cut, refuse_bidirectional
 from helixpipe.schedule.schedule import Schedule
 
+DEFAULT_MODEL = "tiny"
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Keys of `helixpipe.parts.rotary.Rotary`; what stays unset is the model's own."""
+    """Keys of `helixpipe.parts.rotary.Rotary`. With a type they are all there is; without, they change the model's own."""
 
-    type: str | None = None
-    """default, linear, dynamic, yarn, llama3 or longrope."""
+    type: Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"] | None = None
+    """default (none), linear, dynamic, yarn, llama3 or longrope; the other keys below say which take them."""
+    factor: float | None = None
+    """linear, dynamic, yarn, llama3, longrope: how many times longer than the model was made for."""
+    original: int | None = None
+    """dynamic, yarn, llama3, longrope: the length that the model was made for; the model's own when unset and known."""
+    attention_factor: float | None = None
+    """yarn, longrope: what cos and sin are multiplied by; follows from the factor when unset."""
+    beta_fast: float | None = None
+    """yarn: frequencies that turn so often within the original length stay as they are; 32 when unset."""
+    beta_slow: float | None = None
+    """yarn: those that turn less often than this are divided by the factor; 1 when unset."""
+    mscale: float | None = None
+    """yarn: with mscale_all_dim, the weights of log(factor) over and under attention_factor's fraction."""
+    mscale_all_dim: float | None = None
+    """yarn: see mscale."""
+    truncate: bool | None = None
+    """yarn: whether the ramp between both betas begins and ends at whole numbers; true when unset."""
+    low_freq_factor: float | None = None
+    """llama3: frequencies that turn less often within the original length are divided by the factor."""
+    high_freq_factor: float | None = None
+    """llama3: frequencies that turn more often stay as they are."""
+    short_factor: tuple[float, ...] | None = None
+    """longrope: what each frequency is divided by in sequences up to the original length."""
+    long_factor: tuple[float, ...] | None = None
+    """longrope: the same in longer ones."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A shape by name, and any of its fields to change."""
+    """A shape by name, or a model from files; and any of its fields to change."""
 
-    name: str = "tiny"
-    """A shape of helixpipe.parts.shapes.SHAPES; the keys below change it."""
+    name: str | None = None
+    """A shape of helixpipe.parts.shapes.SHAPES, tiny when unset; the keys below change it."""
+    path: str | None = None
+    """In the place of a name, a Hugging Face folder: config.json and weights, from which training begins. Of the keys below
+    only those that say how weights are used may then change: rope, rope_base, window, norm_eps, ..."""
     layers: int | None = None
     """Decoder layers."""
     hidden: int | None = None
@@ -79,7 +108,7 @@ class ModelConfig:
     window_rope_base: float | None = None
     """The base of layers with a window, never scaled; 0 is as all layers."""
     context: int | None = None
-    """The longest sequence that learned positions have room for."""
+    """The longest sequence that learned positions have room for; of rotary ones what the model was made for, and no limit."""
     mlp: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh"] | None = None
     """Three matrices with a gate (the first three), or two."""
     qkv_bias: bool | None = None
@@ -257,12 +286,16 @@ class Config:
     def shape(self) -> ModelShape:
         """The model's shape; raises ConfigError."""
         changes = dataclasses.asdict(self.model)
-        name, rope = (
-            changes.pop("name"),
-            {key: value for key, value in changes.pop("rope").items() if value is not None},
-        )
-        shape = named_shape(name, **{key: value for key, value in changes.items() if value is not None})
-        return dataclasses.replace(shape, rope=Rotary(**rope)) if rope else shape
+        name, path = changes.pop("name"), changes.pop("path")
+        rope = {key: value for key, value in changes.pop("rope").items() if value is not None}
+        changes = {key: value for key, value in changes.items() if value is not None}
+        shape = Folder.open(path).changed(changes) if path else named_shape(name or DEFAULT_MODEL, **changes)
+        return dataclasses.replace(shape, rope=shape.rope.with_keys(rope, shape.context)) if rope else shape
+
+    @property
+    def model_title(self) -> str:
+        """What the model is called."""
+        return self.model.name or (Path(self.model.path).name if self.model.path else DEFAULT_MODEL)
 
     def build_schedule(self) -> Schedule:
         """The schedule, checked; raises ConfigError."""
@@ -371,6 +404,10 @@ def _check_values(config: Config) -> None:
 
 def _check_together(config: Config) -> None:
     """What no single key can be blamed for without the others."""
+    if config.model.name and config.model.path:
+        raise ConfigError(
+            f"model.path: '{config.model.path}', and model.name is '{config.model.name}'; leave one of them out"
+        )
     train, shape = config.train, config.shape()
     lengths = config.segment_lengths(config.build_schedule()) or (train.sequence_length,)
     config.mesh_shape().check(shape, lengths)

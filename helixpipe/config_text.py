@@ -54,16 +54,20 @@ def _set_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merged(base: Table, over: Table) -> Table:
-    """`base` with the keys of `over` on top. Another family does not inherit the base's family options."""
+    """`base` with the keys of `over` on top. Another family, or another type in a table, does not inherit the base's options."""
     found = {section: dict(keys) for section, keys in base.items()}
     family = over.get("schedule", {}).get("family")
     if family is not None and family != found.get("schedule", {}).get("family", ScheduleConfig.family):
         for option in FAMILY_OPTIONS:
             found.get("schedule", {}).pop(option, None)
+    for one, other in (("name", "path"), ("path", "name")):  # the one takes the other's place
+        if one in over.get("model", {}) and other not in over.get("model", {}):
+            found.get("model", {}).pop(other, None)
     for section, keys in over.items():
         mine = found.setdefault(section, {})
         for key, value in keys.items():
-            mine[key] = {**mine.get(key, {}), **value} if isinstance(value, Mapping) else value
+            inherits = isinstance(value, Mapping) and "type" not in value
+            mine[key] = {**mine.get(key, {}), **value} if inherits else value
     return found
 
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from helixpipe.errors import ConfigError
 from helixpipe.files import fault
 from helixpipe.flags import Parser, flag, number
+from helixpipe.hub.folder import model_shape
 from helixpipe.parts.shape import ModelShape
-from helixpipe.parts.shapes import SHAPES, named_shape
+from helixpipe.parts.shapes import SHAPES
 
 if TYPE_CHECKING:
     from helixpipe.predict.profile import Profile
@@ -66,7 +67,12 @@ def profile(given: list[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser("profile", "[options]", ABOUT, EPILOG)
-    parser.add_argument("--model", default="tiny", metavar="NAME", help=f"{', '.join(SHAPES)} [tiny]")
+    parser.add_argument(
+        "--model",
+        default="tiny",
+        metavar="NAME",
+        help=f"{', '.join(SHAPES)}; or a Hugging Face folder, or its config.json [tiny]",
+    )
     parser.add_argument(
         "--sequence-length", type=number, default=2048, metavar="N", help="the longest to time, tokens [2048]"
     )
@@ -103,10 +109,10 @@ def _truth(text: str) -> bool:
 def _shape(args: Namespace) -> ModelShape:
     changes = {key: value for key in SHAPE_KEYS if (value := getattr(args, key)) is not None}
     try:
-        return named_shape(args.model, **changes)
+        return model_shape(args.model, **changes)
     except ConfigError as error:  # which names keys of a config
         key, _, fault = str(error).removeprefix("model.").partition(": ")
-        raise ConfigError(f"{'--model' if key == 'name' else flag(key)}: {fault}") from None
+        raise ConfigError(f"{'--model' if key in ('name', 'path') else flag(key)}: {fault}") from None
 
 
 def _check(args: Namespace) -> None:

@@ -1,4 +1,4 @@
-"""block(x, start) -> x': a whole layer, where it cannot be split"""
+"""block(x, start, sequence_length) -> x': a whole layer, where it cannot be split"""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Block(nn.Module):
         self.norm, self.qkv, self.attn = norm.make(recipe), qkv.make(recipe), attn.make(recipe)
         self.proj, self.mlp = proj.make(recipe), mlp.make(recipe)
 
-    def forward(self, x: Tensor, start: Start) -> Tensor:
-        return self.mlp(self.proj(self.attn(*self.qkv(self.norm(x), start)), x))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, start: Start, sequence_length: int = 0) -> Tensor:
+        return self.mlp(self.proj(self.attn(*self.qkv(self.norm(x), start, sequence_length)), x))  # type: ignore[no-any-return]
 
 
 def make(recipe: Recipe) -> nn.Module:

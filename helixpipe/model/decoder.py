@@ -10,14 +10,14 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from helixpipe.model import attn, block, embed, head, mlp, norm, proj, qkv
 from helixpipe.model.recipe import Recipe
-from helixpipe.model.rope import Rope
+from helixpipe.model.rope import Ropes
 from helixpipe.parts.part import Part
 from helixpipe.parts.shape import ModelShape
 
@@ -38,6 +38,29 @@ class Model(Protocol):
         """The module of a part, with its initial parameters; the same values whoever asks."""
 
 
+def _every(name: str) -> bool:
+    return True
+
+
+class Held(NamedTuple):
+    """What a rank holds of the parameters of its parts."""
+
+    local: ModelShape
+    """The shape of one tensor-parallel rank's share."""
+    rank: int = 0
+    """Which of them it is."""
+    owns: Callable[[str], bool] = _every
+    """Whether it has a parameter's values, by full name; those of others come to it in messages."""
+
+
+@runtime_checkable
+class Holding(Model, Protocol):
+    """A model that gives a rank no more than it holds, such as one whose parameters are in files."""
+
+    def part_for(self, part: Part, held: Held) -> nn.Module:
+        """As `part`, with parameters of the share's sizes; those that it does not own have no values."""
+
+
 class Decoder:
     """The model of a ModelShape. Parameters are initialised by name from the seed, whatever the placement."""
 
@@ -46,12 +69,15 @@ class Decoder:
         together; 0 is all at once.
         """
         self.shape, self.seed = shape, seed
-        rope = Rope(shape.head_dim, shape.rope_base) if shape.positions == "rope" else None
-        self.recipe = Recipe(shape, rope, mlp_chunk, head_chunk)
+        self.recipe = Recipe(shape, Ropes(shape), mlp_chunk, head_chunk)
+
+    def bare(self, part: Part) -> nn.Module:
+        """The module of a part, its parameters without memory."""
+        with torch.device("meta"):
+            return MODULES[part.kind](replace(self.recipe, layer=part.layer))
 
     def part(self, part: Part) -> nn.Module:
-        with torch.device("meta"):
-            module = MODULES[part.kind](replace(self.recipe, layer=part.layer))
+        module = self.bare(part)
         module.to_empty(device="cpu")
         for place, parameter in module.named_parameters():
             name = self.shape.parameter_name(part, place)

@@ -1,4 +1,4 @@
-"""qkv(n, start) -> q [b, s, heads, d], k and v [b, s, kv_heads, d]"""
+"""qkv(n, start, sequence_length) -> q [b, s, heads, d], k and v [b, s, kv_heads, d]"""
 
 from __future__ import annotations
 
@@ -25,23 +25,24 @@ class QKV(TensorDivided):
         self.q_norm, self.k_norm = (norm(shape, size) if shape.qk_norm else None for size in sizes)
         self.rope, self.head_dim = rope, shape.head_dim
 
-    def forward(self, n: Tensor, start: Start) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, n: Tensor, start: Start, sequence_length: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """`sequence_length`: of the whole sequence, on which some rotary scalings depend; 0: it ends with these tokens."""
         n = self.gather(n)
         return (
-            self._heads(self.q(n), self.q_norm, start),
-            self._heads(self.k(n), self.k_norm, start),
+            self._heads(self.q(n), self.q_norm, start, sequence_length),
+            self._heads(self.k(n), self.k_norm, start, sequence_length),
             self.v(n).unflatten(-1, (-1, self.head_dim)),
         )
 
-    def _heads(self, x: Tensor, norm: nn.Module | None, start: Start) -> Tensor:
+    def _heads(self, x: Tensor, norm: nn.Module | None, start: Start, sequence_length: int) -> Tensor:
         """One after another, so that what is no longer needed is gone before the next comes."""
         if norm is not None and self.whole:
             x = norm(x)
         x = x.unflatten(-1, (-1, self.head_dim))
         if norm is not None and not self.whole:
             x = norm(x)
-        return x if self.rope is None else self.rope(x, start)
+        return x if self.rope is None else self.rope(x, start, sequence_length)
 
 
 def make(recipe: Recipe) -> nn.Module:
-    return QKV(recipe.shape, recipe.rope)
+    return QKV(recipe.shape, recipe.ropes.of(recipe.layer))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from helixpipe.model.rope import Rope
+from helixpipe.model.rope import Ropes
 from helixpipe.parts.shape import ModelShape
 
 
@@ -13,7 +13,7 @@ class Recipe:
     """A model's shape, its rotary tables, tokens at a time through the MLP and the head (0: all at once), and the layer."""
 
     shape: ModelShape
-    rope: Rope | None = None
+    ropes: Ropes
     mlp_chunk: int = 0
     head_chunk: int = 0
     layer: int = 0

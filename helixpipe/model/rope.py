@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from helixpipe.parts.rotary import Rotary
+from helixpipe.parts.shape import ModelShape
+
 Start = int | Tensor
 """The first position of contiguous tokens; where ranks share a sequence, every token's position, int64 [s]."""
 # tokens of rotary tables that are kept, in longest sequences: a few ways to cut one stay, ever new lengths do not
@@ -16,20 +19,31 @@ KEPT_SEQUENCES = 8
 class Rope:
     """Rotary positions (arXiv 2104.09864), halves rotated as in Llama. Tables are made on demand and shared."""
 
-    def __init__(self, head_dim: int, base: float) -> None:
-        self.head_dim, self.base = head_dim, base
-        self.tables: dict[tuple[Start, int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+    def __init__(self, dim: int, base: float, rotary: Rotary | None = None) -> None:
+        """`dim`: how many numbers of each head are rotated, its first ones; the rest pass as they are."""
+        self.dim, self.base, self.rotary = dim, base, rotary or Rotary()
+        self.tables: dict[tuple[Start, int, torch.device, torch.dtype, int], tuple[Tensor, Tensor]] = {}
         self._tokens = self._longest = 0
 
-    def table(self, start: Start, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, [s, 1, d/2], from angles in float64 so that far positions stay exact."""
-        key = start, length, device, dtype  # a tensor is a key by its identity: runs make theirs once
+    def table(
+        self, start: Start, length: int, device: torch.device, dtype: torch.dtype, sequence_length: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin, [s, 1, d/2], from angles in float64 so that far positions stay exact.
+
+        `sequence_length`: of the whole sequence, on which some scalings depend; 0: it ends with these tokens.
+        """
+        if not sequence_length and self.rotary.by_length:
+            sequence_length = int(start.max()) + 1 if isinstance(start, Tensor) else start + length
+        # a tensor is a key by its identity: runs make theirs once
+        key = start, length, device, dtype, self.rotary.reach(sequence_length)
         if key not in self.tables:
-            steps = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=device) / self.head_dim
+            turns = self.rotary.frequencies(self.dim, self.base, sequence_length)
+            frequencies = torch.tensor(turns, dtype=torch.float64, device=device)
             positions = start if isinstance(start, Tensor) else torch.arange(start, start + length, device=device)
-            angles = torch.outer(positions.double(), self.base**-steps).unsqueeze(1)
+            angles = torch.outer(positions.double(), frequencies).unsqueeze(1)
             self._make_room(len(positions), int(positions[-1]) + 1)
-            self.tables[key] = angles.cos().to(dtype), angles.sin().to(dtype)
+            cos, sin = (made.mul_(self.rotary.magnitude) for made in (angles.cos(), angles.sin()))
+            self.tables[key] = cos.to(dtype), sin.to(dtype)
         return self.tables[key]
 
     def _make_room(self, tokens: int, end: int) -> None:
@@ -40,10 +54,27 @@ class Rope:
             self._tokens = 0
         self._tokens += tokens
 
-    def __call__(self, x: Tensor, start: Start) -> Tensor:
+    def __call__(self, x: Tensor, start: Start, sequence_length: int = 0) -> Tensor:
         """Rotate x [b, s, heads, d]."""
-        cos, sin = self.table(start, x.shape[1], x.device, x.dtype)
+        cos, sin = self.table(start, x.shape[1], x.device, x.dtype, sequence_length)
         return _Rotate.apply(x, cos, sin)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class Ropes:
+    """The tables of a model's layers: those of the same base and scaling share theirs."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        self.shape = shape
+        self._made: dict[tuple[float, Rotary], Rope] = {}
+
+    def of(self, layer: int) -> Rope | None:
+        """None where positions are not rotary."""
+        if self.shape.positions != "rope":
+            return None
+        kind = self.shape.rotary_of(layer)
+        if kind not in self._made:
+            self._made[kind] = Rope(self.shape.rotated, *kind)
+        return self._made[kind]
 
 
 class _Rotate(torch.autograd.Function):
@@ -62,7 +93,10 @@ class _Rotate(torch.autograd.Function):
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     turned = torch.empty_like(x, memory_format=torch.contiguous_format)
-    (first, second), (new_first, new_second) = x.chunk(2, -1), turned.chunk(2, -1)
+    size = 2 * cos.shape[-1]
+    if size < x.shape[-1]:
+        turned[..., size:] = x[..., size:]
+    (first, second), (new_first, new_second) = (t[..., :size].chunk(2, -1) for t in (x, turned))
     torch.mul(first, cos, out=new_first).addcmul_(second, sin, value=-direction)
     torch.mul(second, cos, out=new_second).addcmul_(first, sin, value=direction)
     return turned

@@ -68,7 +68,8 @@ class ModelShape:
     window_rope_base: float = 0.0
     """The base of layers with a window, whose positions are never scaled; 0: theirs are as all layers' (Gemma 3)."""
     context: int = 0
-    """The longest sequence that learned positions have room for; unused by rope."""
+    """The longest sequence that learned positions have room for; of rope what the model was made for, and no limit; 0:
+    unknown."""
     mlp: str = "swiglu"
     """`swiglu`, `geglu`, `geglu_tanh` (three matrices), `gelu` or `gelu_tanh` (two)."""
     qkv_bias: bool = False
@@ -113,8 +114,7 @@ class ModelShape:
         object.__setattr__(self, "head_dim", self.head_dim or self.hidden // self.heads)
         if self.heads % self.kv_heads:
             raise ConfigError(f"model.kv_heads: {self.kv_heads} do not divide {self.heads} heads; choose a divisor")
-        if self.positions == "rope" and self.head_dim % 2:
-            raise ConfigError(f"model.head_dim: {self.head_dim} is odd; rope needs an even one")
+        self._check_rotary()
         if self.positions == "learned" and self.context < 1:
             raise ConfigError("model.context: learned positions need one; give the longest sequence")
         choices = {
@@ -141,6 +141,24 @@ class ModelShape:
         if not 0 < self.embed_scale < math.inf:
             raise ConfigError(f"model.embed_scale: {self.embed_scale:g}; give more than 0, and a finite number")
 
+    def _check_rotary(self) -> None:
+        if not 0 < self.rotary_share <= 1:
+            raise ConfigError(f"model.rotary_share: {self.rotary_share:g}; give more than 0 and at most 1")
+        if self.positions != "rope":
+            if self.rope != Rotary():
+                raise ConfigError(
+                    f"model.rope.type: {self.rope.type} scales rotary positions, and these are {self.positions}; "
+                    "remove model.rope or set model.positions to rope"
+                )
+            return
+        if self.head_dim % 2:
+            raise ConfigError(f"model.head_dim: {self.head_dim} is odd; rope needs an even one")
+        if not self.rotated:
+            raise ConfigError(
+                f"model.rotary_share: {self.rotary_share:g} of a head of {self.head_dim} is no number; raise it"
+            )
+        self.rope.check(self.rotated, self.rope_base)
+
     @property
     def q_size(self) -> int:
         """Elements of q, and of o, per token."""
@@ -150,6 +168,17 @@ class ModelShape:
     def kv_size(self) -> int:
         """Elements of k, and of v, per token."""
         return self.kv_heads * self.head_dim
+
+    @property
+    def rotated(self) -> int:
+        """Numbers of each head that rotary positions turn; the rest pass."""
+        return int(self.head_dim * self.rotary_share)
+
+    def rotary_of(self, layer: int) -> tuple[float, Rotary]:
+        """Base and scaling of a layer's rotary positions."""
+        if self.window_rope_base and self.window_of(layer):
+            return self.window_rope_base, Rotary()
+        return self.rope_base, self.rope
 
     @property
     def gated(self) -> bool:

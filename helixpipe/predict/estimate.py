@@ -14,10 +14,10 @@ from functools import cached_property
 from typing import Any
 
 from helixpipe.errors import ConfigError
+from helixpipe.hub.folder import model_shape
 from helixpipe.mesh import MeshShape
 from helixpipe.parts.part import ends, layer_parts
 from helixpipe.parts.shape import ModelShape, Shaped, shape_of
-from helixpipe.parts.shapes import named_shape
 from helixpipe.parts.work import Batch, Keeping
 from helixpipe.predict.cost import Analytic, PartCosts, accelerator_bytes, action_seconds
 from helixpipe.predict.hardware import Accelerator, Link, named_accelerator, named_link
@@ -328,7 +328,7 @@ def simulate(
 
     Raises ConfigError for a model, accelerator or link that is not known, ScheduleError for a schedule that cannot run.
     """
-    shape = named_shape(model) if isinstance(model, str) else shape_of(model)
+    shape = model_shape(model) if isinstance(model, str) else shape_of(model)
     accelerator = named_accelerator(hardware) if isinstance(hardware, str) else hardware
     joined = named_link(link) if isinstance(link, str) else link
     keeping = more.pop("keeping", Keeping(recompute, 2, device=accelerator.device))

@@ -21,7 +21,7 @@ from torch import nn
 
 from helixpipe.errors import ConfigError
 from helixpipe.model.attn import Attention
-from helixpipe.model.decoder import Model
+from helixpipe.model.decoder import Held, Holding, Model
 from helixpipe.model.kernels import check_head_dim
 from helixpipe.parts.part import Part
 from helixpipe.parts.shape import ModelShape
@@ -105,9 +105,17 @@ class Modules:
         owner = self.schedule.owner(stage)
         return [owner, *(rank for rank in self.schedule.ranks_of[stage] if rank != owner)]
 
+    def _asked(self, model: Model, tensor: TensorParallel | None, stage: int, part: Part) -> nn.Module:
+        """A part's module, with no more of its parameters than this rank holds where the model can do so."""
+        if not isinstance(model, Holding):
+            return model.part(part)
+        owner = self.schedule.owner(stage)
+        held = Held(self.shape, tensor.rank if tensor else 0, lambda name: self._owners.get(name, owner) == self.rank)
+        return model.part_for(part, held)
+
     def _take(self, model: Model, tensor: TensorParallel | None, stage: int, part: Part) -> Iterator[str]:
         """Take a part's module in; what is wrong with it."""
-        module = model.part(part)
+        module = self._asked(model, tensor, stage, part)
         if any(isinstance(inner, Attention) for inner in module.modules()):
             check_head_dim(self.shape.head_dim, self.device, self.dtype)
         if tensor is not None:

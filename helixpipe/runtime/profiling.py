@@ -148,7 +148,7 @@ class Parts:
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.shape.vocabulary, (1, sum(cut)), generator=generator).to(self.device)
         pieces = tokens.split(cut, 1)
-        return {(0, i): Feed(piece, piece, sum(cut[:i]), i) for i, piece in enumerate(pieces)}
+        return {(0, i): Feed(piece, piece, sum(cut[:i]), i, sequence_length=sum(cut)) for i, piece in enumerate(pieces)}
 
 
 def measure_link(device: torch.device | str) -> Link:

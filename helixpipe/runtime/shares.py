@@ -73,7 +73,9 @@ class Shares:
                 length = whole.segment_lengths[seg] // (self.mesh.shape.cp * self.mesh.shape.tp)
                 here = start if isinstance(start, Tensor) else slice(start, start + length)
                 ours, theirs = (t[rows, here] for t in mine)
-                found[mb, seg] = Feed(ours, theirs, start, seg, gathered_start=gathered)
+                found[mb, seg] = Feed(
+                    ours, theirs, start, seg, gathered_start=gathered, sequence_length=whole.sequence_length
+                )
         return found
 
     def _places(self, whole: Batch, segment: int) -> tuple[Start, Start]:

@@ -27,8 +27,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from helixpipe.model.attention import AttentionState, Holder, KeptAttention, KeyValues
 from helixpipe.model.attn import Attention
+from helixpipe.model.block import Block
 from helixpipe.model.chunked import unread
 from helixpipe.model.linear import Linear, WeightQueue
+from helixpipe.model.qkv import QKV
 from helixpipe.model.rope import Start
 from helixpipe.parts.part import Part, Value
 from helixpipe.runtime.ledger import Kept, Ledger
@@ -48,7 +50,7 @@ class Feed:
 
     `needs`: what its parts need while they run. `key_values` are those of earlier segments, by layer; None when the
     sequence is whole. `gathered_start`: where the tokens of q, k and v are, when tensor parallelism gathers more than are
-    here; None: where these are.
+    here; None: where these are. `sequence_length`: of the whole sequence, all segments on all ranks; 0: not known.
     """
 
     tokens: Tensor
@@ -57,6 +59,7 @@ class Feed:
     segment: int = 0
     key_values: Mapping[int, KeyValues] | None = None
     gathered_start: Start | None = None
+    sequence_length: int = 0
     needs: Needs | None = None
     stream: Stream | None = None
 
@@ -239,6 +242,10 @@ def run_part(
             return (module(feed.tokens, feed.start),)
         case "head":
             return (module(*inputs, feed.targets),)
+        case "qkv" if isinstance(module, QKV):
+            return tuple(module(*inputs, feed.attended, feed.sequence_length))
+        case "block" if isinstance(module, Block):
+            return (module(*inputs, feed.attended, feed.sequence_length),)
         case "qkv":
             return tuple(module(*inputs, feed.attended))
         case "block":

@@ -16,6 +16,7 @@ from helixpipe.errors import CheckpointError, ConfigError
 from helixpipe.files import fault
 from helixpipe.train import manifest as manifests
 from helixpipe.train.data import open_corpus
+from helixpipe.train.initial import check_model
 from helixpipe.train.manifest import Manifest
 
 _RUNS = Path("runs")
@@ -64,6 +65,7 @@ def prepare(arguments: Sequence[str], warn: Callable[[str], None], ranks: int | 
     config = build_config(merged(base, over))
     if ranks is not None:
         config.mesh_shape().check_ranks(ranks)
+    check_model(config, checkpoint)
     corpus = open_corpus(config)
     data = corpus.fingerprint()
     config = _resolved(config, given, checkpoint)
@@ -135,6 +137,7 @@ def _resolved(config: Config, given: Arguments, checkpoint: Path | None) -> Conf
         config,
         run=dataclasses.replace(config.run, name=name, folder=str(folder), resume=""),
         data=dataclasses.replace(config.data, path=_absolute(config.data.path)),
+        model=dataclasses.replace(config.model, path=_absolute(config.model.path or "") or None),
         schedule=dataclasses.replace(config.schedule, profile=_absolute(config.schedule.profile)),
     )
 

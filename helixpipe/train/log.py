@@ -150,7 +150,7 @@ class Log:
         shape, mesh = job.config.shape(), job.config.mesh_shape()
         ranks = f"{mesh.size} ranks" + (f" ({mesh})" if mesh.size > mesh.pp else "")
         self._say(
-            f"{job.config.model.name}: {shape.parameter_count:,} parameters, {shape.layers} layers; "
+            f"{job.config.model_title}: {shape.parameter_count:,} parameters, {shape.layers} layers; "
             f"{schedule.family} on {ranks} ({self.device.split(':')[0]}), {schedule.microbatches} micro-batches "
             f"of {train.microbatch_size} x {train.sequence_length} tokens"
         )

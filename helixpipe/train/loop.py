@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helixpipe.errors import ConfigError, DataError
-from helixpipe.model.decoder import Decoder
 from helixpipe.runtime.mesh import make_device_mesh
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.train.checkpoint import Checkpoints
 from helixpipe.train.data import Batch, Corpus, open_corpus
+from helixpipe.train.initial import initial_model
 from helixpipe.train.job import Job
 from helixpipe.train.log import Log, StepRecord
 from helixpipe.train.optimizer import Optimizer
@@ -33,20 +33,20 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
     settings, run = config.train, config.run
 
     # what is trained, and how it is spread
-    shape, schedule, corpus = config.shape(), config.build_schedule(), open_corpus(config)
-    model = Decoder(shape, settings.seed, config.runtime.mlp_chunk, config.runtime.head_chunk)
-    pipeline = Pipeline(
-        model,
-        schedule,
-        make_device_mesh(config.mesh_shape(), device, config.runtime.timeout_s),
-        device=device,
-        dtype=_DTYPES[config.runtime.dtype],
-        recompute=config.runtime.recompute,
-        timeout_s=config.runtime.timeout_s,
-        segment_lengths=config.segment_lengths(schedule),
-        context_method=config.mesh.context_method,
-        layout=config.mesh.layout,
-    )
+    schedule, corpus = config.build_schedule(), open_corpus(config)
+    with initial_model(config, schedule, job.checkpoint) as model:
+        pipeline = Pipeline(
+            model,
+            schedule,
+            make_device_mesh(config.mesh_shape(), device, config.runtime.timeout_s),
+            device=device,
+            dtype=_DTYPES[config.runtime.dtype],
+            recompute=config.runtime.recompute,
+            timeout_s=config.runtime.timeout_s,
+            segment_lengths=config.segment_lengths(schedule),
+            context_method=config.mesh.context_method,
+            layout=config.mesh.layout,
+        )
     shards = pipeline.shards() if config.mesh.optimizer == "sharded" else None
     optimizer = Optimizer(pipeline.parameters, settings, pipeline.as_whole, shards, pipeline.buffers)
 

@@ -58,6 +58,10 @@ class Manifest:
         return json.dumps(body | {"sha256": _digest(body)}, indent=1)
 
 
+# of a shape, without parameters: how positions are turned, which a run may stretch as it goes on
+_MAY_CHANGE = ("rope", "rope_base", "window_rope_base")
+
+
 def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
@@ -86,8 +90,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
         if digest != _digest(body):
             raise ValueError
         files = {name: FileSeal(**seal) for name, seal in body["files"].items()}
-        shape = {name: tuple(value) if isinstance(value, list) else value for name, value in body["shape"].items()}
-        return Manifest(body["step"], shape, body["config"], files, tuple(body.get("data", ())))
+        return Manifest(body["step"], _with_tuples(body["shape"]), body["config"], files, tuple(body.get("data", ())))
     except OSError as error:
         raise CheckpointError(f"{path}: {_reason(error)}; this is no whole checkpoint, choose another") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -113,9 +116,9 @@ def verify(checkpoint: Path) -> Manifest:
 
 
 def check_shape(manifest: Manifest, shape: ModelShape, checkpoint: Path) -> None:
-    """Raise CheckpointError when the checkpoint is of another model."""
+    """Raise CheckpointError when the checkpoint is of another model. Rotary positions have no weights: they may change."""
     for name, value in dataclasses.asdict(shape).items():
-        if name in manifest.shape and manifest.shape[name] != value:
+        if name in manifest.shape and manifest.shape[name] != value and name not in _MAY_CHANGE:
             raise CheckpointError(
                 f"{checkpoint}: its model.{name} is {manifest.shape[name]}, and the config's {value}; use the same model"
             )
@@ -209,6 +212,13 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _with_tuples(value: Any) -> Any:
+    """As a shape has it, which JSON knows no tuples of."""
+    if isinstance(value, dict):
+        return {name: _with_tuples(each) for name, each in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def _digest(body: dict[str, Any]) -> str:
