@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from helixpipe.model.kernels import attention_backward, attention_forward
+from helixpipe.parts.attn import heads_at_once
 
 
 @dataclass
@@ -104,6 +105,8 @@ class AttentionState:
     key_values: KeyValues | None = None
     """None when the sequence is whole."""
     segment: int = 0
+    in_place: bool = False
+    """Whether nobody else reads q, k and v, now or later: their gradients may take their places."""
 
 
 class _Attention(torch.autograd.Function):
@@ -133,6 +136,11 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         past, segment = ctx.state.key_values, ctx.state.segment
         grad = _heads(grad.unflatten(2, (q.shape[2], q.shape[3])))
+        if ctx.state.in_place and past is None and (at_once := _at_once(k)) < k.shape[2]:
+            for first in range(0, k.shape[2], at_once):
+                few = slice(first, min(first + at_once, k.shape[2]))
+                _backward_in_place(few, grad, _heads(q), _heads(k), _heads(v), out, lse, ctx.causal)
+            return q, k, v, None, None
         dq, dk, dv = map(_heads, attention_backward(grad, _heads(q), _heads(k), _heads(v), out, lse, ctx.causal))
         if past is not None:
             for segments, *before in past.blocks(segment):
@@ -142,6 +150,23 @@ class _Attention(torch.autograd.Function):
                 dq = dq.to(torch.promote_types(q.dtype, torch.float32)).add_(more)
             dk, dv = past.settle(segment, dk, dv)
         return dq.to(q.dtype), dk, dv, None, None
+
+
+def _at_once(k: Tensor) -> int:
+    batch, tokens, kv_heads, _ = k.shape
+    return heads_at_once(k.device.type, batch, tokens, kv_heads, torch.get_num_threads())
+
+
+def _backward_in_place(
+    heads: slice, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+) -> None:
+    """Write the gradients of some key heads, and of their queries, where these were; all [b, heads, s, d]."""
+    group = q.shape[1] // k.shape[1]
+    queries = slice(heads.start * group, heads.stop * group)
+    theirs = q[:, queries], k[:, heads], v[:, heads]
+    made = attention_backward(grad[:, queries], *theirs, out[:, queries], lse[:, queries], causal)
+    for tensor, gradient in zip(theirs, made, strict=True):
+        tensor.copy_(gradient)
 
 
 def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -66,6 +66,10 @@ def _factor(weight: Tensor, offset: bool, wide: torch.dtype) -> Tensor:
     return weight.to(wide) + 1 if offset else weight
 
 
+NORMS = (nn.LayerNorm, RMSNorm)
+"""They keep their input and not what they make, and give the same when they are run again."""
+
+
 def norm(shape: ModelShape, size: int = 0) -> nn.Module:
     """RMSNorm or LayerNorm over the last dimension (0: the hidden size)."""
     if shape.norm == "rms":

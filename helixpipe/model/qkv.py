@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from helixpipe.model.divided import TensorDivided
 from helixpipe.model.linear import Linear
-from helixpipe.model.norm import norm
+from helixpipe.model.norm import NORMS, norm
 from helixpipe.model.recipe import Recipe
 from helixpipe.model.rope import Rope, Start
 from helixpipe.parts.shape import ModelShape
@@ -33,6 +33,11 @@ class QKV(TensorDivided):
             self._heads(self.k(n), self.k_norm, start, sequence_length),
             self.v(n).unflatten(-1, (-1, self.head_dim)),
         )
+
+    @property
+    def keeps_no_result(self) -> bool:
+        """Whether nothing here keeps q, k and v for its backward, or changes n: someone's own layer might."""
+        return all(isinstance(inner, Linear) or type(inner) in NORMS for inner in self.children())
 
     def _heads(self, x: Tensor, norm: nn.Module | None, start: Start, sequence_length: int) -> Tensor:
         """One after another, so that what is no longer needed is gone before the next comes."""

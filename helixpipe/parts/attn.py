@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from helixpipe.parts.kind import Kept, Kind, register
 from helixpipe.parts.part import Part
 from helixpipe.parts.work import Work
@@ -9,6 +11,19 @@ from helixpipe.parts.work import Work
 # torch's CPU kernel: from so many queries on, so many rows of a tile; and its columns
 CPU_TILES = ((768, 256), (192, 64), (0, 32))
 CPU_COLUMNS = 512
+# from so many tokens on, a call of it for one head costs nothing beside that head's work
+TOKENS_OF_A_CALL = 2048
+
+
+def heads_at_once(device: str, batch: int, tokens: int, kv_heads: int, threads: int) -> int:
+    """Key heads, with their queries', whose backward runs at a time where gradients may take the places of q, k and v.
+
+    A CPU kernel gives each thread whole heads: as few as give all threads the same. An accelerator has all at a time: its
+    kernel runs beside others', pays for launches, and one head leaves most of it idle.
+    """
+    if device != "cpu" or tokens < TOKENS_OF_A_CALL:
+        return kv_heads
+    return min(kv_heads, threads // math.gcd(batch, threads))
 
 
 @register
@@ -69,6 +84,17 @@ class AttnKind(Kind):
         if is_cuda and work.segment == len(batch.segment_lengths) - 1 and not work.is_wide:
             found += joined * keeping.wide_bytes  # what it owes is widened while the narrow gradients are there
         return inputs + found + max(kernel, 0 if work.is_wide else shape.q_size * work.wide_unit)
+
+    def in_place(self, part: Part, work: Work) -> int:
+        """All gradients but those of the heads that are at work. None of segments, whose keys and values wait for others."""
+        keeping, shape = work.keeping, work.shape
+        is_spread = keeping.processes > keeping.tensor_parallel
+        if is_spread or len(work.batch.segment_lengths) > 1:
+            return 0
+        heads = shape.kv_heads // keeping.tensor_parallel
+        at_once = heads_at_once(keeping.device, work.batch.microbatch_size, work.length, heads, keeping.threads)
+        gradients = sum(map(work.value_bytes, part.reads))
+        return gradients - gradients * at_once // heads
 
     @staticmethod
     def _kernel(work: Work, backward: bool) -> int:

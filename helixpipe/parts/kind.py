@@ -36,6 +36,8 @@ class Kind:
     """Whether what it makes belongs to the next layer."""
     attends: ClassVar[bool] = False
     """Whether it is attention: parameterless, quadratic, and what a selective recompute leaves out."""
+    cheap: ClassVar[bool] = False
+    """Whether what it makes costs so little that a recomputed graph makes it again rather than keep it."""
     opaque: ClassVar[bool] = False
     """Whether it is a whole layer, into which nobody looks."""
     alone: ClassVar[bool] = False
@@ -136,6 +138,10 @@ class Kind:
         """
         inputs = sum(map(work.value_bytes, part.reads))
         return inputs + self.largest_matrix(work)
+
+    def in_place(self, part: Part, work: Work) -> int:
+        """Bytes of its inputs' gradients that need no room of their own where nobody else reads these inputs."""
+        return 0
 
     def largest_matrix(self, work: Work) -> int:
         """Bytes of a weight gradient before it is added to the parameter's, on all processes of a rank together."""

@@ -23,18 +23,27 @@ class Lifetimes:
     """Values that nobody reads once this part's forward has run."""
     pending: tuple[tuple[Value, ...], ...]
     """Values of which there are gradients when this part's backward begins, its own outputs' among them."""
+    own: tuple[tuple[Value, ...], ...]
+    """Values made in this run that this part alone reads."""
 
 
 def lifetimes(parts: Sequence[Part], stays: Collection[Value], gives: Collection[Value]) -> Lifetimes:
     """`stays`: values that somebody reads later, outside of the run. `gives`: those whose gradients come from outside."""
     last: dict[Value, int] = {}
     made: dict[Value, int] = {}
+    readers: dict[Value, list[int]] = {}
     for i, part in enumerate(parts):
         last.update((value, i) for value in (*part.makes, *part.reads))
         made.update((value, i) for value in part.makes)
+        for value in part.reads:
+            readers.setdefault(value, []).append(i)
     drops = tuple(tuple(v for v, end in last.items() if end == i and v not in stays) for i in range(len(parts)))
     pending = tuple(
         tuple(v for v, end in last.items() if made.get(v, -1) <= i and (v in gives or end > max(i, made.get(v, -1))))
         for i in range(len(parts))
     )
-    return Lifetimes(drops, pending)
+    own = tuple(
+        tuple(v for v in part.reads if v in made and v not in stays and readers[v] == [i])
+        for i, part in enumerate(parts)
+    )
+    return Lifetimes(drops, pending, own)

@@ -42,6 +42,7 @@ class NormKind(Kind):
     name = "norm"
     reads = ("x",)
     makes = ("n",)
+    cheap = True
 
     def of(self, part: Part, shape: ModelShape) -> Kind:
         return self if shape.has_norm_before(part.layer) else _NO_NORM

@@ -63,6 +63,11 @@ class Keeping:
     def recomputes(self) -> bool:
         return self.recompute != "none"
 
+    @property
+    def is_lean(self) -> bool:
+        """Whether recomputed graphs make cheap values again and let gradients take the places of values."""
+        return self.recomputes and not self.keeps_activated
+
     def runs_again(self, part: Part) -> bool:
         """Whether the policy recomputes a part."""
         return self.recompute == "full" or (self.recompute == "selective" and not part.about.attends)
@@ -142,6 +147,10 @@ class Work:
     def forward_workspace(self, part: Part, graph: bool) -> int:
         """Bytes beside inputs, outputs and what is saved, at most, while a part's forward runs."""
         return self.shape.about(part).forward_workspace(part, self, graph)
+
+    def in_place(self, part: Part) -> int:
+        """Bytes of gradients that need no room of their own where nobody else reads what they are of."""
+        return self.shape.about(part).in_place(part, self)
 
     def backward_workspace(self, part: Part, unread: bool) -> int:
         """Bytes beside what is saved and the gradients of its outputs, at most, while a part's backward runs."""

@@ -253,11 +253,11 @@ class _Step:
     def _run(self, chunk: Chunk, graph: bool, again: bool) -> None:
         work = self.work
         selective = work.keeping.recompute == "selective"
-        for part, drops in zip(chunk.parts, chunk.lifetimes.drops, strict=True):
+        for place, (part, drops) in enumerate(zip(chunk.parts, chunk.lifetimes.drops, strict=True)):
             if not (again and part is chunk.parts[-1] and self._is_unread(chunk)):
                 self.values(part.makes, 1)
             if graph:
-                self.hold(work.saved(part), 1)
+                self.hold(chunk.saved(place, work), 1)
             elif selective:
                 self.hold(work.kept(part), 1)
             self.needs(work.forward_workspace(part, graph))
@@ -273,15 +273,14 @@ class _Step:
         """Autograd lets go of each part's share of the graph as it passes it, but for what is put off."""
         work = self.work
         self.values(chunk.gives, -1, GRADIENT)
-        for part, pending in reversed(list(zip(chunk.parts, chunk.lifetimes.pending, strict=True))):
-            unread = work.keeping.recomputes and part is chunk.parts[-1]
+        for place, part in reversed(list(enumerate(chunk.parts))):
             left = work.put_off(part) if puts_off else {}
             inputs = {name: size for name, size in left.items() if not name.startswith(GRADIENT)}
-            self.needs(sum(map(work.value_bytes, pending)) + work.backward_workspace(part, unread))
+            self.needs(chunk.backward_bytes(place, work))
             self.hold(inputs, 1)
             if part.about.attends:
                 self._owe()
-            self.hold(work.saved(part), -1)
+            self.hold(chunk.saved(place, work), -1)
             self.hold({name: size for name, size in left.items() if name not in inputs}, 1)
         self.values(chunk.reads, 1, GRADIENT)
         for part in chunk.parts if self.keeps_past else ():

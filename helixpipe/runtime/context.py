@@ -11,6 +11,7 @@ earlier segments, and one round of the ring takes them along:
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -58,7 +59,7 @@ class Context:
             q, k, v = to_heads(q, k, v, self.mesh)
             if state.key_values is not None:  # they come as views of one storage, and k and v stay longer
                 q, k, v = q.clone(), k.clone(), v.clone()
-            here = attend(q, k, v, causal, state).unflatten(2, q.shape[2:])
+            here = attend(q, k, v, causal, replace(state, in_place=False)).unflatten(2, q.shape[2:])
             return to_sequence(here, self.mesh).flatten(2)
         out: Tensor
         if state.key_values is None:

@@ -71,9 +71,7 @@ class Needs:
         """Workspace of a part's backward, and the gradients that wait in the chunk when it begins."""
         part = chunk.parts[place]
         if part not in self._backward:
-            unread = self.work.keeping.recomputes and place == len(chunk.parts) - 1
-            pending = sum(map(self.work.value_bytes, chunk.lifetimes.pending[place]))
-            self._backward[part] = self._share(pending + self.work.backward_workspace(part, unread))
+            self._backward[part] = self._share(chunk.backward_bytes(place, self.work))
         return self._backward[part]
 
     def check(self, part: Part, module: torch.nn.Module, made: Collection[Tensor]) -> None:

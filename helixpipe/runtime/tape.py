@@ -11,7 +11,8 @@ backward recomputes and differentiates one chunk at a time:
     forward    in -> [chunk 0] -> keep -> [chunk 1] -> keep -> [chunk 2] -> out
     backward   recompute 2, differentiate 2, let go; recompute 1, ...     the transient is one chunk's
 
-A value is dropped as soon as its last reader has run, a gradient as soon as its maker's backward has.
+A value is dropped as soon as its last reader has run, a gradient as soon as its maker's backward has. A recomputed graph
+keeps less than one that waits (`runtime.lean`).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from helixpipe.model.linear import Linear, WeightQueue
 from helixpipe.model.qkv import QKV
 from helixpipe.model.rope import Start
 from helixpipe.parts.part import Part, Value
+from helixpipe.runtime.lean import Lean
 from helixpipe.runtime.ledger import Kept, Ledger
 from helixpipe.runtime.live import Live, Needs
 from helixpipe.runtime.randomness import Stream, may_draw
@@ -171,9 +173,11 @@ class Tape:
             attention = KeptAttention(record.attention[0].tensor, record.attention[1].tensor)
         # what the chunk ends in was read by the next one, in the forward
         with unread(self.modules[chunk.parts[-1]]):
-            return self._graph(chunk, live, feed, attention)
+            return self._graph(chunk, live, feed, attention, Lean(chunk, self.modules, self.ledger))
 
-    def _graph(self, chunk: Chunk, live: Live, feed: Feed, kept: KeptAttention | None) -> Record:
+    def _graph(
+        self, chunk: Chunk, live: Live, feed: Feed, kept: KeptAttention | None, lean: Lean | None = None
+    ) -> Record:
         """Run with a graph. Only the edge of its root is kept: what no operation saved may go."""
         inside = Live(self.ledger)
         leaves = {value: live[value].detach().requires_grad_() for value in chunk.reads}
@@ -181,7 +185,7 @@ class Tape:
             inside.put(value, leaf)
         live.drop(value for drops in chunk.lifetimes.drops for value in drops)
         with torch.enable_grad(), self.ledger.graphs():
-            self._run(chunk, inside, feed, kept, graph=True)
+            self._run(chunk, inside, feed, kept, True, lean)
         record = Record(leaves=leaves)
         outputs = [value for value in chunk.gives if inside[value].requires_grad]
         if outputs:
@@ -194,21 +198,31 @@ class Tape:
             leaf.data = leaf.data.new_empty(1).expand(leaf.shape)
         return record
 
-    def _run(self, chunk: Chunk, live: Live, feed: Feed, kept: KeptAttention | None, graph: bool = False) -> None:
+    def _run(
+        self,
+        chunk: Chunk,
+        live: Live,
+        feed: Feed,
+        kept: KeptAttention | None,
+        graph: bool = False,
+        lean: Lean | None = None,
+    ) -> None:
         for place, part in enumerate(chunk.parts):
-            self._run_part(chunk, place, live, feed, kept, graph)
+            with nullcontext() if lean is None else lean.keeping(place, live):
+                in_place = lean is not None and lean.in_place(place)
+                self._run_part(chunk, place, live, feed, kept, graph, in_place)
             if feed.needs is not None:
                 self.ledger.works(feed.needs.forward_bytes(part, graph))
             live.drop(chunk.lifetimes.drops[place])
 
     def _run_part(
-        self, chunk: Chunk, place: int, live: Live, feed: Feed, kept: KeptAttention | None, graph: bool
+        self, chunk: Chunk, place: int, live: Live, feed: Feed, kept: KeptAttention | None, graph: bool, in_place: bool
     ) -> None:
         part = chunk.parts[place]
         module, inputs = self.modules[part], live.read(part.reads)
         draws = part in self._draws and feed.stream is not None
         with feed.stream.of(part, feed.tokens.device) if draws and feed.stream else nullcontext():
-            made = run_part(part, module, inputs, feed, kept)
+            made = run_part(part, module, inputs, feed, kept, in_place)
         if graph:  # what follows may count on it, whatever is frozen before
             made = [each if each.requires_grad else each.detach().requires_grad_() for each in made]
         if feed.needs is not None:
@@ -234,7 +248,12 @@ class _Root(torch.autograd.Function):
 
 
 def run_part(
-    part: Part, module: nn.Module, inputs: Sequence[Tensor], feed: Feed, kept: KeptAttention | None
+    part: Part,
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    feed: Feed,
+    kept: KeptAttention | None,
+    in_place: bool = False,
 ) -> Sequence[Tensor]:
     """Call a part's module as the first line of its file in `model` says; what it makes, in the order of `part.makes`."""
     match part.kind:
@@ -252,6 +271,6 @@ def run_part(
             return (module(*inputs, feed.attended),)
         case "attn" if isinstance(module, Attention):
             past = None if feed.key_values is None else feed.key_values[part.layer]
-            return (module(*inputs, AttentionState(kept, past, feed.segment)),)
+            return (module(*inputs, AttentionState(kept, past, feed.segment, in_place)),)
         case _:
             return (module(*inputs),)

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from helixpipe.parts.kind import Kept
 from helixpipe.parts.lifetimes import Lifetimes, lifetimes
 from helixpipe.parts.part import Part, Value
+from helixpipe.parts.work import Work
 from helixpipe.schedule.stage import Stage
 
 
@@ -23,6 +25,36 @@ class Chunk:
     makes: tuple[Value, ...]
     gives: tuple[Value, ...]
     lifetimes: Lifetimes
+
+    def made_again(self, place: int) -> tuple[Value, ...]:
+        """What a part's recomputed graph does not keep: it is made again in the part's backward, which is not the first."""
+        if place == len(self.parts) - 1:
+            return ()
+        cheap = {value for part in self.parts if part.about.cheap for value in part.makes}
+        return tuple(value for value in self.lifetimes.own[place] if value in cheap)
+
+    def in_place(self, place: int) -> bool:
+        """Whether a recomputed part's gradients may take the places of what it reads: nobody else has it."""
+        reads = self.parts[place].reads
+        return self.parts[place].about.attends and self.lifetimes.own[place] == reads
+
+    def saved(self, place: int, work: Work) -> Kept:
+        """What autograd saves of a part."""
+        found = work.saved(self.parts[place])
+        again = set(map(str, self.made_again(place))) if work.keeping.is_lean else ()
+        return {name: size for name, size in found.items() if name not in again}
+
+    def backward_bytes(self, place: int, work: Work) -> int:
+        """Workspace of a part's backward, and the gradients that wait in the chunk when it begins."""
+        part = self.parts[place]
+        pending = sum(map(work.value_bytes, self.lifetimes.pending[place]))
+        unread = work.keeping.recomputes and part is self.parts[-1]
+        found = pending + work.backward_workspace(part, unread)
+        if work.keeping.is_lean:
+            saved = work.saved(part)
+            found += sum(saved.get(str(value), 0) for value in self.made_again(place))
+            found -= work.in_place(part) if self.in_place(place) else 0
+        return found
 
 
 def chunks(stage: Stage, whole: bool, outputs: Collection[Value] | None = None) -> tuple[Chunk, ...]:
