@@ -49,6 +49,8 @@ class Case:
     microbatches: int = 4
     evaluates: bool = False
     """A forward without a backward."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """What is other than in a GPT of these sizes: fields of ModelShape."""
 
     @property
     def is_torch(self) -> bool:
@@ -56,10 +58,11 @@ class Case:
 
     @property
     def shape(self) -> ModelShape:
-        return ModelShape(
-            layers=self.layers, hidden=self.hidden, heads=self.hidden // HEAD_DIM, ffn=4 * self.hidden,
-            vocabulary=VOCABULARY, mlp="gelu", norm="layer",
-        )  # fmt: skip
+        usual: dict[str, Any] = {
+            "layers": self.layers, "hidden": self.hidden, "heads": self.hidden // HEAD_DIM, "ffn": 4 * self.hidden,
+            "vocabulary": VOCABULARY, "mlp": "gelu", "norm": "layer",
+        }  # fmt: skip
+        return ModelShape(**(usual | self.model))
 
     @property
     def keeping(self) -> Keeping:
@@ -83,6 +86,7 @@ class Case:
         words += [f"chunks of {self.chunk}"] * (self.chunk > 0) + ["one rank"] * (self.ranks == 1)
         usual = {"layers": 8, "hidden": 128, "length": 4096, "microbatches": 4}
         words += [f"{name} {getattr(self, name)}" for name, value in usual.items() if getattr(self, name) != value]
+        words += [f"{name} {value}" for name, value in self.model.items()]
         return ", ".join(words)
 
 

@@ -27,6 +27,19 @@ CASES = [
     Case("helix", "selective", CHUNK, {"travel": "attention"}, **SIZES),
 ]
 ALONE = [Case("1f1b", "full", CHUNK, ranks=1, **SIZES)]
+GEMMA = {
+    "norm": "rms",
+    "norms": "both",
+    "norm_offset": True,
+    "mlp": "geglu_tanh",
+    "head_softcap": 5.0,
+    "embed_scale": 11.3,
+}
+OLMO = {"norm": "rms", "norms": "after", "mlp": "swiglu", "qk_norm": True, "qk_norm_over": "width"}
+BERT = {"norm_bias": False, "embed_norm": True, "mlp": "geglu", "head_transform": True, "vocabulary": 1024}
+SMALL: dict[str, Any] = {"ranks": 1, "layers": 2, "hidden": 128, "length": 1024, "microbatches": 2}
+ALONE += [Case("1f1b", "none", model=GEMMA, **SMALL), Case("1f1b", "full", CHUNK, model=OLMO, **SMALL)]
+ALONE += [Case("1f1b", "selective", model=BERT, **SMALL)]
 DEPTHS = [Case("1f1b", chunk=CHUNK, ranks=1, evaluates=True, **(SIZES | {"layers": layers})) for layers in (2, 6)]
 
 
