@@ -23,7 +23,8 @@ def heads_at_once(device: str, batch: int, tokens: int, kv_heads: int, threads: 
     """
     if device != "cpu" or tokens < TOKENS_OF_A_CALL:
         return kv_heads
-    return min(kv_heads, threads // math.gcd(batch, threads))
+    few = threads // math.gcd(batch, threads)
+    return few if 2 * few <= kv_heads else kv_heads
 
 
 @register
@@ -86,15 +87,20 @@ class AttnKind(Kind):
         return inputs + found + max(kernel, 0 if work.is_wide else shape.q_size * work.wide_unit)
 
     def in_place(self, part: Part, work: Work) -> int:
-        """All gradients but those of the heads that are at work. None of segments, whose keys and values wait for others."""
+        """All gradients but those of the heads at work, whose share of o's the kernel copies.
+
+        None of segments, whose keys and values wait for others.
+        """
         keeping, shape = work.keeping, work.shape
         is_spread = keeping.processes > keeping.tensor_parallel
         if is_spread or len(work.batch.segment_lengths) > 1:
             return 0
         heads = shape.kv_heads // keeping.tensor_parallel
         at_once = heads_at_once(keeping.device, work.batch.microbatch_size, work.length, heads, keeping.threads)
-        gradients = sum(map(work.value_bytes, part.reads))
-        return gradients - gradients * at_once // heads
+        if at_once == heads:
+            return 0
+        gradients, output = (sum(map(work.value_bytes, values)) for values in (part.reads, part.makes))
+        return gradients - (gradients + output) * at_once // heads
 
     @staticmethod
     def _kernel(work: Work, backward: bool) -> int:

@@ -68,6 +68,15 @@ def test_the_heap_holds_what_was_predicted(found: dict[str, list[Peak]], case: C
     assert ratios == pytest.approx([1.0] * len(ratios), abs=WITHIN), told(found[str(case)])
 
 
+def test_a_recompute_holds_no_n_and_few_gradients_beside_q_k_and_v(found: dict[str, list[Peak]]) -> None:
+    """In attention's backward: 2 inputs of layers, q k v o, the gradients of o and of the residual, a head's of four, a
+    posted receive, each of b*s*h; and the kernel's tiles, 1 MiB."""
+    case = Case("1f1b", "full", CHUNK, **SIZES)
+    unit = case.length * case.hidden * 4
+    for peak in found[str(case)]:
+        assert peak.heap_bytes <= 1.02 * ((2 + 4 + 2 + 1 + 1) * unit + 2**20), told(found[str(case)])
+
+
 def test_an_evaluation_holds_no_more_for_more_layers(found: dict[str, list[Peak]]) -> None:
     (few,), (many,) = (found[str(case)] for case in DEPTHS)
     assert many.heap_bytes == pytest.approx(few.heap_bytes, rel=WITHIN)

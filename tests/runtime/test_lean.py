@@ -137,7 +137,7 @@ def test_n_is_made_again_once_for_all_that_read_it() -> None:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
-@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("threads", [1, 3])
 def test_gradients_take_the_places_of_what_they_are_of(kv_heads: int, threads: int) -> None:
     torch.set_num_threads(threads)
     given = [torch.randn(1, 9, heads, 8, dtype=torch.float64) for heads in (6, kv_heads, kv_heads)]
@@ -147,14 +147,25 @@ def test_gradients_take_the_places_of_what_they_are_of(kv_heads: int, threads: i
         leaves = [t.clone().requires_grad_() for t in given]
         made = torch.autograd.grad(attend(*leaves, True, AttentionState(in_place=in_place)), leaves, gradient)
         is_there = [grad.data_ptr() == leaf.data_ptr() for grad, leaf in zip(made, leaves, strict=True)]
-        assert is_there == [in_place and kv_heads > threads] * 3 or (kv_heads, threads) == (1, 1)
+        assert is_there == [in_place and kv_heads >= 2 * threads] * 3
         found.append(made)
     assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize(
     ("batch", "kv_heads", "threads", "expected"),
-    [(1, 8, 1, 1), (1, 8, 4, 4), (2, 8, 4, 2), (3, 8, 4, 4), (4, 8, 4, 1), (8, 8, 4, 1), (1, 2, 4, 2), (2, 8, 3, 3)],
+    [
+        (1, 8, 1, 1),
+        (1, 8, 4, 4),
+        (2, 8, 4, 2),
+        (3, 8, 4, 4),
+        (4, 8, 4, 1),
+        (8, 8, 4, 1),
+        (1, 2, 4, 2),
+        (2, 8, 3, 3),
+        (1, 7, 4, 7),
+        (1, 5, 2, 2),
+    ],
 )
 def test_every_thread_has_as_many_heads(batch: int, kv_heads: int, threads: int, expected: int) -> None:
     assert heads_at_once("cpu", batch, 5000, kv_heads, threads) == expected
