@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from helixpipe.config_rope import RopeConfig
 from helixpipe.errors import ConfigError
 from helixpipe.hub.folder import Folder
 from helixpipe.mesh import MeshShape
+from helixpipe.parts.freezing import freeze
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.shapes import named_shape
 from helixpipe.parts.work import Keeping
@@ -26,38 +28,6 @@ from helixpipe.schedule.schedule import Schedule
 
 DEFAULT_MODEL = "tiny"
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Keys of `helixpipe.parts.rotary.Rotary`. With a type they are all there is; without, they change the model's own."""
-
-    type: Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"] | None = None
-    """default (none), linear, dynamic, yarn, llama3 or longrope; the other keys below say which take them."""
-    factor: float | None = None
-    """linear, dynamic, yarn, llama3, longrope: how many times longer than the model was made for."""
-    original: int | None = None
-    """dynamic, yarn, llama3, longrope: the length that the model was made for; the model's own when unset and known."""
-    attention_factor: float | None = None
-    """yarn, longrope: what cos and sin are multiplied by; follows from the factor when unset."""
-    beta_fast: float | None = None
-    """yarn: frequencies that turn so often within the original length stay as they are; 32 when unset."""
-    beta_slow: float | None = None
-    """yarn: those that turn less often than this are divided by the factor; 1 when unset."""
-    mscale: float | None = None
-    """yarn: with mscale_all_dim, the weights of log(factor) over and under attention_factor's fraction."""
-    mscale_all_dim: float | None = None
-    """yarn: see mscale."""
-    truncate: bool | None = None
-    """yarn: whether the ramp between both betas begins and ends at whole numbers; true when unset."""
-    low_freq_factor: float | None = None
-    """llama3: frequencies that turn less often within the original length are divided by the factor."""
-    high_freq_factor: float | None = None
-    """llama3: frequencies that turn more often stay as they are."""
-    short_factor: tuple[float, ...] | None = None
-    """longrope: what each frequency is divided by in sequences up to the original length."""
-    long_factor: tuple[float, ...] | None = None
-    """longrope: the same in longer ones."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +173,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, how much at a time, and the optimizer (AdamW, warm-up, cosine)."""
+    """How long, how much at a time, and the optimizer (AdamW, warm-up, a schedule of the learning rate)."""
 
     steps: int = 120
     """Optimizer steps in all."""
@@ -216,13 +186,21 @@ class TrainConfig:
     learning_rate: float = 2e-3
     """At its highest, after the warm-up."""
     min_learning_rate: float | None = None
-    """Where the cosine ends; a tenth of learning_rate when unset."""
+    """Where the learning rate ends; a tenth of learning_rate when unset."""
     warmup_steps: int = 30
     """Steps over which the learning rate rises from zero."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """After the warm-up: down by a cosine, by a line, not at all, or stable and then down by a line over decay_steps."""
+    decay_steps: int | None = None
+    """wsd: the last steps, over which the learning rate falls; a tenth of steps when unset."""
     weight_decay: float = 0.1
     """On matrices alone."""
     betas: tuple[float, float] = (0.9, 0.99)
     """AdamW's decay of the first and second moment."""
+    z_loss: float = 0.0
+    """What the mean of (log-sum-exp of the logits)^2 weighs beside the cross entropy, such as 1e-4; losses shown are without."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that are not trained: names, or patterns such as "embed*" or "layers.0-15.*" (layers 0 to 15)."""
     clip_norm: float = 1.0
     """Gradients above this norm, over all ranks, are scaled down to it; 0 is no clipping."""
     evaluate_every: int = 40
@@ -290,7 +268,8 @@ class Config:
         rope = {key: value for key, value in changes.pop("rope").items() if value is not None}
         changes = {key: value for key, value in changes.items() if value is not None}
         shape = Folder.open(path).changed(changes) if path else named_shape(name or DEFAULT_MODEL, **changes)
-        return dataclasses.replace(shape, rope=shape.rope.with_keys(rope, shape.context)) if rope else shape
+        shape = dataclasses.replace(shape, rope=shape.rope.with_keys(rope, shape.context)) if rope else shape
+        return freeze(shape, self.train.freeze)
 
     @property
     def model_title(self) -> str:
@@ -367,7 +346,7 @@ FAMILY_OPTIONS = tuple(option.name for option in dataclasses.fields(ScheduleConf
 # key -> the least it may be
 _AT_LEAST = {
     "data.held_out": 0, "train.steps": 1, "train.microbatch_size": 1, "train.sequence_length": 1, "train.seed": 0,
-    "train.learning_rate": 0, "train.min_learning_rate": 0, "train.warmup_steps": 0, "train.weight_decay": 0,
+    "train.learning_rate": 0, "train.min_learning_rate": 0, "train.warmup_steps": 0, "train.decay_steps": 1, "train.z_loss": 0, "train.weight_decay": 0,
     "train.clip_norm": 0, "train.evaluate_every": 0, "train.evaluate_batches": 1, "runtime.mlp_chunk": 0,
     "runtime.head_chunk": 0, "runtime.port": 0, "runtime.threads": 1, "run.checkpoint_every": 0, "run.keep": 1,
     "run.timeline_step": 0, "schedule.segment_multiple": 1, "mesh.dp": 1, "mesh.cp": 1, "mesh.tp": 1,
@@ -414,7 +393,18 @@ def _check_together(config: Config) -> None:
     if not shape.causal:  # it would see the token it is asked for
         raise ConfigError("model.causal: next-token training needs a causal model; set it to true")
     shape.check_length(train.sequence_length)
-    if (train.min_learning_rate or 0) > train.learning_rate:
+    _check_rates(train)
+
+
+def _check_rates(train: TrainConfig) -> None:
+    lowest, decay = train.min_learning_rate, train.decay_steps
+    if (lowest or 0) > train.learning_rate:
         raise ConfigError(
-            f"train.min_learning_rate: {train.min_learning_rate} is above train.learning_rate {train.learning_rate}; lower it"
+            f"train.min_learning_rate: {lowest} is above train.learning_rate {train.learning_rate}; lower it"
         )
+    if lowest is not None and train.schedule == "constant":
+        raise ConfigError("train.min_learning_rate: a constant schedule never falls; remove the key")
+    if decay is not None and train.schedule != "wsd":
+        raise ConfigError(f"train.decay_steps: {train.schedule} has no such key, wsd has; remove it")
+    if decay is not None and decay > train.steps:
+        raise ConfigError(f"train.decay_steps: {decay} are more than train.steps {train.steps}; lower it")

@@ -139,7 +139,10 @@ def test_show_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     ("arguments", "message"),
     [
         ("shwo", "'shwo' is not a command; did you mean 'show'?"),
-        ("xyzzy", "'xyzzy' is not a command; known: train, plan, simulate, rehearse, export, show, check, profile, compare"),
+        (
+            "xyzzy",
+            "'xyzzy' is not a command; known: train, plan, simulate, rehearse, export, show, check, profile, compare",
+        ),
         ("show", "missing: FAMILY, --ranks, --layers, --microbatches" + SHOW),
         ("show helix --ranks 2", "missing: --layers, --microbatches" + SHOW),
         ("show helix --rank 2", "'--rank' is not an option of helixpipe show; did you mean '--ranks'?"),

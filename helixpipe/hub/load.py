@@ -52,11 +52,13 @@ class Loaded(Decoder):
         mlp_chunk: int = 0,
         head_chunk: int = 0,
         empty: bool = False,
+        seed: int = 0,
+        z_loss: float = 0.0,
     ) -> None:
         """`shape`: the folder's, with what may differ. `empty`: leave the values to whoever fills them, such as a
         checkpoint. Raises ConfigError for a tensor that is missing, not known or of another size.
         """
-        super().__init__(shape or folder.shape, mlp_chunk=mlp_chunk, head_chunk=head_chunk)
+        super().__init__(shape or folder.shape, seed, mlp_chunk, head_chunk, z_loss)
         self.folder, self.empty = folder, empty
         self.sources = {} if empty else folder.sources
         self.tell: Callable[[int], None] = lambda elements: None

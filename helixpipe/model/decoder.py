@@ -64,12 +64,14 @@ class Holding(Model, Protocol):
 class Decoder:
     """The model of a ModelShape. Parameters are initialised by name from the seed, whatever the placement."""
 
-    def __init__(self, shape: ModelShape, seed: int = 0, mlp_chunk: int = 0, head_chunk: int = 0) -> None:
+    def __init__(
+        self, shape: ModelShape, seed: int = 0, mlp_chunk: int = 0, head_chunk: int = 0, z_loss: float = 0.0
+    ) -> None:
         """`mlp_chunk`, `head_chunk`: tokens at a time through the MLP and the head, on all ranks that share a sequence
-        together; 0 is all at once.
+        together; 0 is all at once. `z_loss`: what (log-sum-exp of the logits)^2 weighs in the gradient; losses are without.
         """
         self.shape, self.seed = shape, seed
-        self.recipe = Recipe(shape, Ropes(shape), mlp_chunk, head_chunk)
+        self.recipe = Recipe(shape, Ropes(shape), mlp_chunk, head_chunk, z_loss=z_loss)
 
     def bare(self, part: Part) -> nn.Module:
         """The module of a part, its parameters without memory."""

@@ -5,18 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helixpipe.model.activation import ACTIVATIONS
 from helixpipe.model.chunked import Chunked, chunked_sum
+from helixpipe.model.cross_entropy import IGNORED, cross_entropy
 from helixpipe.model.linear import Linear
 from helixpipe.model.norm import norm
 from helixpipe.model.recipe import Recipe
 from helixpipe.parts.shape import ModelShape
-
-IGNORED = -100
-"""A target that counts for nothing, as in torch's cross entropy."""
 
 
 def counted(*targets: Tensor) -> int:
@@ -27,14 +24,14 @@ def counted(*targets: Tensor) -> int:
 class Head(Chunked):
     """Final norm, transform, logits and cross entropy, summed over tokens; over slices of `chunk` tokens when that is not 0."""
 
-    def __init__(self, shape: ModelShape, chunk: int = 0) -> None:
+    def __init__(self, shape: ModelShape, chunk: int = 0, z_loss: float = 0.0) -> None:
         super().__init__()
         self.norm = norm(shape)
         self.dense = Linear(shape.hidden, shape.hidden, bias=shape.bias) if shape.head_transform else None
         self.dense_norm = norm(shape) if shape.head_transform else nn.Identity()
         self.output = Linear(shape.hidden, shape.vocabulary, bias=shape.head_transform)
         self.softcap = shape.head_softcap
-        self.chunk = chunk
+        self.chunk, self.z_loss = chunk, z_loss
 
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:
         return chunked_sum(self, self.local_chunk, x, targets)
@@ -49,7 +46,7 @@ class Head(Chunked):
             logits = _SoftCap.apply(logits, self.softcap)  # type: ignore[no-untyped-call]
         logits = logits.flatten(0, 1)
         wide = logits if logits.dtype == torch.float64 else logits.float()
-        return F.cross_entropy(wide, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        return cross_entropy(wide, targets.flatten(), self.z_loss)
 
 
 class _SoftCap(torch.autograd.Function):
@@ -70,4 +67,4 @@ class _SoftCap(torch.autograd.Function):
 
 
 def make(recipe: Recipe) -> nn.Module:
-    return Head(recipe.shape, recipe.head_chunk)
+    return Head(recipe.shape, recipe.head_chunk, recipe.z_loss)

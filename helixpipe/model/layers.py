@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helixpipe.errors import ConfigError
-from helixpipe.model.head import IGNORED
+from helixpipe.model.cross_entropy import IGNORED
 from helixpipe.model.layers_shape import LayersShape
 from helixpipe.model.rope import Start
 from helixpipe.model.trial import device_of, failed, given_tensors, own_randomness

@@ -33,6 +33,7 @@ class QKVKind(Kind):
         return (*work.lead, heads, work.shape.head_dim)
 
     def moved_elements(self, shape: ModelShape) -> float:
+        """Whatever share of a head is rotated: the rest is copied beside it."""
         return 2.0 * (shape.q_size + 2 * shape.kv_size) if shape.positions == "rope" else 0.0
 
     @property

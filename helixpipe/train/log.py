@@ -148,9 +148,12 @@ class Log:
     def _head(self) -> None:
         job, schedule, train = self.job, self.job.config.schedule, self.job.config.train
         shape, mesh = job.config.shape(), job.config.mesh_shape()
+        sizes = shape.parameter_elements(shape.chain())
+        trained = sum(size for name, size in sizes.items() if shape.trains(name))
+        some = f" ({trained:,} trained)" if shape.frozen else ""
         ranks = f"{mesh.size} ranks" + (f" ({mesh})" if mesh.size > mesh.pp else "")
         self._say(
-            f"{job.config.model_title}: {shape.parameter_count:,} parameters, {shape.layers} layers; "
+            f"{job.config.model_title}: {shape.parameter_count:,} parameters{some}, {shape.layers} layers; "
             f"{schedule.family} on {ranks} ({self.device.split(':')[0]}), {schedule.microbatches} micro-batches "
             f"of {train.microbatch_size} x {train.sequence_length} tokens"
         )

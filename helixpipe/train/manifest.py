@@ -118,6 +118,9 @@ def verify(checkpoint: Path) -> Manifest:
 def check_shape(manifest: Manifest, shape: ModelShape, checkpoint: Path) -> None:
     """Raise CheckpointError when the checkpoint is of another model. Rotary positions have no weights: they may change."""
     for name, value in dataclasses.asdict(shape).items():
+        if name == "frozen" and manifest.shape.get(name, value) != value:  # of what was frozen it has no moments
+            was = manifest.config.get("train", {}).get("freeze", [])
+            raise CheckpointError(f"{checkpoint}: its train.freeze is {json.dumps(was)}; freeze the same parameters")
         if name in manifest.shape and manifest.shape[name] != value and name not in _MAY_CHANGE:
             raise CheckpointError(
                 f"{checkpoint}: its model.{name} is {manifest.shape[name]}, and the config's {value}; use the same model"

@@ -18,12 +18,26 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Of step 0, 1, ...: a straight rise over the warm-up, then half a cosine down to the lowest at the last step."""
+    """Of step 0, 1, ...: a straight rise over the warm-up, then the schedule down to the lowest at the last step.
+
+    cosine, linear   from the highest right after the warm-up
+    constant         the highest all along
+    wsd              the highest until the last `decay_steps`, then by as much less each step
+    """
     lowest = config.learning_rate / 10 if config.min_learning_rate is None else config.min_learning_rate
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(config.steps - 1 - config.warmup_steps, 1)
-    height = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    done = min((step - config.warmup_steps) / max(config.steps - 1 - config.warmup_steps, 1), 1.0)
+    match config.schedule:
+        case "cosine":
+            height = 0.5 * (1 + math.cos(math.pi * done))
+        case "linear":
+            height = 1 - done
+        case "constant":
+            height = 1.0
+        case "wsd":
+            decay = config.decay_steps or max(config.steps // 10, 1)
+            height = min(max((config.steps - 1 - step) / decay, 0.0), 1.0)
     return lowest + height * (config.learning_rate - lowest)
 
 

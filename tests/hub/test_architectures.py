@@ -107,14 +107,21 @@ def test_phi_says_its_original_length_beside_and_partial_rotation() -> None:
         "max_position_embeddings": 131072, "partial_rotary_factor": 0.5,
     }  # fmt: skip
     found = shape("phi3", **keys)
-    assert (found.rope.type, found.rope.original, found.rope.factor, found.rotary_share) == ("longrope", 4096, 32.0, 0.5)
+    assert (found.rope.type, found.rope.original, found.rope.factor, found.rotary_share) == (
+        "longrope",
+        4096,
+        32.0,
+        0.5,
+    )
     assert ARCHITECTURES["phi3"].read(theirs("phi3", **keys)) == found
     assert ARCHITECTURES["phi3"].read(ARCHITECTURES["phi3"].write(found)) == found
     assert shape("phi3", **keys | {"rope_scaling": {"type": "su"} | numbers}) == found  # an older name
 
 
 def test_rotary_positions_by_kind_of_layer() -> None:
-    old = shape("gemma3_text", rope_theta=2e6, rope_local_base_freq=3e4, rope_scaling={"rope_type": "linear", "factor": 8.0})
+    old = shape(
+        "gemma3_text", rope_theta=2e6, rope_local_base_freq=3e4, rope_scaling={"rope_type": "linear", "factor": 8.0}
+    )
     assert (old.rope_base, old.window_rope_base, old.rope) == (2e6, 3e4, Rotary("linear", factor=8.0))
     new = {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 2e6},
@@ -198,7 +205,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("name", "keys", "message"), REFUSED, ids=lambda each: str(each)[:40])
-def test_what_a_config_asks_for_and_is_not_there_is_refused_by_its_key(name: str, keys: dict[str, Any], message: str) -> None:
+def test_what_a_config_asks_for_and_is_not_there_is_refused_by_its_key(
+    name: str, keys: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError) as error:
         shape(name, **keys)
     assert message in str(error.value)
@@ -235,7 +244,9 @@ def test_a_model_of_ones_own_is_written_as_the_architecture_that_fits() -> None:
     assert fitting(replace(SHAPES["llama3-8b"], rotary_share=0.5)).name == "phi3"
     with pytest.raises(ConfigError) as error:
         fitting(SHAPES["tiny"])
-    assert str(error.value) == "no architecture has this model: the nearest is llama, which cannot have model.mlp 'gelu'"
+    assert (
+        str(error.value) == "no architecture has this model: the nearest is llama, which cannot have model.mlp 'gelu'"
+    )
     with pytest.raises(ConfigError) as error:
         ARCHITECTURES["llama"].write(replace(SHAPES["llama3-8b"], window=512))
     assert str(error.value) == "model.window: 512; no config of llama can say so"

@@ -22,8 +22,8 @@ from oracle import batch, plain_gradients
 from ranks import Ranks
 from test_gradients import mesh_of
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from values import Given, initial_values
+from wide import Wide
 
 import helixpipe as hp
 from helixpipe.schedule.families import FAMILIES, options
@@ -75,16 +75,6 @@ class Case:
 
 def shape_of(architecture: str, layers: int) -> hp.ModelShape:
     return hp.ModelShape(layers=layers, **BASE, **ARCHITECTURES[architecture])
-
-
-class Wide(TorchFunctionMode):
-    """Whoever asks torch for float32 gets float64."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        func = Tensor.double if func is Tensor.float else func
-        args = [torch.float64 if each is torch.float32 else each for each in args]
-        kwargs = {name: torch.float64 if each is torch.float32 else each for name, each in (kwargs or {}).items()}
-        return func(*args, **kwargs)
 
 
 def hugging_face() -> Any:

@@ -44,7 +44,7 @@ def test_the_example_spells_out_the_defaults() -> None:
     assert build_config(table) == dataclasses.replace(
         Config(),
         model=dataclasses.replace(Config().model, name="tiny"),
-        schedule=dataclasses.replace(Config().schedule, folds=2, travel="none", groups="sequential")
+        schedule=dataclasses.replace(Config().schedule, folds=2, travel="none", groups="sequential"),
     )
     for section, keys in to_table(Config()).items():
         assert keys.items() <= table[section].items(), section
@@ -239,6 +239,18 @@ def test_a_missing_file_is_named() -> None:
             {"train": {"min_learning_rate": 1.0}},
             "train.min_learning_rate: 1.0 is above train.learning_rate 0.002; lower it",
         ),
+        (
+            {"train": {"schedule": "constant", "min_learning_rate": 1e-4}},
+            "train.min_learning_rate: a constant schedule never falls; remove the key",
+        ),
+        ({"train": {"decay_steps": 4}}, "train.decay_steps: cosine has no such key, wsd has; remove it"),
+        (
+            {"train": {"schedule": "wsd", "decay_steps": 121}},
+            "train.decay_steps: 121 are more than train.steps 120; lower it",
+        ),
+        ({"train": {"schedule": "wsd", "decay_steps": 0}}, "train.decay_steps: 0; give at least 1"),
+        ({"train": {"schedule": "wds"}}, "train.schedule: 'wds' is not known; did you mean 'wsd'?"),
+        ({"train": {"z_loss": -1e-4}}, "train.z_loss: -0.0001; give at least 0"),
         ({"mesh": {"tp": 3}}, "mesh.tp: 3 ranks do not divide model.heads 4; tp may be 1, 2 or 4"),
         ({"mesh": {"dp": 0}}, "mesh.dp: 0; give at least 1"),
         (

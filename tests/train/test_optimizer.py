@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -26,10 +27,34 @@ def test_the_lowest_is_a_tenth_when_unset() -> None:
     assert learning_rate(TrainConfig(steps=20, warmup_steps=4), 19) == pytest.approx(TrainConfig().learning_rate / 10)
 
 
+# step by step, by hand: 2 of warm-up to 1.0, 8 more, down to 0.2
+BY_HAND = {
+    "linear": [0.5, 1.0, 1.0, 1 - 0.8 / 7, 1 - 1.6 / 7, 1 - 2.4 / 7, 1 - 3.2 / 7, 1 - 4.0 / 7, 1 - 4.8 / 7, 0.2],
+    "constant": [0.5] + [1.0] * 9,
+    "wsd": [0.5] + [1.0] * 5 + [0.8, 0.6, 0.4, 0.2],
+}
+
+
+@pytest.mark.parametrize("schedule", BY_HAND)
+def test_the_other_schedules(schedule: str) -> None:
+    keys = {"min_learning_rate": 0.2} if schedule != "constant" else {}
+    keys |= {"decay_steps": 4} if schedule == "wsd" else {}
+    config = TrainConfig(steps=10, warmup_steps=2, learning_rate=1.0, schedule=schedule, **keys)  # type: ignore[arg-type]
+    assert [learning_rate(config, step) for step in range(10)] == pytest.approx(BY_HAND[schedule], rel=1e-15)
+
+
+def test_what_wsd_takes_when_unset() -> None:
+    """A tenth of the steps, and of the learning rate; a warm-up that reaches into them is not cut short."""
+    config = TrainConfig(steps=30, warmup_steps=2, learning_rate=1.0, schedule="wsd")
+    assert [learning_rate(config, step) for step in range(26, 30)] == pytest.approx([1.0, 0.7, 0.4, 0.1])
+    late = dataclasses.replace(config, warmup_steps=29)
+    assert [learning_rate(late, step) for step in (27, 28, 29)] == pytest.approx([28 / 29, 1.0, 0.1])
+
+
 @pytest.mark.parametrize("steps", [1, 2])
 def test_very_short_runs_have_a_learning_rate(steps: int) -> None:
-    for warmup in (0, 1, 5):
-        config = TrainConfig(steps=steps, warmup_steps=warmup)
+    for warmup, schedule in itertools.product((0, 1, 5), ("cosine", *BY_HAND)):
+        config = TrainConfig(steps=steps, warmup_steps=warmup, schedule=schedule)  # type: ignore[arg-type]
         assert all(0 < learning_rate(config, step) <= config.learning_rate for step in range(steps))
 
 
