@@ -20,6 +20,7 @@ from helixpipe.errors import (
     UncountedWarning,
 )
 from helixpipe.mesh import MeshShape
+from helixpipe.parts.lora import Lora
 from helixpipe.parts.part import Part, Value
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.shapes import named_shape
@@ -81,6 +82,7 @@ __all__ = [
     "HelixpipeError",
     "Layers",
     "Link",
+    "Lora",
     "MeshShape",
     "Model",
     "ModelShape",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from helixpipe.config import Config
 from helixpipe.errors import ConfigError, HelixpipeError
+from helixpipe.hub.adapter import Adapter
 from helixpipe.hub.folder import Folder
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def initial_model(config: Config, schedule: Schedule, checkpoint: Path | None) -
             empty=checkpoint is not None,
             seed=train.seed,
             z_loss=train.z_loss,
+            adapter=Adapter.open(config.model.adapter, folder) if config.model.adapter else None,
         )
     except ConfigError as error:  # a fault of this machine alone, which others do not see
         raise HelixpipeError(str(error)) from None

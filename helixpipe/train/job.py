@@ -137,7 +137,11 @@ def _resolved(config: Config, given: Arguments, checkpoint: Path | None) -> Conf
         config,
         run=dataclasses.replace(config.run, name=name, folder=str(folder), resume=""),
         data=dataclasses.replace(config.data, path=_absolute(config.data.path)),
-        model=dataclasses.replace(config.model, path=_absolute(config.model.path or "") or None),
+        model=dataclasses.replace(
+            config.model,
+            path=_absolute(config.model.path or "") or None,
+            adapter=_absolute(config.model.adapter or "") or None,
+        ),
         schedule=dataclasses.replace(config.schedule, profile=_absolute(config.schedule.profile)),
     )
 

@@ -150,7 +150,7 @@ class Log:
         shape, mesh = job.config.shape(), job.config.mesh_shape()
         sizes = shape.parameter_elements(shape.chain())
         trained = sum(size for name, size in sizes.items() if shape.trains(name))
-        some = f" ({trained:,} trained)" if shape.frozen else ""
+        some = f" ({trained:,} trained)" if trained < shape.parameter_count else ""
         ranks = f"{mesh.size} ranks" + (f" ({mesh})" if mesh.size > mesh.pp else "")
         self._say(
             f"{job.config.model_title}: {shape.parameter_count:,} parameters{some}, {shape.layers} layers; "
