@@ -79,6 +79,8 @@ class Folder:
                     f"model.{name}: {value}, and the weights in model.path are of {getattr(self.shape, name)}; "
                     f"leave it out: only {', '.join(MAY_CHANGE)} may differ"
                 )
+        if changes.get("window") == 0:  # in no layer
+            changes = {"window_pattern": ()} | dict(changes)
         return dataclasses.replace(self.shape, **changes)
 
     @cached_property

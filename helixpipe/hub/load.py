@@ -53,9 +53,9 @@ class Loaded(Decoder):
         shape: ModelShape | None = None,
         mlp_chunk: int = 0,
         head_chunk: int = 0,
+        z_loss: float = 0.0,
         empty: bool = False,
         seed: int = 0,
-        z_loss: float = 0.0,
         adapter: Adapter | None = None,
     ) -> None:
         """`shape`: the folder's, with what may differ. `empty`: leave the values to whoever fills them, such as a
@@ -107,6 +107,7 @@ def load(
     path: str | Path,
     mlp_chunk: int = 0,
     head_chunk: int = 0,
+    z_loss: float = 0.0,
     adapter: str | Path | None = None,
     lora: Lora | None = None,
 ) -> Loaded:
@@ -120,7 +121,7 @@ def load(
         raise ConfigError("lora: an adapter is given, which says what it is; leave one of them out")
     found = None if adapter is None else Adapter.open(adapter, folder)
     shape = replace(folder.shape, lora=lora if found is None else found.lora)
-    return Loaded(folder, shape, mlp_chunk, head_chunk, adapter=found)
+    return Loaded(folder, shape, mlp_chunk, head_chunk, z_loss, adapter=found)
 
 
 def read(source: Source, spans: list[tuple[int, int]]) -> Tensor:

@@ -44,6 +44,7 @@ MODERNBERT = Architecture(
         Tensor("head.dense", "head.dense"),
         Tensor("head.norm", "head.dense_norm"),
         Tensor("decoder", "head.output"),
+        Tensor("decoder", "head"),  # whose bias is the head's own, whosever the table is
     ),
     outside=("head.", "decoder"),
     tied="decoder.weight",

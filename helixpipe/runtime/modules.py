@@ -79,12 +79,14 @@ class Modules:
         """Full name of a parameter that the shape lists twice -> the one that it has here."""
         self.travelling = frozenset(name for visit in visits(schedule, self.shape) for name in visit.parameters)
         self._owners = parameter_owners(schedule, self.shape)
+        self._have: set[str] = set()  # parameters of parts taken in before: of another with the same, sizes are enough
         faults: list[str] = []
         for stage in range(len(schedule.stages)):
             if rank in self.ranks_with(stage):
                 for part in schedule.stages[stage].parts:
                     try:
                         faults += self._take(model, tensor, stage, part)
+                        self._have.update(named.name for named in self.parameters[part])
                     except ConfigError as error:
                         faults.append(str(error))
         faults += self._clashes()
@@ -110,8 +112,11 @@ class Modules:
         if not isinstance(model, Holding):
             return model.part(part)
         owner = self.schedule.owner(stage)
-        held = Held(self.shape, tensor.rank if tensor else 0, lambda name: self._owners.get(name, owner) == self.rank)
-        return model.part_for(part, held)
+
+        def owns(name: str) -> bool:
+            return self._owners.get(name, owner) == self.rank and name not in self._have
+
+        return model.part_for(part, Held(self.shape, tensor.rank if tensor else 0, owns))
 
     def _take(self, model: Model, tensor: TensorParallel | None, stage: int, part: Part) -> Iterator[str]:
         """Take a part's module in; what is wrong with it."""
@@ -163,7 +168,7 @@ class Modules:
                 f"{', '.join(map(str, sorted(owners | set(ranks))))} need it: it would not travel; list it in "
                 "shape.parameters, or keep the part on one rank"
             )
-        if self.rank in owners and parameter.numel() > 1 and not any(parameter.stride()):
+        if self.rank in owners and name not in self._have and parameter.numel() > 1 and not any(parameter.stride()):
             yield f"{name}: its values in {whose} are with an earlier pipeline; hand out a new module"
         if not parameter.is_floating_point() and (parameter.requires_grad or name in self.travelling):
             kind, cannot = str(parameter.dtype).removeprefix("torch."), "train" if parameter.requires_grad else "travel"

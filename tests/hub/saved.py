@@ -75,7 +75,7 @@ def saved(folder: Path, name: str, dtype: torch.dtype = torch.float64, **keys: A
     return model
 
 
-def batch(sequences: int = 4) -> tuple[Tensor, Tensor]:
+def batch(sequences: int = 8) -> tuple[Tensor, Tensor]:
     """Tokens and targets [sequences, length]."""
     generator = torch.Generator().manual_seed(1)
     both = torch.randint(0, WORDS, (2, sequences, LENGTH), generator=generator)
