@@ -60,12 +60,12 @@ def export(
     shape = _shape(manifest)
     came_from = manifest.config.get("model", {}).get("path")
     source = Folder.open(came_from) if came_from else None
-    architecture = source.architecture if source else fitting(shape)
     tensors = _Tensors(checkpoint)
     if shape.lora is None and merge:
         raise ConfigError(f"--merge: {checkpoint} has no adapters; leave it out")
     if shape.lora is not None and not merge:
         return _export_adapters(target, checkpoint, manifest.step, source, shape, tensors, kind or tensors.dtype)
+    architecture = source.architecture if source else fitting(shape)
     kind = kind or _dtype_of(source) or tensors.dtype
     read, shape = _Merged(tensors, shape).read, replace(shape, lora=None)
     config = _config(architecture, shape, manifest, source, kind)
