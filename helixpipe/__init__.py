@@ -22,6 +22,7 @@ from helixpipe.errors import (
 from helixpipe.mesh import MeshShape
 from helixpipe.parts.lora import Lora
 from helixpipe.parts.part import Part, Value
+from helixpipe.parts.rotary import Rotary
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.shapes import named_shape
 from helixpipe.parts.work import Batch
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from helixpipe.model.head import counted
     from helixpipe.model.layers import Layers
     from helixpipe.runtime.launch import launch
+    from helixpipe.runtime.losses import Losses
     from helixpipe.runtime.mesh import make_device_mesh
     from helixpipe.runtime.pipeline import Pipeline
     from helixpipe.sequence import ring_attention, ulysses_attention
@@ -57,6 +59,7 @@ _LATE = {
     "Attention": "helixpipe.model.attn",
     "Decoder": "helixpipe.model.decoder",
     "Layers": "helixpipe.model.layers",
+    "Losses": "helixpipe.runtime.losses",
     "Model": "helixpipe.model.decoder",
     "Pipeline": "helixpipe.runtime.pipeline",
     "export": "helixpipe.train.export",
@@ -83,6 +86,7 @@ __all__ = [
     "Layers",
     "Link",
     "Lora",
+    "Losses",
     "MeshShape",
     "Model",
     "ModelShape",
@@ -92,6 +96,7 @@ __all__ = [
     "Plan",
     "Program",
     "RankError",
+    "Rotary",
     "Schedule",
     "ScheduleError",
     "Setting",

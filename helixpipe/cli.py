@@ -14,6 +14,7 @@ USAGE = """\
 usage: helixpipe COMMAND [options]
 
   train      train a model: helixpipe train [config.toml] [--section.key value ...]
+  evaluate   a checkpoint's loss on held-out data, in all and by position in the sequence
   plan       the best schedules for a model, a sequence length, a cluster and its memory
   simulate   predicted time, bubble and memory of a schedule
   rehearse   the real runtime and real messages on this machine, with stages that sleep
@@ -25,7 +26,7 @@ usage: helixpipe COMMAND [options]
 
 helixpipe COMMAND --help tells a command's options; helixpipe --version the version.
 """
-COMMANDS = ("train", "plan", "simulate", "rehearse", "export", "show", "check", "profile", "compare")
+COMMANDS = ("train", "evaluate", "plan", "simulate", "rehearse", "export", "show", "check", "profile", "compare")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

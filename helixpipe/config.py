@@ -211,8 +211,8 @@ class TrainConfig:
     """Gradients above this norm, over all ranks, are scaled down to it; 0 is no clipping."""
     evaluate_every: int = 40
     """Steps between evaluations on held-out data; 0 is only the first and the last."""
-    evaluate_batches: int = 4
-    """Batches in an evaluation, each as large as a training step's."""
+    evaluate_sequences: int = 16
+    """Sequences in an evaluation, spread evenly over what is held out, whatever a batch is; as many as fit side by side."""
 
 
 @dataclass(frozen=True)
@@ -362,7 +362,7 @@ FAMILY_OPTIONS = tuple(option.name for option in dataclasses.fields(ScheduleConf
 _AT_LEAST = {
     "data.held_out": 0, "train.steps": 1, "train.microbatch_size": 1, "train.sequence_length": 1, "train.seed": 0,
     "train.learning_rate": 0, "train.min_learning_rate": 0, "train.warmup_steps": 0, "train.decay_steps": 1, "train.z_loss": 0, "train.weight_decay": 0,
-    "train.clip_norm": 0, "train.evaluate_every": 0, "train.evaluate_batches": 1, "runtime.mlp_chunk": 0,
+    "train.clip_norm": 0, "train.evaluate_every": 0, "train.evaluate_sequences": 1, "runtime.mlp_chunk": 0,
     "runtime.head_chunk": 0, "runtime.port": 0, "runtime.threads": 1, "run.checkpoint_every": 0, "run.keep": 1,
     "run.timeline_step": 0, "schedule.segment_multiple": 1, "mesh.dp": 1, "mesh.cp": 1, "mesh.tp": 1,
 }  # fmt: skip

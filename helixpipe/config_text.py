@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
 import types
 import typing
@@ -19,17 +20,25 @@ from helixpipe.errors import ConfigError, nearest
 Table = dict[str, dict[str, Any]]
 """A config as TOML has it: section -> key -> value, only what was given."""
 
+# key of an earlier version -> what took its place
+_REPLACED = {
+    "train.evaluate_batches": "train.evaluate_sequences took its place: held-out sequences in an evaluation, whatever a batch is"
+}
+
 
 def read_toml(path: str | Path) -> Table:
     """The table in a TOML file, its keys and types checked; raises ConfigError."""
+    return _checked(_parsed(path), f"{path}: ")
+
+
+def _parsed(path: str | Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
-            table = tomllib.load(file)
+            return tomllib.load(file)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}; give the path of a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from None
-    return _checked(table, f"{path}: ")
 
 
 def write_toml(config: Config) -> str:
@@ -40,6 +49,25 @@ def write_toml(config: Config) -> str:
 def to_table(config: Config) -> Table:
     """The config's keys that are set."""
     return {section: _set_keys(keys) for section, keys in dataclasses.asdict(config).items()}
+
+
+def read_saved(path: str | Path) -> Table:
+    """The config that a run saved, also of an earlier version."""
+    table = _parsed(path)
+    return _checked(renewed(table) if isinstance(table.get("train"), Mapping) else table, f"{path}: ")
+
+
+def renewed(saved: Mapping[str, Any]) -> Table:
+    """A saved config with keys of today's in place of those that were replaced, of the same meaning."""
+    table = {name: dict(keys) if isinstance(keys, Mapping) else keys for name, keys in saved.items()}
+    batches = saved.get("train", {}).get("evaluate_batches")
+    if batches is not None:  # the sequences of so many batches: what a run saves has every key
+        sizes = (("schedule", "microbatches"), ("train", "microbatch_size"), ("mesh", "dp"))
+        del table["train"]["evaluate_batches"]
+        table["train"]["evaluate_sequences"] = batches * math.prod(
+            table.get(name, {}).get(key, 1) for name, key in sizes
+        )
+    return table
 
 
 def _set_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,6 +184,8 @@ def _field_type(section: str, key: str, where: str) -> Any:
         raise ConfigError(f"{where}{section}: no such section{nearest(section, sections)}")
     name, within, inner = key.partition(".")
     hints = _hints(sections[section])
+    if f"{section}.{name}" in _REPLACED:
+        raise ConfigError(f"{where}{section}.{name}: no such key any more; {_REPLACED[f'{section}.{name}']}")
     if name not in hints:
         raise ConfigError(f"{where}{section}.{name}: no such key{nearest(name, hints)}")
     kind = hints[name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from helixpipe.errors import ConfigError
@@ -67,6 +69,16 @@ def test_what_does_not_divide_is_one_line(mesh: MeshShape, lengths: tuple[int, .
     with pytest.raises(ConfigError) as caught:
         mesh.check(SHAPE, lengths)
     assert str(caught.value) == message
+
+
+def test_norms_over_all_heads_are_not_divided() -> None:
+    shape = replace(SHAPE, qk_norm=True, qk_norm_over="width")
+    MeshShape(cp=4).check(shape, (16,))
+    with pytest.raises(ConfigError) as caught:
+        MeshShape(tp=2).check(shape, (16,))
+    assert str(caught.value) == (
+        "mesh.tp: 2 ranks divide the heads, and model.qk_norm_over 'width' needs all of them together; use tp 1"
+    )
 
 
 def test_sizes_and_names_are_checked() -> None:

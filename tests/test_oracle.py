@@ -20,6 +20,16 @@ SHAPES: list[dict[str, Any]] = [
     {"tied": True, "kv_heads": 2, "qk_norm": True},
     {"causal": False, "mlp": "gelu", "norm": "layer", "bias": True, "qkv_bias": True},
     {"positions": "learned", "context": 16, "mlp": "gelu", "head_dim": 6, "kv_heads": 1},
+    {
+        "norms": "both",
+        "norm_offset": True,
+        "embed_scale": 4.0,
+        "mlp": "geglu_tanh",
+        "head_softcap": 3.0,
+        "o_bias": True,
+    },
+    {"norms": "after", "qk_norm": True, "qk_norm_over": "width", "mlp": "geglu"},
+    {"norm": "layer", "norm_bias": False, "embed_norm": True, "head_transform": True, "mlp": "gelu_tanh"},
 ]
 # file -> what it may import, and the names of `helixpipe` that it may use
 ALLOWED = {

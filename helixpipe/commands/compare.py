@@ -11,7 +11,7 @@ from typing import Any
 from helixpipe.commands.pictures import add_picture_flags, write_pictures
 from helixpipe.commands.setting import ONLY_RATIOS, as_flags, duration, gibibytes, load_profile
 from helixpipe.config import Config
-from helixpipe.config_text import build_config, read_toml
+from helixpipe.config_text import build_config, read_saved
 from helixpipe.errors import ConfigError
 from helixpipe.flags import Parser
 from helixpipe.predict.estimate import priced
@@ -41,7 +41,7 @@ def compare(given: list[str]) -> int:
     folder = Path(args.run)
     if not os.path.isfile(folder / "config.toml"):
         raise ConfigError(f"{folder}: no config.toml there; name a run folder, such as runs/default-1")
-    config = build_config(read_toml(folder / "config.toml"))
+    config = build_config(read_saved(folder / "config.toml"))
     measured = load(folder / "timeline.json")
     with as_flags():
         predicted, source = _predicted(config, measured, args.profile, args.hardware, args.link)

@@ -31,7 +31,7 @@ DTYPES = ("float32", "bfloat16", "float64")
 DEVICES = ("auto", "cpu", "cuda")
 SHAPE_KEYS = (
     "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocabulary", "norm", "mlp", "positions", "context",
-    "qkv_bias", "bias", "qk_norm", "causal",
+    "qkv_bias", "bias", "qk_norm", "causal", "norms", "norm_offset", "o_bias", "qk_norm_over", "head_transform",
 )  # fmt: skip
 MOST_RANKS = 64
 SCATTERED = 0.3

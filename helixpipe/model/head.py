@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helixpipe.model.activation import ACTIVATIONS
 from helixpipe.model.chunked import Chunked, chunked_sum
-from helixpipe.model.cross_entropy import IGNORED, cross_entropy
+from helixpipe.model.cross_entropy import cross_entropy
 from helixpipe.model.linear import Linear
 from helixpipe.model.norm import norm
 from helixpipe.model.recipe import Recipe
+from helixpipe.parts.head import IGNORED
 from helixpipe.parts.shape import ModelShape
 
 
@@ -38,6 +40,24 @@ class Head(Chunked):
 
     def whole(self, x: Tensor, *others: Tensor) -> Tensor:
         (targets,) = others
+        return cross_entropy(self.logits(x), targets.flatten(), self.z_loss)
+
+    def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy of each token, [b, s], for evaluations: 0 where the target does not count.
+
+        A class of someone's own that changes the loss gives its sum.
+        """
+        if type(self).forward is not Head.forward or type(self).whole is not Head.whole:
+            return self.forward(x, targets)
+        size = self.local_chunk or x.shape[1]
+        pieces = [
+            F.cross_entropy(self.logits(some), wanted.flatten(), ignore_index=IGNORED, reduction="none").view_as(wanted)
+            for some, wanted in zip(x.split(size, 1), targets.split(size, 1), strict=True)
+        ]
+        return torch.cat(pieces, 1)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x [b, s, h] -> [b * s, vocabulary], in float32 or wider."""
         n = self.norm(x)
         if self.dense is not None:
             n = self.dense_norm(ACTIVATIONS["gelu"](self.dense(n)))
@@ -45,8 +65,7 @@ class Head(Chunked):
         if self.softcap:
             logits = _SoftCap.apply(logits, self.softcap)  # type: ignore[no-untyped-call]
         logits = logits.flatten(0, 1)
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        return cross_entropy(wide, targets.flatten(), self.z_loss)
+        return logits if logits.dtype == torch.float64 else logits.float()
 
 
 class _SoftCap(torch.autograd.Function):

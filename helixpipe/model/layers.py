@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helixpipe.errors import ConfigError
-from helixpipe.model.cross_entropy import IGNORED
 from helixpipe.model.layers_shape import LayersShape
 from helixpipe.model.rope import Start
 from helixpipe.model.trial import device_of, failed, given_tensors, own_randomness
+from helixpipe.parts.head import IGNORED
 from helixpipe.parts.part import Part
 from helixpipe.parts.work import Work
 
@@ -139,19 +139,35 @@ class _Head(nn.Module):
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:
         if self.loss is None:
             return self.module(x, targets)  # type: ignore[no-any-return]
+        return self.loss(self._logits(x, targets), targets.flatten())
+
+    def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        """The loss of each token, [b, s], for evaluations; the sum, where a loss of someone's own gives no more."""
+        if self.loss is not summed_cross_entropy:
+            own = getattr(self.module, "token_losses", None)
+            made: Tensor = own(x, targets) if callable(own) and self.loss is None else self(x, targets)
+            return made
+        return _cross_entropy(self._logits(x, targets), targets.flatten(), "none").view_as(targets)
+
+    def _logits(self, x: Tensor, targets: Tensor) -> Tensor:
+        """[b * s, classes]"""
         logits: Tensor = self.module(x)
         if logits.shape[:2] != targets.shape:
             raise ConfigError(
                 f"head ({type(self.module).__name__}) gave logits {list(logits.shape)} for targets {list(targets.shape)}; give "
                 "[b, s, classes], or let its forward require (x, targets) and give the loss"
             )
-        return self.loss(logits.flatten(0, 1), targets.flatten())
+        return logits.flatten(0, 1)
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Logits [n, classes], targets [n], of which -100 does not count."""
+    return _cross_entropy(logits, targets, "sum")
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction=reduction)
 
 
 def _check_module(name: str, module: object) -> None:

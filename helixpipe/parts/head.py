@@ -11,6 +11,9 @@ from helixpipe.parts.part import FIRST, Part
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Keeping, Work
 
+IGNORED = -100
+"""A target that counts for nothing, as in torch's cross entropy."""
+
 
 @register
 class HeadKind(Kind):

@@ -67,6 +67,7 @@ class NoNormKind(NormKind):
     """Of a layer without a norm before attention: n is x."""
 
     hands_on = True
+    cheap = False
     has_parameters = False
 
     def parameters(self, shape: ModelShape) -> Shapes:

@@ -74,8 +74,13 @@ class Needs:
             self._backward[part] = self._share(chunk.backward_bytes(place, self.work))
         return self._backward[part]
 
-    def check(self, part: Part, module: torch.nn.Module, made: Collection[Tensor]) -> None:
-        """Raise ConfigError for values of another number, shape or precision than messages will have."""
+    def check(
+        self, part: Part, module: torch.nn.Module, made: Collection[Tensor], losses: tuple[int, ...] = ()
+    ) -> None:
+        """Raise ConfigError for values of another number, shape or precision than messages will have.
+
+        `losses`: the shape of a loss that is not yet a sum, where it need not be one.
+        """
         if len(made) != len(part.makes):
             raise ConfigError(
                 f"{part}: {type(module).__name__} gave {len(made)} tensors; give {self._told(part)}, {len(part.makes)} in all"
@@ -83,7 +88,11 @@ class Needs:
         for value, tensor in zip(part.makes, made, strict=True):
             if tensor.dtype is self.dtype and tensor.shape == self._shape(value):
                 continue
-            if value == loss_of(self.work.shape.layers) and tensor.shape == () and tensor.dtype.is_floating_point:
+            if (
+                value == loss_of(self.work.shape.layers)
+                and tensor.shape in ((), losses)
+                and tensor.dtype.is_floating_point
+            ):
                 continue
             raise ConfigError(
                 f"{part}: {type(module).__name__} gave {value.name} as {_name(tensor.dtype)} {list(tensor.shape)}; "

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
@@ -14,12 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import Store, _get_default_store
 
-from helixpipe.errors import ConfigError, RankError, UncountedWarning
+from helixpipe.errors import ConfigError, RankError
 from helixpipe.mesh import MeshShape
 from helixpipe.model.attn import Attention
 from helixpipe.model.chunked import Chunked
 from helixpipe.model.decoder import Model
-from helixpipe.model.head import counted as count
 from helixpipe.parts.part import Part
 from helixpipe.parts.work import Batch, Keeping, Work
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
@@ -28,6 +25,7 @@ from helixpipe.runtime.context import Context
 from helixpipe.runtime.executor import execute
 from helixpipe.runtime.ledger import Ledger
 from helixpipe.runtime.live import Needs
+from helixpipe.runtime.losses import Losses, divisor, of_rank, of_ranks
 from helixpipe.runtime.mesh import Mesh
 from helixpipe.runtime.modules import Modules
 from helixpipe.runtime.randomness import Stream, evaluating
@@ -165,11 +163,22 @@ class Pipeline:
         Raises ConfigError for a batch that cannot be, or one that has more than `counted`; warns with UncountedWarning
         where nothing counts: the loss is 0 then, and gradients get nothing.
         """
-        return self._run(tokens, targets, counted, training=True)
+        scale = 1.0 / divisor(targets, counted)
+        return math.fsum(row[0] for row in self._run(tokens, targets, scale, training=True))
 
     def evaluate(self, tokens: Tensor, targets: Tensor, counted: int | None = None) -> float:
         """The loss of one batch, as `step` gives it, and nothing else."""
-        return self._run(tokens, targets, counted, training=False)
+        scale = 1.0 / divisor(targets, counted)
+        return math.fsum(row[0] for row in self._run(tokens, targets, scale, training=False))
+
+    def losses(self, tokens: Tensor, targets: Tensor) -> Losses:
+        """The losses of one batch, as sums in all and by position in the sequence, the same on every rank.
+
+        Sums of any batches, on any mesh and schedule, add up to the same: `Losses.joined`. A head that gives one sum leaves
+        positions unknown, and `Losses.without` says so.
+        """
+        rows = self._run(tokens, targets, 1.0, training=False)
+        return of_ranks([(loss, told) for loss, _, *told in rows], targets, self.schedule.stages[-1].parts[-1])
 
     def zero_gradients(self) -> None:
         for parameter in self.parameters.values():
@@ -252,11 +261,11 @@ class Pipeline:
         self._watch.close()
         self._transport.close()
 
-    def _run(self, tokens: Tensor, targets: Tensor, counted: int | None, training: bool) -> float:
+    def _run(self, tokens: Tensor, targets: Tensor, scale: float, training: bool) -> list[list[float]]:
+        """Of each rank: its loss times `scale`, where its buffers are, and of an evaluation what `losses.of_rank` says."""
         batch = self._shares.batch(tokens, targets)
         self._divided.check(self.model.shape, batch.segment_lengths)
         _check_positions(self.model, batch)
-        scale = 1.0 / _divisor(targets, counted)
         self._last = program = self.program(batch, training)
         feeds = self._shares.feeds(tokens, targets, batch)
         stages = Stages(
@@ -269,6 +278,7 @@ class Pipeline:
             training,
             self._needs_of(batch),
             self._stream,
+            tokens.shape[1],
         )
         self._watch.doing = "the start of a step"
         self._buffers.begin(any(stale for (stale,) in self._gathered([self._buffers.stale()])))  # clocks start together
@@ -282,12 +292,15 @@ class Pipeline:
             mine = self._weights.used(names)
             self._weights.settle(used_anywhere(names, mine, self.group, self.device, self._watch))
         self._reduction.finish()
-        loss = sum((float(stages.losses[key].double()) for key in sorted(stages.losses)), 0.0) * scale
-        rows = self._gathered([loss, self._buffers.end(training)])
-        self._buffers.settle([end for _, end in rows])
+        losses = [stages.losses[key].double() for key in sorted(stages.losses)]
+        loss = sum((float(each.sum()) for each in losses), 0.0) * scale
+        rows = self._gathered(
+            [loss, self._buffers.end(training), *([] if training else of_rank(losses, tokens.shape[1]))]
+        )
+        self._buffers.settle([row[1] for row in rows])
         self.steps += training
         self._watch.doing = "work between steps"
-        return math.fsum(row[0] for row in rows)
+        return rows
 
     def _cut(self, lengths: tuple[int, ...] | None, recompute: str) -> Callable[[int], tuple[int, ...]]:
         """Tokens of a sequence -> those of its segments."""
@@ -368,23 +381,6 @@ def _check_positions(model: Model, batch: Batch) -> None:
             f"tokens: {length} a sequence, and learned positions have room for {shape.context}; "
             "shorten them or raise model.context"
         )
-
-
-def _divisor(targets: Tensor, counted: int | None) -> int:
-    """What a loss summed over targets is divided by: how many count, of the batch or of all that was told."""
-    here = count(targets)
-    whole = here if counted is None else operator.index(counted)
-    if whole < here:
-        raise ConfigError(
-            f"counted: {whole}, and {here} targets of this batch alone count; give the number of all steps of the update together"
-        )
-    if not whole:
-        warnings.warn(
-            f"none of the {targets.numel()} targets counts, all are -100: the loss of this batch is 0 and gradients get nothing",
-            UncountedWarning,
-            stacklevel=4,  # whoever called `step` or `evaluate`
-        )
-    return max(whole, 1)
 
 
 def _store() -> Store:

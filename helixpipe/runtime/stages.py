@@ -16,6 +16,7 @@ from helixpipe.model.attention import KeyValues
 from helixpipe.parts.part import Value, loss_of
 from helixpipe.runtime.ledger import Kept, Ledger
 from helixpipe.runtime.live import Live, Needs
+from helixpipe.runtime.losses import bucketed
 from helixpipe.runtime.randomness import Stream
 from helixpipe.runtime.tape import Feed, Gradients, Record, Tape, Waiting
 from helixpipe.runtime.weights import Weights
@@ -41,12 +42,15 @@ class Stages:
         training: bool,
         needs: Sequence[Needs] = (),
         streams: Callable[[int, int], Stream] | None = None,
+        length: int = 0,
     ) -> None:
-        """`needs`: of each segment. `streams`: where random numbers of a micro-batch and segment come from."""
+        """`needs`: of each segment. `streams`: where random numbers of a micro-batch and segment come from. `length`: tokens
+        of a whole sequence, which an evaluation asks for."""
         self.program, self.tapes, self.weights, self.ledger = program, tapes, weights, ledger
         self.feeds, self._needs, self._streams = feeds, needs, streams
-        self.scale, self.training = scale, training
+        self.scale, self.training, self.length = scale, training, length
         self.losses: dict[tuple[int, int], Tensor] = {}
+        """By micro-batch and segment: a sum, or of an evaluation the sums by bucket of positions, where the head tells."""
         self._mailbox: dict[Slot, list[Kept]] = {}
         self._records: dict[Action, list[Record]] = {}
         self._waiting: dict[Action, Waiting] = {}
@@ -81,7 +85,7 @@ class Stages:
             past = self._key_values.setdefault(mb, KeyValuesByLayer(self.ledger))
         needs = self._needs[seg] if self._needs else None
         stream = self._streams(mb, seg) if self._streams else None
-        return replace(self.feeds[mb, seg], key_values=past, needs=needs, stream=stream)
+        return replace(self.feeds[mb, seg], key_values=past, needs=needs, stream=stream, by_token=not self.training)
 
     def _forward(self, action: Action) -> None:
         stage, _, mb, seg = action
@@ -97,7 +101,8 @@ class Stages:
         else:
             self.tapes[stage].evaluate(live, feed)
         if (loss := loss_of(schedule.layers)) in live:
-            self.losses[mb, seg] = live.pop(loss).tensor
+            found = live.pop(loss).tensor
+            self.losses[mb, seg] = bucketed(found, feed.start, self.length) if found.dim() else found
         outputs = {value: live.pop(value) for value in list(live)}
         for edge in schedule.edges_out_of[stage]:
             meets = schedule.placement[edge.consumer, mb] == schedule.placement[stage, mb]

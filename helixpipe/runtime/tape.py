@@ -64,6 +64,8 @@ class Feed:
     sequence_length: int = 0
     needs: Needs | None = None
     stream: Stream | None = None
+    by_token: bool = False
+    """Whether a head that knows the loss of each token gives these, as in evaluations, and not their sum."""
 
     @property
     def attended(self) -> Start:
@@ -226,7 +228,7 @@ class Tape:
         if graph:  # what follows may count on it, whatever is frozen before
             made = [each if each.requires_grad else each.detach().requires_grad_() for each in made]
         if feed.needs is not None:
-            feed.needs.check(part, module, made)
+            feed.needs.check(part, module, made, feed.targets.shape if feed.by_token else ())
             if graph and made[0].requires_grad:
                 nbytes = feed.needs.backward_bytes(chunk, place)
                 made[0].register_hook(lambda _: self.ledger.works(nbytes))
@@ -260,7 +262,8 @@ def run_part(
         case "embed":
             return (module(feed.tokens, feed.start),)
         case "head":
-            return (module(*inputs, feed.targets),)
+            each = getattr(module, "token_losses", None) if feed.by_token else None
+            return ((each if callable(each) else module)(*inputs, feed.targets),)
         case "qkv" if isinstance(module, QKV):
             return tuple(module(*inputs, feed.attended, feed.sequence_length))
         case "block" if isinstance(module, Block):

@@ -40,9 +40,15 @@ class Chunk:
 
     def saved(self, place: int, work: Work) -> Kept:
         """What autograd saves of a part."""
-        found = work.saved(self.parts[place])
-        again = set(map(str, self.made_again(place))) if work.keeping.is_lean else ()
-        return {name: size for name, size in found.items() if name not in again}
+        again = set(map(str, self._made_again(place, work)))
+        return {name: size for name, size in work.saved(self.parts[place]).items() if name not in again}
+
+    def _made_again(self, place: int, work: Work) -> tuple[Value, ...]:
+        """Of this model and keeping: what a layer without a norm hands on is kept."""
+        if not work.keeping.is_lean:
+            return ()
+        cheap = {value for part in self.parts if work.shape.about(part).cheap for value in part.makes}
+        return tuple(value for value in self.made_again(place) if value in cheap)
 
     def backward_bytes(self, place: int, work: Work) -> int:
         """Workspace of a part's backward, and the gradients that wait in the chunk when it begins."""
@@ -52,7 +58,7 @@ class Chunk:
         found = pending + work.backward_workspace(part, unread)
         if work.keeping.is_lean:
             saved = work.saved(part)
-            found += sum(saved.get(str(value), 0) for value in self.made_again(place))
+            found += sum(saved.get(str(value), 0) for value in self._made_again(place, work))
             found -= work.in_place(part) if self.in_place(place) else 0
         return found
 

@@ -1,10 +1,13 @@
-"""The program people run: data, loop, optimizer, checkpoint, launch, log. `main` is `helixpipe train`."""
+"""The program people run: data, loop, optimizer, checkpoint, launch, log. `main` is `helixpipe train`, `evaluate` the other.
+
+command line ── prepare ──► Job ── launch ──► one `worker` a rank ──► `loop.train` or `evaluate.evaluate`
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["main"]
+__all__ = ["evaluate", "main"]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -15,7 +18,20 @@ def main(arguments: Sequence[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         from helixpipe.train.help import show_help
 
-        return show_help()
+        return show_help("train")
+    from helixpipe.train.job import prepare
     from helixpipe.train.launch import launch
 
-    return launch(arguments)
+    return launch(arguments, prepare)
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """`helixpipe evaluate [config.toml] [--section.key value ...] --resume [PATH] [--json]`; the exit code. As `main`."""
+    if "--help" in arguments or "-h" in arguments:
+        from helixpipe.train.help import show_help
+
+        return show_help("evaluate")
+    from helixpipe.train.job import prepare_evaluation
+    from helixpipe.train.launch import launch
+
+    return launch(arguments, prepare_evaluation)

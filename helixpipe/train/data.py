@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from helixpipe.config import Config, DataConfig
 from helixpipe.errors import DataError
 from helixpipe.files import fault
+from helixpipe.parts.head import IGNORED
 from helixpipe.train.formats import holds_tokens, refusal
 from helixpipe.train.megatron_index import index_of, indexed_dtype
 
@@ -53,6 +54,11 @@ class Batch(NamedTuple):
 
     tokens: NDArray[np.int64]
     targets: NDArray[np.int64]
+
+    def filled(self, sequences: int) -> Batch:
+        """As many sequences as asked for: those that are added count nothing."""
+        more = ((0, sequences - len(self.tokens)), (0, 0))
+        return Batch(np.pad(self.tokens, more), np.pad(self.targets, more, constant_values=IGNORED))
 
 
 class Tokens:
@@ -105,13 +111,16 @@ class Corpus:
         starts = draw.integers(0, len(self.training) - self.sequence_length, size=self.batch_size)
         return self._windows(self.training, starts.tolist())
 
-    def evaluation(self, batches: int) -> Iterator[Batch]:
-        """The same windows of held-out tokens every time, evenly spread."""
-        room = len(self.held_out) - self.sequence_length - 1
-        count = batches * self.batch_size
+    def windows(self, asked: int) -> int:
+        """How many windows an evaluation of so many has: no more than leave every held-out token a target once."""
+        return min(asked, max(len(self.held_out) - 1, 0) // self.sequence_length)
+
+    def evaluation(self, asked: int) -> Iterator[Batch]:
+        """Windows of held-out tokens, evenly spread: the same ones every time, whatever a batch is. The last batch is filled up."""
+        count, room = self.windows(asked), len(self.held_out) - self.sequence_length - 1
         starts = [room * i // max(count - 1, 1) for i in range(count)]
         for first in range(0, count, self.batch_size):
-            yield self._windows(self.held_out, starts[first : first + self.batch_size])
+            yield self._windows(self.held_out, starts[first : first + self.batch_size]).filled(self.batch_size)
 
     def _windows(self, tokens: Tokens, starts: Sequence[int]) -> Batch:
         windows = np.stack([tokens.read(start, self.sequence_length + 1) for start in starts])

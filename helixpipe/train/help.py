@@ -1,4 +1,4 @@
-"""`helixpipe train --help`: every key with its meaning and default, from the config's own docstrings."""
+"""`helixpipe train --help`, `evaluate --help`: every key with its meaning and default, from the config's own docstrings."""
 
 from __future__ import annotations
 
@@ -18,18 +18,29 @@ from helixpipe.config import (
 )
 
 _DEFAULTS = Config()
-_DESCRIPTION = """\
+_OF_RESUME = """\
+Without a config file, the config saved with it holds, and options go before it; with one, nothing of the saved config does."""
+_DESCRIPTION = {
+    "train": f"""\
 Train a model under a pipeline schedule. The config file is TOML with a key per option below, as key = value \
 under [section]; options on the command line go before it. Starts its ranks itself; under torchrun it joins them. \
 --resume alone continues the newest good checkpoint of the run folder, --resume PATH that of another run or one \
-checkpoint of it. Without a config file, the config saved with it holds, and options go before it; with one, nothing of \
-the saved config does."""
+checkpoint of it. {_OF_RESUME}""",
+    "evaluate": f"""\
+Tell the loss of a checkpoint on held-out data, in all and by position in the sequence, under any schedule and mesh: \
+--resume PATH is a run folder or one of its checkpoints, --resume alone the newest run's. {_OF_RESUME} --json prints one JSON \
+object and nothing else. The same weights give the same loss under any layout: train.evaluate_sequences of \
+train.sequence_length tokens are evaluated, spread evenly over the data held out. Nothing is written. Keys of training have no \
+effect.""",
+}
 
 
-def show_help() -> int:
-    """Print the help; 0."""
+def show_help(command: str) -> int:
+    """Print the help of `train` or `evaluate`; 0."""
     with contextlib.suppress(SystemExit):
-        tyro.cli(_keys, prog="helixpipe train", description=_DESCRIPTION, args=["--help"], use_underscores=True)
+        tyro.cli(
+            _keys, prog=f"helixpipe {command}", description=_DESCRIPTION[command], args=["--help"], use_underscores=True
+        )
     return 0
 
 

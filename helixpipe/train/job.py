@@ -9,13 +9,14 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Protocol
 
 from helixpipe.config import Config
-from helixpipe.config_text import Arguments, Table, build_config, merged, parse_arguments, read_toml, to_table
+from helixpipe.config_text import Arguments, Table, build_config, merged, parse_arguments, read_toml, renewed, to_table
 from helixpipe.errors import CheckpointError, ConfigError
 from helixpipe.files import fault
 from helixpipe.train import manifest as manifests
-from helixpipe.train.data import open_corpus
+from helixpipe.train.data import Corpus, open_corpus
 from helixpipe.train.initial import check_model
 from helixpipe.train.manifest import Manifest
 
@@ -32,6 +33,9 @@ class Job:
     checkpoint: Path | None
     step: int
     """Training steps that the checkpoint has done; 0 without one."""
+    task: Literal["train", "evaluate"] = "train"
+    as_json: bool = False
+    """Whether an evaluation is told as one JSON object."""
 
     @property
     def folder(self) -> Path:
@@ -42,29 +46,29 @@ class Job:
         return self.folder / "checkpoints"
 
     def to_json(self) -> str:
-        return json.dumps([to_table(self.config), self.checkpoint and str(self.checkpoint), self.step])
+        checkpoint = self.checkpoint and str(self.checkpoint)
+        return json.dumps([to_table(self.config), checkpoint, self.step, self.task, self.as_json])
 
     @staticmethod
     def from_json(text: str) -> Job:
-        table, checkpoint, step = json.loads(text)
-        return Job(build_config(table), checkpoint and Path(checkpoint), step)
+        table, checkpoint, *others = json.loads(text)
+        return Job(build_config(table), checkpoint and Path(checkpoint), *others)
+
+
+class Prepare(Protocol):
+    """What makes a job of a command line, for the launcher; raises HelixpipeError. Writes nothing.
+
+    `ranks`: how many torchrun started, None when the launcher starts as many as the config says. `warn` is told, a line at a
+    time, what a user should know but need not mend.
+    """
+
+    def __call__(self, arguments: Sequence[str], warn: Callable[[str], None], ranks: int | None = None) -> Job: ...
 
 
 def prepare(arguments: Sequence[str], warn: Callable[[str], None], ranks: int | None = None) -> Job:
-    """The job of a command line; raises HelixpipeError for anything that is wrong with it. Writes nothing.
-
-    `ranks`: how many torchrun started, None when the launcher starts as many as the config says. `warn` is
-    told, a line at a time, what a user should know but need not mend.
-    """
+    """A job of training."""
     given = parse_arguments(arguments)
-    over = _over(given)
-    resume = over.get("run", {}).get("resume", "")
-    checkpoint, manifest = _find(resume, over, given, warn) if resume else (None, None)
-    base = manifest.config if manifest and given.path is None else {}
-    base = {section: keys for section, keys in base.items() if section != "run"} | _kept_run_keys(base)
-    config = build_config(merged(base, over))
-    if ranks is not None:
-        config.mesh_shape().check_ranks(ranks)
+    config, checkpoint, manifest = _read(given, warn, ranks)
     check_model(config, checkpoint)
     corpus = open_corpus(config)
     data = corpus.fingerprint()
@@ -75,11 +79,45 @@ def prepare(arguments: Sequence[str], warn: Callable[[str], None], ranks: int | 
             raise ConfigError(
                 f"train.steps: {config.train.steps}, and {checkpoint} has done {manifest.step}; raise it to continue"
             )
-        _tell_changes(manifest.config, config, warn)
+        _tell_changes(renewed(manifest.config), config, warn)
         _tell_other_data(manifest.data, data, warn)
-    for remark in corpus.remarks:
-        warn(remark)
+    _tell_remarks(corpus, config, warn)
     return Job(config, checkpoint, manifest.step if manifest else 0)
+
+
+def prepare_evaluation(arguments: Sequence[str], warn: Callable[[str], None], ranks: int | None = None) -> Job:
+    """A job of evaluating: `--json` among the arguments of a training run."""
+    given = parse_arguments([word for word in arguments if word != "--json"])
+    config, checkpoint, manifest = _read(given, warn, ranks)
+    if manifest is not None and checkpoint is not None:
+        manifests.check_shape(manifest, config.shape(), checkpoint)
+    elif not config.model.path:
+        raise ConfigError(
+            "--resume: missing, and random weights tell nothing; give --resume RUN_OR_CHECKPOINT, or --model.path FOLDER"
+        )
+    check_model(config, checkpoint)
+    corpus = open_corpus(config)
+    if not len(corpus.held_out):
+        raise ConfigError("data.held_out: 0, so there is nothing to evaluate on; give a share of the data, such as 0.1")
+    if manifest is not None:
+        _tell_other_data(manifest.data, corpus.fingerprint(), warn, "evaluating")
+    _tell_remarks(corpus, config, warn)
+    return Job(_anywhere(config), checkpoint, manifest.step if manifest else 0, "evaluate", "--json" in arguments)
+
+
+def _read(
+    given: Arguments, warn: Callable[[str], None], ranks: int | None
+) -> tuple[Config, Path | None, Manifest | None]:
+    """The config of a command line, and the checkpoint that it goes on from: without a config file, its config is beneath."""
+    over = _over(given)
+    resume = over.get("run", {}).get("resume", "")
+    checkpoint, manifest = _find(resume, over, given, warn) if resume else (None, None)
+    base = renewed(manifest.config) if manifest and given.path is None else {}
+    base = {section: keys for section, keys in base.items() if section != "run"} | _kept_run_keys(base)
+    config = build_config(merged(base, over))
+    if ranks is not None:
+        config.mesh_shape().check_ranks(ranks)
+    return config, checkpoint, manifest
 
 
 def _over(given: Arguments) -> Table:
@@ -133,9 +171,14 @@ def _resolved(config: Config, given: Arguments, checkpoint: Path | None) -> Conf
             refuse_used(folder)
     else:
         folder = continued or (_RUNS / f"{name}-{(_numbers(name) or [0])[-1] + 1}").resolve()
+    run = dataclasses.replace(config.run, name=name, folder=str(folder), resume="")
+    return _anywhere(dataclasses.replace(config, run=run))
+
+
+def _anywhere(config: Config) -> Config:
+    """The config with paths that mean the same wherever it is read."""
     return dataclasses.replace(
         config,
-        run=dataclasses.replace(config.run, name=name, folder=str(folder), resume=""),
         data=dataclasses.replace(config.data, path=_absolute(config.data.path)),
         model=dataclasses.replace(
             config.model,
@@ -147,7 +190,7 @@ def _resolved(config: Config, given: Arguments, checkpoint: Path | None) -> Conf
 
 
 def _absolute(path: str) -> str:
-    """A path that means the same wherever the run is continued; "" stays."""
+    """Of "", itself."""
     return str(Path(path).resolve()) if path else ""
 
 
@@ -194,9 +237,24 @@ def _tell_changes(before: Table, config: Config, warn: Callable[[str], None]) ->
         warn(f"continuing with changes: {', '.join(changes)}")
 
 
-def _tell_other_data(before: tuple[int, ...], now: tuple[int, ...], warn: Callable[[str], None]) -> None:
-    """One line where a continued run trains on other tokens than the one that wrote the checkpoint, if it is known."""
+def _tell_remarks(corpus: Corpus, config: Config, warn: Callable[[str], None]) -> None:
+    """What is remarkable about the data, and where it has fewer held-out windows than are asked for."""
+    for remark in corpus.remarks:
+        warn(remark)
+    asked, length = config.train.evaluate_sequences, config.train.sequence_length
+    count = corpus.windows(asked)
+    if len(corpus.held_out) and count < asked:
+        warn(
+            f"train.evaluate_sequences: {asked}, and the {len(corpus.held_out):,} tokens held out have room for {count} of "
+            f"{length:,} side by side: {count} will be evaluated"
+        )
+
+
+def _tell_other_data(
+    before: tuple[int, ...], now: tuple[int, ...], warn: Callable[[str], None], doing: str = "continuing"
+) -> None:
+    """One line where the tokens are other ones than those of the run that wrote the checkpoint, if these are known."""
     if before and before != now:
         counts = [f"{training:,} tokens and {held_out:,} held out" for training, held_out, _ in (before, now)]
         what = f"{counts[0]} -> {counts[1]}" if counts[0] != counts[1] else f"{counts[0]}, not the same ones"
-        warn(f"continuing with other data: {what}")
+        warn(f"{doing} with other data: {what}")

@@ -22,7 +22,7 @@ from types import FrameType
 
 from helixpipe import errors
 from helixpipe.errors import ConfigError, HelixpipeError, RankError
-from helixpipe.train.job import Job, prepare
+from helixpipe.train.job import Job, Prepare
 from helixpipe.train.manifest import checkpoints
 
 POLL_S = 0.05
@@ -62,12 +62,12 @@ class _Rank:
         return f"rank {self.number} (pid {self.process.pid})"
 
 
-def launch(arguments: Sequence[str]) -> int:
-    """Run `helixpipe train`'s arguments; the exit code. Raises HelixpipeError for what a user can mend."""
+def launch(arguments: Sequence[str], prepare: Prepare) -> int:
+    """Run the job of a command's arguments; the exit code. Raises HelixpipeError for what a user can mend."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         from helixpipe.train.worker import join
 
-        return join(arguments, warn)
+        return join(arguments, warn, prepare)
     job = prepare(arguments, warn)
     try:
         with _terminated_as_interrupted():
@@ -79,7 +79,7 @@ def launch(arguments: Sequence[str]) -> int:
                 return 0
             return _launch(job)
     except KeyboardInterrupt:
-        warn(f"interrupted; {_going_on(job)}")
+        warn(f"interrupted{_going_on(job)}")
         return 130
 
 
@@ -181,7 +181,7 @@ def _outcome(job: Job, ranks: list[_Rank]) -> int:
     code = cause.process.returncode
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     print(
-        f"helixpipe: error: {cause} {how}; the other ranks are stopped; {_going_on(job)}",
+        f"helixpipe: error: {cause} {how}; the other ranks are stopped{_going_on(job)}",
         file=sys.stderr,
         flush=True,
     )
@@ -189,8 +189,11 @@ def _outcome(job: Job, ranks: list[_Rank]) -> int:
 
 
 def _going_on(job: Job) -> str:
+    """What is left to go on from; nothing of an evaluation."""
+    if job.task == "evaluate":
+        return ""
     found = checkpoints(job.checkpoints)
-    return f"--resume continues from {found[-1].name}" if found else "there is no checkpoint yet"
+    return f"; --resume continues from {found[-1].name}" if found else "; there is no checkpoint yet"
 
 
 def _distance(rank: _Rank) -> int:

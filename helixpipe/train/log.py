@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -20,9 +21,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from helixpipe.config import Config
 from helixpipe.config_text import write_toml
 from helixpipe.errors import HelixpipeError
 from helixpipe.files import write_text
+from helixpipe.parts.shape import ModelShape
 from helixpipe.predict.replay import replayed
 from helixpipe.predict.timeline import Timeline
 from helixpipe.predict.timeline_text import to_json
@@ -99,12 +102,13 @@ class Log:
         else:
             self._say(f"step {record.step}/{config.train.steps}  {line}")
 
-    def evaluation(self, step: int, loss: float) -> None:
-        """The held-out loss after `step` steps."""
+    def evaluation(self, step: int, loss: float, by_position: Sequence[float] = ()) -> None:
+        """The held-out loss after `step` steps, and by position: 0, 1, 2 to 3, 4 to 7, ... in powers of two."""
         if self.speaks:
             self._first_held_out = loss if self._first_held_out is None else self._first_held_out
             self._held_out = loss
-            self._write(step=step, held_out_loss=loss)
+            more = {"held_out_loss_by_position": list(by_position)} if by_position else {}
+            self._write(step=step, held_out_loss=loss, **more)
             self._say(f"step {step}/{self.job.config.train.steps}  held-out loss {loss:.4f}")
 
     def draw(self, timeline: Timeline, program: Program, step: int) -> None:
@@ -146,19 +150,10 @@ class Log:
         write_text(self._metrics, "".join(_metrics_until(self._metrics, self.job.step)))
 
     def _head(self) -> None:
-        job, schedule, train = self.job, self.job.config.schedule, self.job.config.train
-        shape, mesh = job.config.shape(), job.config.mesh_shape()
-        sizes = shape.parameter_elements(shape.chain())
-        trained = sum(size for name, size in sizes.items() if shape.trains(name))
-        some = f" ({trained:,} trained)" if trained < shape.parameter_count else ""
-        ranks = f"{mesh.size} ranks" + (f" ({mesh})" if mesh.size > mesh.pp else "")
-        self._say(
-            f"{job.config.model_title}: {shape.parameter_count:,} parameters{some}, {shape.layers} layers; "
-            f"{schedule.family} on {ranks} ({self.device.split(':')[0]}), {schedule.microbatches} micro-batches "
-            f"of {train.microbatch_size} x {train.sequence_length} tokens"
-        )
+        job, train = self.job, self.job.config.train
+        self._say(described(job.config, self.device))
         source = f"from {job.checkpoint}, step {job.step}" if job.checkpoint else "from the start"
-        self._say(f"run folder {_short(job.folder)}, {source}")
+        self._say(f"run folder {shortened(job.folder)}, {source}")
         if self._left:
             names = ", ".join(path.name for path in self._left)
             self._say(f"later checkpoints are set aside until the next one removes them: {names}")
@@ -180,7 +175,7 @@ class Log:
         held_out = "" if self._held_out is None else f"held-out loss {self._held_out:.4f} nats a token{before}; "
         minutes, seconds = divmod(round(time.monotonic() - self._begun), 60)
         print(
-            f"trained to step {train.steps} in {minutes}:{seconds:02d}; {held_out}run folder {_short(self.job.folder)}",
+            f"trained to step {train.steps} in {minutes}:{seconds:02d}; {held_out}run folder {shortened(self.job.folder)}",
             flush=True,
         )
 
@@ -201,6 +196,24 @@ class Log:
             print(line, file=sys.stderr, flush=True)
 
 
+def _parameters(shape: ModelShape) -> str:
+    """How many, and of how many the run trains some."""
+    sizes = shape.parameter_elements(shape.chain())
+    trained = sum(size for name, size in sizes.items() if shape.trains(name))
+    return f"{sum(sizes.values()):,} parameters" + (f" ({trained:,} trained)" if shape.frozen else "")
+
+
+def described(config: Config, device: str) -> str:
+    """A line on what runs where."""
+    schedule, train, shape, mesh = config.schedule, config.train, config.shape(), config.mesh_shape()
+    ranks = f"{mesh.size} ranks" + (f" ({mesh})" if mesh.size > mesh.pp else "")
+    return (
+        f"{config.model.name}: {_parameters(shape)}, {shape.layers} layers; "
+        f"{schedule.family} on {ranks} ({device.split(':')[0]}), {schedule.microbatches} micro-batches "
+        f"of {train.microbatch_size} x {train.sequence_length} tokens"
+    )
+
+
 def _metrics_until(path: Path, step: int) -> list[str]:
     """The lines of the steps that a checkpoint has done: what came after will come again."""
     kept = []
@@ -214,7 +227,7 @@ def _metrics_until(path: Path, step: int) -> list[str]:
     return kept
 
 
-def _short(path: Path) -> str:
+def shortened(path: Path) -> str:
     """The path as seen from here, when it is below."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)

@@ -20,7 +20,8 @@ from helixpipe.errors import CheckpointError, ConfigError, HelixpipeError, RankE
 from helixpipe.runtime.oom import out_of_memory
 from helixpipe.runtime.place import Place
 from helixpipe.runtime.watch import starting
-from helixpipe.train.job import Job, prepare
+from helixpipe.train.held_out import evaluate
+from helixpipe.train.job import Job, Prepare
 from helixpipe.train.loop import train
 
 # where rank 0 leaves the job for ranks that torchrun started; "" when it has none
@@ -35,7 +36,10 @@ def work(job: Job, place: Place, store: Store | None) -> None:
     if store is not None:
         group = _meet(job, place, store, device)
     try:
-        train(job, device, group)
+        if job.task == "train":
+            train(job, device, group)
+        else:
+            evaluate(job, device, group)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -48,7 +52,7 @@ def work(job: Job, place: Place, store: Store | None) -> None:
         dist.destroy_process_group()
 
 
-def join(arguments: Sequence[str], warn: Callable[[str], None]) -> int:
+def join(arguments: Sequence[str], warn: Callable[[str], None], prepare: Prepare) -> int:
     """Be a rank that torchrun started; the exit code. Rank 0 prepares the job for all."""
     place = Place.from_environment()
     try:

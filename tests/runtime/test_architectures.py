@@ -279,7 +279,7 @@ def run_case(case: Case, values: bytes) -> tuple[float, Named, dict[str, int], i
 
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("1f1b", {}), ("seq1f1b", {"segments": 3}), ("zb_v", {}), ("helix", {"travel": "none"}),
-    ("helix", {"travel": "qkv", "folds": 1}), ("helix", {"travel": "attention"}), ("seq1f1b_zb", {"segments": 3}),
+    ("helix", {"travel": "qkv", "folds": 1}), ("helix", {"travel": "attention"}), ("zb_h1", {"opaque": True}),
 ]  # fmt: skip
 RECOMPUTE = ("none", "full", "selective")
 

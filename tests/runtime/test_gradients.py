@@ -98,6 +98,24 @@ SHAPES: list[dict[str, Any]] = [
     {"kv_heads": 2, "qk_norm": True},
     {"tied": True, "positions": "learned", "context": 16, "mlp": "gelu", "head_dim": 6, "kv_heads": 1},
     {"tied": True, "causal": False, "kv_heads": 2},
+    {
+        "norms": "both",
+        "norm_offset": True,
+        "embed_scale": 4.0,
+        "mlp": "geglu_tanh",
+        "head_softcap": 3.0,
+        "o_bias": True,
+    },
+    {
+        "norms": "after",
+        "embed_norm": True,
+        "norm": "layer",
+        "norm_bias": False,
+        "head_transform": True,
+        "tied": True,
+        "causal": False,
+        "kv_heads": 2,
+    },
 ]
 TRAVEL = ("none", "qkv", "attention")
 RECOMPUTE = ("none", "full", "selective")

@@ -19,6 +19,7 @@ from helixpipe.parts import attn
 from helixpipe.parts.attn import heads_at_once
 from helixpipe.parts.part import Part, Value
 from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.work import Batch, Keeping, Work
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.schedule.chunks import chunks
 from helixpipe.schedule.families import build_schedule
@@ -30,6 +31,7 @@ SHAPES = [
     {"kv_heads": 2, "norm": "layer", "qkv_bias": True},
     {"qk_norm": True, "positions": "learned", "context": 16},
     {"qk_norm": True, "causal": False, "norm": "layer"},
+    {"norms": "after", "qk_norm": True, "qk_norm_over": "width"},
 ]
 MICROBATCHES, LENGTH = 2, 12
 
@@ -193,6 +195,15 @@ def test_what_a_chunk_does_without(kinds: str, again: str, in_place: bool) -> No
     places = range(len(chunk.parts))
     assert [v for place in places for v in chunk.made_again(place)] == [Value(name, 0) for name in again]
     assert any(map(chunk.in_place, places)) is in_place
+
+
+def test_what_is_handed_on_is_kept() -> None:
+    """Where no norm precedes attention n is x, which stays for others."""
+    (chunk,) = chunks(Stage(tuple(Part(kind, 0) for kind in ("norm", "qkv", "attn", "proj"))), whole=False)
+    for norms, keeps in (("before", False), ("after", True)):
+        for recompute in ("none", "full"):
+            work = Work(ModelShape(**BASE, norms=norms), Batch(1, (LENGTH,)), keeping=Keeping(recompute))
+            assert ("n.0" in chunk.saved(1, work)) is (keeps or recompute == "none")
 
 
 def test_what_others_read_stays() -> None:

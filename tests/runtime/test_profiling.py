@@ -62,6 +62,16 @@ def test_what_is_measured_prices_more_work_dearer_and_never_below_zero() -> None
     assert math.isfinite(found.worst_error)
 
 
+def test_a_norm_behind_the_table_is_timed_as_the_layer_s() -> None:
+    """Layer 0 has none then, and stands for all layers where parts are timed: the price of one for each layer is right."""
+    shape = replace(TINY, embed_norm=True)
+    parts = Parts(shape, "cpu", torch.float32)
+    modules = parts.weights.modules
+    assert [name for name, _ in modules[Part("norm", 0)].named_parameters()] == ["weight"]
+    assert [name for name, _ in modules[Part("embed", 0)].named_parameters()] == ["tokens.weight"]
+    assert parts.profile([*parts.run((16,)), *parts.run((32,))]).shape == shape
+
+
 def test_the_parts_are_run_as_a_schedule_that_can_be() -> None:
     """The steps that are timed leave nothing behind, and make every gradient."""
     parts = Parts(TINY, "cpu", torch.float32)
@@ -213,8 +223,11 @@ def test_the_command_that_a_profile_tells_measures_its_shape(name: str, data: An
         "head_dim": data.draw(st.sampled_from((0, 32))),
         "positions": data.draw(st.sampled_from(("rope", "learned"))),
         "context": 4096,
-        "mlp": data.draw(st.sampled_from(("gelu", "swiglu"))),
-        "qk_norm": data.draw(st.booleans()),
+        "mlp": data.draw(st.sampled_from(("gelu", "swiglu", "geglu_tanh"))),
+        "norms": data.draw(st.sampled_from(("before", "after", "both"))),
+        "o_bias": data.draw(st.booleans()),
+        "head_transform": data.draw(st.booleans()),
+        **data.draw(st.sampled_from(({}, {"qk_norm": True}, {"qk_norm": True, "qk_norm_over": "width"}))),
         "causal": data.draw(st.booleans()),
     }
     shape = replace(SHAPES[name], **changes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -21,6 +22,12 @@ from helixpipe.schedule.lower import lower
 from helixpipe.schedule.schedule import Schedule
 
 SHAPE = ModelShape(layers=4, hidden=64, heads=4, ffn=256, vocabulary=64, kv_heads=2, mlp="gelu", norm="layer")
+SHAPES = (
+    SHAPE,
+    replace(SHAPE, norm="rms", norms="both", norm_offset=True, mlp="geglu", head_softcap=5.0, embed_scale=8.0),
+    replace(SHAPE, norm="rms", norms="after", mlp="swiglu", qk_norm=True),
+    replace(SHAPE, norm_bias=False, embed_norm=True, head_transform=True, bias=True),
+)
 LENGTH = 64
 
 
@@ -37,9 +44,10 @@ def schedule_of(case: Case) -> Schedule:
 
 
 def measured(case: Case) -> Found:
-    model = Decoder(SHAPE, mlp_chunk=case.chunk, head_chunk=case.chunk)
+    shape = SHAPES[case.shape]
+    model = Decoder(shape, mlp_chunk=case.chunk, head_chunk=case.chunk)
     pipeline = Pipeline(model, schedule_of(case), device_mesh(case.mesh), recompute=case.recompute, timeout_s=30)
-    pipeline.step(*batch(SHAPE, 4, LENGTH))
+    pipeline.step(*batch(shape, 4, LENGTH))
     pipeline.close()
     owned = sum(parameter.numel() for parameter in pipeline.parameters.values())
     return Found(pipeline.mesh.here.pp, pipeline.timeline(), owned)
@@ -54,6 +62,8 @@ CASES = [
     Case(sized(pp=2, tp=2), "1f1b", recompute="none", chunk=48),  # longer than a rank's 32 tokens, and in force
     Case(sized(cp=2, tp=2), "1f1b", recompute="none"),
     Case(sized(cp=2, tp=2), "1f1b", recompute="selective"),
+    *(Case(sized(pp=2, tp=2), "zb_h1", shape, recompute="none") for shape in (1, 2, 3)),
+    *(Case(sized(pp=2, tp=2), "helix", shape, recompute="full", options={"travel": "qkv"}) for shape in (1, 2, 3)),
 ]
 
 
@@ -61,11 +71,11 @@ CASES = [
 def test_a_tensor_parallel_rank_holds_what_is_predicted(four_ranks: Ranks, case: Case) -> None:
     """Its share of what is divided, and the whole of what it gathers."""
     tp, group = case.size("tp"), case.size("tp") * case.size("cp")
-    schedule = schedule_of(case)
-    program = lower(schedule, SHAPE, Batch(1, (LENGTH,)))
+    schedule, shape = schedule_of(case), SHAPES[case.shape]
+    program = lower(schedule, shape, Batch(1, (LENGTH,)))
     keeping = Keeping(case.recompute, 4, case.chunk, case.chunk, tensor_parallel=tp, processes=group)
     predicted = held_bytes(program, keeping)
-    owned, _ = owned_and_visiting(schedule, SHAPE.tensor_share(tp))
+    owned, _ = owned_and_visiting(schedule, shape.tensor_share(tp))
     for found in four_ranks.run(measured, case):
         assert found.owned == sum(owned[found.pp].values())
         for points, expected in zip(found.timeline.memory, predicted, strict=True):

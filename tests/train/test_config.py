@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 from helixpipe.config import Config, ModelConfig
-from helixpipe.config_text import build_config, merged, parse_arguments, read_toml, to_table, write_toml
+from helixpipe.config_text import (
+    build_config,
+    merged,
+    parse_arguments,
+    read_saved,
+    read_toml,
+    renewed,
+    to_table,
+    write_toml,
+)
 from helixpipe.errors import ConfigError
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.shapes import SHAPES
@@ -126,10 +135,14 @@ def test_an_empty_path_to_resume_is_no_new_run(arguments: list[str]) -> None:
     assert str(caught.value) == "--resume: no path is given; name a run folder or a checkpoint, or write --resume alone"
 
 
+REPLACED = "no such key any more; train.evaluate_sequences took its place: held-out sequences in an evaluation, whatever a batch is"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--train.step", "3"], "--train.step: no such key; did you mean 'steps'?"),
+        (["--train.evaluate_batches", "3"], f"--train.evaluate_batches: {REPLACED}"),
         (["--trian.steps", "3"], "--trian: no such section; did you mean 'train'?"),
         (["--steps", "3"], "--steps: a key needs its section; did you mean '--train.steps'?"),
         (["--train.steps", "many"], "--train.steps: 'many' will not do; give a whole number"),
@@ -154,6 +167,7 @@ def test_a_wrong_argument_is_named(arguments: list[str], message: str) -> None:
     ("text", "message"),
     [
         ("[train]\nstep = 3", "train.step: no such key; did you mean 'steps'?"),
+        ("[train]\nevaluate_batches = 3", f"train.evaluate_batches: {REPLACED}"),
         ("[trian]\nsteps = 3", "trian: no such section; did you mean 'train'?"),
         ("train = 3", "train: a section, not a value; write keys under [train]"),
         ("[train]\nsteps = 'many'", "train.steps: 'many' will not do; give a whole number"),
@@ -188,6 +202,19 @@ def test_a_missing_file_is_named() -> None:
         ({"model": {"head_dim": -32}}, "model.head_dim: -32; give at least 0"),
         ({"model": {"context": -1}}, "model.context: -1; give at least 0"),
         ({"model": {"norm_eps": -1e-5}}, "model.norm_eps: -1e-05; give at least 0"),
+        (
+            {"model": {"name": "gpt2", "norm_offset": True}},
+            "model.norm_offset: true, and a LayerNorm multiplies by its weight alone; set model.norm to rms or leave it away",
+        ),
+        (
+            {"model": {"qk_norm_over": "width"}},
+            "model.qk_norm_over: 'width', and q and k have no norm; set model.qk_norm to true or leave it away",
+        ),
+        ({"model": {"embed_scale": 0.0}}, "model.embed_scale: 0; give more than 0, and a finite number"),
+        (
+            {"model": {"qk_norm": True, "qk_norm_over": "width"}, "mesh": {"tp": 2}},
+            "mesh.tp: 2 ranks divide the heads, and model.qk_norm_over 'width' needs all of them together; use tp 1",
+        ),
         ({"model": {"rope_base": 0.0}}, "model.rope_base: 0; give more than 0"),
         ({"model": {"causal": False}}, "model.causal: next-token training needs a causal model; set it to true"),
         ({"schedule": {"family": "helx"}}, "schedule.family: 'helx' is not known; did you mean 'helix'?"),
@@ -306,3 +333,20 @@ def test_config_and_checks_do_not_import_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_a_config_that_an_earlier_version_saved_is_read(tmp_path: Path) -> None:
+    """With as many held-out sequences as its batches were; a file that a user wrote is refused (above)."""
+    config = build_config({"train": {"microbatch_size": 3}, "schedule": {"microbatches": 8}})
+    table = to_table(config)
+    assert renewed(table) == table
+    del table["train"]["evaluate_sequences"], table["mesh"]  # the mesh came later than batches
+    table["train"]["evaluate_batches"] = 2
+    assert build_config(renewed(table)).train.evaluate_sequences == 2 * 3 * 8
+    assert table["train"]["evaluate_batches"] == 2, "what was given stays as it is"
+    path = tmp_path / "config.toml"
+    path.write_text(write_toml(config).replace("evaluate_sequences = 16", "evaluate_batches = 2"))
+    assert read_saved(path)["train"]["evaluate_sequences"] == 48
+    path.write_text("train = 3")
+    with pytest.raises(ConfigError, match=r"config.toml: train: a section, not a value; write keys under \[train\]$"):
+        read_saved(path)

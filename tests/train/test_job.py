@@ -14,7 +14,7 @@ from helixpipe.config_text import Table, build_config, parse_arguments, to_table
 from helixpipe.errors import CheckpointError, ConfigError, DataError, HelixpipeError
 from helixpipe.train import manifest
 from helixpipe.train.data import open_corpus
-from helixpipe.train.job import Job, _resolved, prepare
+from helixpipe.train.job import Job, _resolved, prepare, prepare_evaluation
 from helixpipe.train.manifest import Manifest
 
 LONG = "x" * 300
@@ -33,8 +33,10 @@ def run(*arguments: str) -> tuple[Job, list[str]]:
     return prepare(arguments, said.append), said
 
 
-def made(folder: str, step: int, over: Table | None = None, data: tuple[int, ...] = ()) -> Path:
-    """A run folder with a checkpoint (of no tensors) at a step."""
+def made(
+    folder: str, step: int, over: Table | None = None, data: tuple[int, ...] = (), batches: int | None = None
+) -> Path:
+    """A run folder with a checkpoint (of no tensors) at a step. `batches`: an earlier version's, which evaluated so many."""
     config = build_config(over or {})
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, folder="/moved/since", name="mine"))
     checkpoints = Path(folder, "checkpoints").resolve()
@@ -43,7 +45,11 @@ def made(folder: str, step: int, over: Table | None = None, data: tuple[int, ...
     (temporary / "__0_0.distcp").write_bytes(b"tensors")
     files = {"__0_0.distcp": manifest.seal(temporary / "__0_0.distcp")}
     Path(folder, "config.toml").write_text(write_toml(config))
-    return manifest.finish(temporary, Manifest(step, dataclasses.asdict(config.shape()), to_table(config), files, data))
+    saved = to_table(config)
+    if batches is not None:
+        del saved["train"]["evaluate_sequences"]
+        saved["train"]["evaluate_batches"] = batches
+    return manifest.finish(temporary, Manifest(step, dataclasses.asdict(config.shape()), saved, files, data))
 
 
 def test_a_new_run_has_a_folder_of_its_own_number(elsewhere: Path) -> None:
@@ -96,7 +102,7 @@ def test_resume_with_a_path_continues_that_run_in_place_or_as_another(elsewhere:
 
 def test_other_data_than_the_checkpoints_is_said_in_one_line(elsewhere: Path) -> None:
     (elsewhere / "text").write_bytes(TEXT)
-    over: Table = {"data": {"path": str(elsewhere / "text")}}
+    over: Table = {"data": {"path": str(elsewhere / "text")}, "train": {"evaluate_sequences": 9}}
     training, held_out, checksum = open_corpus(build_config(over)).fingerprint()
     assert training + held_out == 102_400
     for i, (data, said) in enumerate({
@@ -116,12 +122,17 @@ def test_other_data_than_the_checkpoints_is_said_in_one_line(elsewhere: Path) ->
 
 def test_what_is_remarkable_about_the_data_is_said_once(elsewhere: Path) -> None:
     (elsewhere / "text").write_bytes(TEXT)
-    _, said = run("--data.path", "text", "--model.vocabulary", "50257")
+    nine = "--train.evaluate_sequences", "9"
+    _, said = run("--data.path", "text", "--model.vocabulary", "50257", *nine)
     assert said == [
         "data.path: text is read as bytes, which are 256 of the 50257 words of model.vocabulary; "
         "set it to 256, or give tokens of its tokenizer as .npy or .bin"
     ]
-    assert run("--data.path", "text")[1] == []
+    assert run("--data.path", "text", *nine)[1] == []
+    assert run("--data.path", "text")[1] == [
+        "train.evaluate_sequences: 16, and the 10,240 tokens held out have room for 9 of 1,024 side by side: 9 will be evaluated"
+    ]
+    assert run("--data.path", "text", "--data.held_out", "0")[1] == []
 
 
 def test_data_is_known_by_all_of_it(elsewhere: Path) -> None:
@@ -290,3 +301,77 @@ def test_no_good_checkpoint_is_an_error() -> None:
     with pytest.raises(CheckpointError, match=r"^--resume: no good checkpoint in a/checkpoints; start anew without"):
         prepare(["--resume", "a"], said.append)
     assert len(said) == 1
+
+
+def evaluation(*arguments: str) -> tuple[Job, list[str]]:
+    said: list[str] = []
+    return prepare_evaluation(arguments, said.append), said
+
+
+def test_an_evaluation_is_of_a_checkpoint_under_any_layout_and_writes_nothing(elsewhere: Path) -> None:
+    path = made("a", 120, {"train": {"seed": 3}})  # all its steps are done
+    before = sorted(elsewhere.rglob("*"))
+    job, said = evaluation("--resume", "a", "--schedule.ranks", "1", "--mesh.cp", "4", "--json")
+    assert (job.checkpoint, job.step, job.task, job.as_json, said) == (path, 120, "evaluate", True, [])
+    assert job.config.mesh_shape().size == 4
+    assert job.config.train.seed == 3  # the config it was saved with
+    assert Job.from_json(job.to_json()) == job
+    (elsewhere / "other.toml").write_text("[schedule]\nfamily = '1f1b'\n")
+    job, said = evaluation("other.toml", "--resume", str(path))
+    assert (job.config.schedule.family, job.config.train.seed, job.as_json, said) == ("1f1b", 0, False, [])
+    assert sorted(elsewhere.rglob("*")) == sorted([*before, elsewhere / "other.toml"])
+    made("runs/default-7", 50)
+    assert evaluation("--json", "--resume")[0].step == 50
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--resume: missing, and random weights tell nothing; give --resume RUN_OR_CHECKPOINT"),
+        (["--resume", "b"], "--resume b: no such folder; give a run folder or one of its checkpoints"),
+        (["--resume"], "--resume: no run runs/default-<number> here; give --resume PATH or --run.folder"),
+        (
+            ["--resume", "a", "--data.held_out", "0"],
+            "data.held_out: 0, so there is nothing to evaluate on; give a share of the data, such as 0.1",
+        ),
+        (
+            ["--resume", "a", "--data.path", "short"],
+            "data.path: 'short' leaves 300 tokens held out, fewer than a sequence and its next token (1025); "
+            "raise data.held_out, set it to 0, or give more data",
+        ),
+        (
+            ["--resume", "a", "--model.layers", "3"],
+            "{}/a/checkpoints/step-00000050: its model.layers is 4, and the config's 3; use the same model",
+        ),
+        (
+            ["--resume", "a", "--jsno"],
+            "--jsno: no such section; known: model, schedule, mesh, data, train, runtime, run",
+        ),
+        (["--resume", "a", "--train.evaluate_sequences", "0"], "train.evaluate_sequences: 0; give at least 1"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_one_line(elsewhere: Path, arguments: list[str], message: str) -> None:
+    made("a", 50)
+    (elsewhere / "short").write_bytes(b"x" * 3000)
+    with pytest.raises(HelixpipeError) as caught:
+        evaluation(*arguments)
+    assert str(caught.value) == message.replace("{}", str(elsewhere))
+
+
+def test_an_evaluation_on_other_data_than_the_run_s_is_said(elsewhere: Path) -> None:
+    (elsewhere / "text").write_bytes(TEXT)
+    over: Table = {"data": {"path": str(elsewhere / "text")}, "train": {"sequence_length": 64}}
+    made("a", 50, over, open_corpus(build_config(over)).fingerprint())
+    assert evaluation("--resume", "a")[1] == []
+    assert evaluation("--resume", "a", "--data.held_out", "0.2")[1] == [
+        "evaluating with other data: 92,160 tokens and 10,240 held out -> 81,920 tokens and 20,480 held out"
+    ]
+    with pytest.raises(ConfigError, match=r"^schedule.ranks"):
+        prepare_evaluation(["--resume", "a"], print, 3)
+
+
+def test_checkpoints_of_an_earlier_version_go_on_with_as_many_held_out_sequences() -> None:
+    over: Table = {"schedule": {"microbatches": 8}, "train": {"microbatch_size": 2}, "mesh": {"dp": 2}}
+    made("a", 50, over, batches=3)
+    for job, said in (run("--resume", "a"), evaluation("--resume", "a")):
+        assert (job.config.train.evaluate_sequences, said) == (3 * 8 * 2 * 2, [])

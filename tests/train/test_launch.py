@@ -31,11 +31,11 @@ BROKE = "raise RuntimeError"
 RUNS = "import time; time.sleep(60)"
 
 
-def outcome(*ranks: launch._Rank) -> int:
+def outcome(*ranks: launch._Rank, job: Job = JOB) -> int:
     try:
         while not any(each.failed for each in ranks):
             time.sleep(0.01)
-        return launch._outcome(JOB, list(ranks))
+        return launch._outcome(job, list(ranks))
     finally:
         launch._stop(list(ranks))
         assert all(each.process.returncode is not None for each in ranks)
@@ -47,6 +47,14 @@ def test_a_killed_rank_is_blamed_before_those_that_lost_it(capsys: pytest.Captur
     assert capsys.readouterr().err == (
         f"helixpipe: error: rank 1 (pid {killed.process.pid}) was killed by SIGKILL; the other ranks are stopped; "
         "there is no checkpoint yet\n"
+    )
+
+
+def test_an_evaluation_leaves_nothing_to_go_on_from(capsys: pytest.CaptureFixture[str]) -> None:
+    killed = rank(0, KILLED)
+    assert outcome(killed, rank(1, RUNS), job=Job(Config(), None, 0, "evaluate")) == 1
+    assert capsys.readouterr().err == (
+        f"helixpipe: error: rank 0 (pid {killed.process.pid}) was killed by SIGKILL; the other ranks are stopped\n"
     )
 
 

@@ -42,7 +42,7 @@ def test_a_step_is_a_line_to_read_and_a_line_to_compute_with(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Log(job(tmp_path / "run"), 0, "cpu") as log:
-        log.evaluation(0, 5.5)
+        log.evaluation(0, 5.5, [5.75, 5.5, 5.25])
         log.step(RECORD)
         log.evaluation(120, 2.25)
         log.draw(TIMELINE, PROGRAM, 1)
@@ -57,7 +57,7 @@ def test_a_step_is_a_line_to_read_and_a_line_to_compute_with(
     )
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines == [
-        {"step": 0, "held_out_loss": 5.5},
+        {"step": 0, "held_out_loss": 5.5, "held_out_loss_by_position": [5.75, 5.5, 5.25]},
         {
             "step": 1, "loss": 2.5, "grad_norm": 0.75, "learning_rate": 0.001, "tokens_per_s": 2048.0, "step_s": 2.0,
             "bubble_ratio": 0.5, "peak_activation_bytes": [3 << 20, 5 << 20],

@@ -15,7 +15,7 @@ from helixpipe.config import Config, RuntimeConfig
 from helixpipe.errors import ConfigError, HelixpipeError, RankError
 from helixpipe.runtime.oom import out_of_memory
 from helixpipe.train import worker
-from helixpipe.train.job import Job
+from helixpipe.train.job import Job, prepare
 from helixpipe.train.worker import Place
 
 JOB = Job(Config(runtime=RuntimeConfig(device="cpu", threads=torch.get_num_threads())), None, 0)
@@ -68,7 +68,7 @@ def test_a_place_that_torchrun_did_not_tell_is_one_line(monkeypatch: pytest.Monk
         monkeypatch.setenv(name, "0")
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     with pytest.raises(ConfigError) as caught:
-        worker.join([], pytest.fail)
+        worker.join([], pytest.fail, prepare)
     assert str(caught.value) == (
         "environment: 'LOCAL_WORLD_SIZE' is missing or no number; start ranks with torchrun, which sets RANK, WORLD_SIZE, "
         "LOCAL_RANK, LOCAL_WORLD_SIZE"
@@ -92,14 +92,14 @@ def test_a_machine_without_the_device_says_so_itself(
     config = dataclasses.replace(JOB.config, runtime=dataclasses.replace(JOB.config.runtime, device="cuda"))
     second_of_two.set("helixpipe/job", Job(config, None, 0).to_json())
     with pytest.raises(ConfigError) as caught:
-        worker.join([], pytest.fail)
+        worker.join([], pytest.fail, prepare)
     assert str(caught.value) == "runtime.device: 'cuda', and torch sees none here; use 'auto' or 'cpu'"
 
 
 def test_a_rank_0_that_leaves_no_job_is_one_line(second_of_two: dist.Store) -> None:
     second_of_two.set_timeout(timedelta(seconds=0.2))
     with pytest.raises(RankError, match=r"^rank 1 waited for all ranks to start: .*") as caught:
-        worker.join([], pytest.fail)
+        worker.join([], pytest.fail, prepare)
     assert "\n" not in str(caught.value)
 
 
@@ -112,4 +112,4 @@ def test_an_error_of_all_ranks_is_said_by_rank_0_alone(
 
     monkeypatch.setattr(worker, "work", work)
     second_of_two.set("helixpipe/job", text)
-    assert worker.join([], pytest.fail) == 2
+    assert worker.join([], pytest.fail, prepare) == 2

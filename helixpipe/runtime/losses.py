@@ -1,0 +1,134 @@
+"""Losses of an evaluation: sums over targets that count, in all and by position in the sequence.
+
+    position   0 | 1 | 2 3 | 4 5 6 7 | 8 ...      bucket 0 is position 0, bucket i the positions 2^(i-1) to 2^i - 1
+
+They are sums, so that evaluations of any batches and layouts add up to the same: a mean of means would not.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from helixpipe.errors import ConfigError, UncountedWarning
+from helixpipe.model.head import counted as count
+from helixpipe.model.rope import Start
+from helixpipe.parts.part import Part
+
+
+class Bucket(NamedTuple):
+    """Of the targets at positions `first` to `stop` - 1."""
+
+    first: int
+    stop: int
+    total: float
+    """Nats."""
+    counted: int
+
+    @property
+    def mean(self) -> float:
+        """Nats a target; NaN where none counts."""
+        return self.total / self.counted if self.counted else math.nan
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of some sequences."""
+
+    total: float
+    """Nats, over all targets that count."""
+    counted: int
+    by_position: tuple[Bucket, ...] = ()
+    """By powers of two, up to the longest sequence; empty where `without` says why."""
+    without: str = ""
+    """Why losses by position are not known."""
+
+    @property
+    def mean(self) -> float:
+        """Nats a target; NaN where none counts."""
+        return self.total / self.counted if self.counted else math.nan
+
+    @staticmethod
+    def joined(each: Sequence[Losses]) -> Losses:
+        """Of all their sequences together; totals are rounded once."""
+        without = next((one.without for one in each if one.without), "")
+        rows = zip_longest(*(one.by_position for one in each))
+        buckets = [] if without else [[bucket for bucket in row if bucket is not None] for row in rows]
+        return Losses(
+            math.fsum(one.total for one in each),
+            sum(one.counted for one in each),
+            tuple(
+                Bucket(
+                    row[0].first, max(b.stop for b in row), math.fsum(b.total for b in row), sum(b.counted for b in row)
+                )
+                for row in buckets
+            ),
+            without,
+        )
+
+
+def buckets(length: int) -> list[tuple[int, int]]:
+    """First position and end of each bucket of a sequence."""
+    firsts = [0, *(2**i for i in range((length - 1).bit_length()))]
+    return list(zip(firsts, [*firsts[1:], length], strict=True))
+
+
+def bucketed(values: Tensor, start: Start, length: int) -> Tensor:
+    """Sums by bucket of [b, s], which stand at `start` in sequences of `length`: float64 [buckets], in one order always."""
+    firsts = torch.tensor([first for first, _ in buckets(length)], device=values.device)
+    positions = (
+        start if isinstance(start, Tensor) else torch.arange(start, start + values.shape[1], device=values.device)
+    )
+    inside = torch.bucketize(positions, firsts, right=True) - 1 == torch.arange(
+        len(firsts), device=values.device
+    ).unsqueeze(1)
+    sums = values.double().sum(0)
+    return torch.where(inside, sums, sums.new_zeros(())).sum(1)
+
+
+def of_rank(losses: Sequence[Tensor], length: int) -> list[float]:
+    """What a rank tells of its micro-batches and segments: whether one is a sum alone, and sums by bucket."""
+    sums = torch.zeros(len(buckets(length)), dtype=torch.float64)
+    for each in losses:
+        sums += each.cpu()
+    return [float(any(not each.dim() for each in losses)), *sums.tolist()]
+
+
+def of_ranks(told: Sequence[tuple[float, list[float]]], targets: Tensor, head: Part) -> Losses:
+    """The losses of a batch, from each rank's loss and what `of_rank` says; `targets` are the whole batch's."""
+    total = math.fsum(loss for loss, _ in told)
+    if any(is_sum for _, (is_sum, *_) in told):
+        return Losses(
+            total, count(targets), (), f"{head} gives one sum; let its module have token_losses(x, targets) -> [b, s]"
+        )
+    sums = zip(*(each for _, (_, *each) in told), strict=True)
+    found = [
+        Bucket(first, stop, math.fsum(each), count(targets[:, first:stop]))
+        for (first, stop), each in zip(buckets(targets.shape[1]), sums, strict=True)
+    ]
+    return Losses(total, count(targets), tuple(found))
+
+
+def divisor(targets: Tensor, counted: int | None) -> int:
+    """What a loss summed over targets is divided by: how many count, of the batch or of all that was told."""
+    here = count(targets)
+    whole = here if counted is None else operator.index(counted)
+    if whole < here:
+        raise ConfigError(
+            f"counted: {whole}, and {here} targets of this batch alone count; give the number of all steps of the update together"
+        )
+    if not whole:
+        warnings.warn(
+            f"none of the {targets.numel()} targets counts, all are -100: the loss of this batch is 0 and gradients get nothing",
+            UncountedWarning,
+            stacklevel=3,  # whoever called `step` or `evaluate`
+        )
+    return max(whole, 1)

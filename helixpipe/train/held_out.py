@@ -1,0 +1,68 @@
+"""Held-out: losses on text that is never trained on, while a run trains and of a checkpoint by itself.
+
+Windows are the data's, the sequence length's and `train.evaluate_sequences`' alone, and losses are sums until the end, so that
+any two schedules, meshes and batches give the same number.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from helixpipe.runtime.losses import Losses
+from helixpipe.runtime.pipeline import Pipeline
+from helixpipe.train.checkpoint import Checkpoints
+from helixpipe.train.data import Corpus, open_corpus
+from helixpipe.train.job import Job
+from helixpipe.train.log import described, shortened
+from helixpipe.train.losses_text import Evaluation
+from helixpipe.train.start import check_same_data, make_pipeline
+
+
+def evaluate(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
+    """Tell the held-out losses of the job's checkpoint, on rank 0: a table or a JSON object on standard output.
+
+    `group` carries objects between the ranks' CPUs, None with one rank. Nothing is written anywhere.
+    """
+    config, checkpoint = job.config, job.checkpoint
+    assert checkpoint is not None
+    corpus, pipeline = open_corpus(config), make_pipeline(config, device)
+    check_same_data(corpus.fingerprint(), pipeline, group)
+    Checkpoints(checkpoint.parent, 1, group).load(checkpoint, _weights(pipeline))
+    asked, speaks = config.train.evaluate_sequences, pipeline.mesh.rank == 0
+    count = corpus.windows(asked)
+    if speaks:
+        print(described(config, device), file=sys.stderr)
+        print(f"weights of {shortened(checkpoint)}, step {job.step}", file=sys.stderr, flush=True)
+    with Progress(
+        TextColumn("held-out sequences"), MofNCompleteColumn(), BarColumn(16), TimeRemainingColumn(compact=True),
+        console=Console(stderr=True), disable=not speaks or not sys.stderr.isatty(), transient=True,
+    ) as progress:  # fmt: skip
+        bar = progress.add_task("", total=count)
+        losses = held_out_losses(pipeline, corpus, asked, lambda done: progress.update(bar, completed=done))
+    pipeline.close()
+    if speaks:
+        found = Evaluation(losses, shortened(checkpoint), job.step, count, config.train.sequence_length)
+        print(found.to_json() if job.as_json else found.table(), flush=True)
+
+
+def held_out_losses(
+    pipeline: Pipeline, corpus: Corpus, sequences: int, tell: Callable[[int], None] = lambda done: None
+) -> Losses:
+    """Of so many held-out sequences, or as many as there are. `tell` hears how many are done."""
+    found = []
+    for done, batch in enumerate(corpus.evaluation(sequences), start=1):
+        found.append(pipeline.losses(torch.from_numpy(batch.tokens), torch.from_numpy(batch.targets)))
+        tell(min(done * corpus.batch_size, corpus.windows(sequences)))
+    return Losses.joined(found)
+
+
+def _weights(pipeline: Pipeline) -> dict[str, torch.Tensor]:
+    """This rank's parameters and buffers by their names in checkpoints: filling them fills the model."""
+    named = {name: pipeline.as_whole(name, parameter.data) for name, parameter in pipeline.parameters.items()}
+    return {f"model.{name}": tensor for name, tensor in (pipeline.buffers() | named).items()}

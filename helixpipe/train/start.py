@@ -1,0 +1,44 @@
+"""Start: what a rank of any job begins with, the pipeline of a config, and data that is the same on all machines."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from helixpipe.config import Config
+from helixpipe.errors import DataError
+from helixpipe.model.decoder import Decoder
+from helixpipe.runtime.mesh import make_device_mesh
+from helixpipe.runtime.pipeline import Pipeline
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def make_pipeline(config: Config, device: str) -> Pipeline:
+    """The config's model under its schedule and mesh, with initial weights. Collective."""
+    runtime, schedule = config.runtime, config.build_schedule()
+    return Pipeline(
+        Decoder(config.shape(), config.train.seed, runtime.mlp_chunk, runtime.head_chunk, config.train.z_loss),
+        schedule,
+        make_device_mesh(config.mesh_shape(), device, runtime.timeout_s),
+        device=device,
+        dtype=_DTYPES[runtime.dtype],
+        recompute=runtime.recompute,
+        timeout_s=runtime.timeout_s,
+        segment_lengths=config.segment_lengths(schedule),
+        context_method=config.mesh.context_method,
+        layout=config.mesh.layout,
+    )
+
+
+def check_same_data(mine: tuple[int, ...], pipeline: Pipeline, group: dist.ProcessGroup | None) -> None:
+    """Machines have files of their own: raise DataError, on all ranks, where they are not the same."""
+    if group is not None:
+        everyone = [mine] * dist.get_world_size(group)
+        with pipeline.together("the comparison of data"):
+            dist.all_gather_object(everyone, mine, group)
+        for rank, other in enumerate(everyone):
+            if other != everyone[0]:
+                raise DataError(
+                    f"data.path: rank {rank} reads other tokens than rank 0; give all machines the same data"
+                )
