@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 
 from helixpipe.errors import ConfigError
 from helixpipe.hub.entries import Config, Entry
+from helixpipe.hub.rope import spelled_as
 from helixpipe.hub.window import repeating
 from helixpipe.parts.shape import ModelShape
 
 IGNORED = frozenset({
+    "is_llama_config", "transformers.js_config", "_flash_attn_2_enabled",
     "architectures", "model_type", "transformers_version", "_name_or_path", "name_or_path", "_commit_hash",
     "auto_map", "torch_dtype", "dtype", "initializer_range", "use_cache", "pretraining_tp",
     "attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "_experts_implementation",
@@ -129,7 +131,9 @@ class Architecture:
                 said = self.read(made)  # what an entry says may hang on what one before has changed
                 if all(getattr(shape, name) == getattr(said, name) for name in entry.read(made)):
                     continue
-            made = {key: value for key, value in made.items() if key not in entry.keys} | entry.write(shape)
+            made = {key: value for key, value in made.items() if key not in entry.keys} | spelled_as(
+                made, entry.write(shape)
+            )
         return made
 
     def differences(self, shape: ModelShape, config: Config) -> dict[str, Any]:

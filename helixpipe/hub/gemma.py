@@ -82,7 +82,7 @@ GEMMA2 = Architecture(
         AllButEvery(layers=26, every=2),
     ),
     _TENSORS,
-    ignored=("hidden_act",),  # of older configs; hidden_activation is what is read
+    ignored=("hidden_act", "sliding_window_size"),  # of older configs; hidden_activation and sliding_window are read
 )
 
 GEMMA3 = Architecture(

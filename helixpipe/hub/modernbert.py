@@ -52,6 +52,6 @@ MODERNBERT = Architecture(
     ignored=(
         "initializer_cutoff_factor", "classifier_pooling", "classifier_dropout", "deterministic_flash_attn",
         "sparse_prediction", "sparse_pred_ignore_index", "reference_compile", "repad_logits_with_grad",
-        "layer_norm_eps", "max_window_layers",
+        "layer_norm_eps",
     ),
 )  # fmt: skip

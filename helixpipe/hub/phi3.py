@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from helixpipe.hub.architecture import Architecture, Tensor
-from helixpipe.hub.entries import Dropouts, Value, length, sizes
+from helixpipe.hub.entries import Dropouts, Only, Value, length, sizes
 from helixpipe.hub.llama import ACTIVATION, ENDS, NORMS, UNTIED, even
 from helixpipe.hub.rope import Rope
 from helixpipe.hub.window import EveryLayer
@@ -23,6 +23,9 @@ PHI3 = Architecture(
         length(4096),
         Rope(length=4096, original=4096, partial=True, types=("default", "longrope")),
         EveryLayer(None),
+        Only("full_attn_mod", 1),  # of Phi-4-mini, which no class reads
+        Only("interpolate_factor", 1),
+        Only("attention_bias", False),
         Dropouts(attention_dropout=0.0, resid_pdrop=0.0, embd_pdrop=0.0),
     ),
     (

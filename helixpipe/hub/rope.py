@@ -28,6 +28,7 @@ _FIELDS = {
     "long_factor": "long_factor",
 }  # fmt: skip
 _ABOUT = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
+_OLDER_BASES = (("global_rope_theta", "local_rope_theta"), ("rope_theta", "rope_local_base_freq"))
 _LENGTH_IS_ORIGINAL = ("llama3", "yarn", "longrope", "dynamic")
 """Types whose original length is the model's longest, where a config says no other."""
 
@@ -175,6 +176,26 @@ def parameters(rope: Rotary, base: float) -> dict[str, Any]:
     if rope.type == "dynamic":
         given.pop(ORIGINAL, None)
     return {"rope_type": rope.type, "rope_theta": base} | given
+
+
+def spelled_as(like: Config, written: dict[str, Any]) -> dict[str, Any]:
+    """What an entry wrote, in the older spelling where the config that it goes into has that: older readers know no other,
+    and would take the default without a word.
+    """
+    if "rope_parameters" not in written or "rope_parameters" in like:
+        return written
+    bases = next((keys for keys in _OLDER_BASES if any(key in like for key in keys)), None)
+    if bases is None and "rope_scaling" not in like:
+        return written
+    table = written["rope_parameters"]
+    full = dict(table.get("full_attention", table))
+    base_key, window_key = bases or _OLDER_BASES[-1]
+    found = {base_key: full.pop("rope_theta"), "rope_scaling": full if full["rope_type"] != "default" else None}
+    if "partial_rotary_factor" in full:
+        found["partial_rotary_factor"] = full.pop("partial_rotary_factor")
+    if "sliding_attention" in table:
+        found[window_key] = table["sliding_attention"]["rope_theta"]
+    return {key: value for key, value in written.items() if key != "rope_parameters"} | found
 
 
 def _in_config_words(message: str, where: str) -> str:

@@ -208,7 +208,7 @@ def described(config: Config, device: str) -> str:
     schedule, train, shape, mesh = config.schedule, config.train, config.shape(), config.mesh_shape()
     ranks = f"{mesh.size} ranks" + (f" ({mesh})" if mesh.size > mesh.pp else "")
     return (
-        f"{config.model.name}: {_parameters(shape)}, {shape.layers} layers; "
+        f"{config.model_title}: {_parameters(shape)}, {shape.layers} layers; "
         f"{schedule.family} on {ranks} ({device.split(':')[0]}), {schedule.microbatches} micro-batches "
         f"of {train.microbatch_size} x {train.sequence_length} tokens"
     )

@@ -60,10 +60,32 @@ def test_a_field_that_changed_is_all_that_is_written_anew() -> None:
     old = config("llama", rope_theta=5e5, rope_scaling=None, torch_dtype="bfloat16", vocab_size=100)
     stretched = Rotary("yarn", factor=4.0, original=2048)
     found = ARCHITECTURES["llama"].write(replace(shape("llama", **old), rope=stretched), old)
-    table = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 2048}
-    assert found == {
-        "model_type": "llama", "torch_dtype": "bfloat16", "vocab_size": 100, "rope_parameters": table,
-    }  # fmt: skip
+    table = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+    assert found == old | {"rope_scaling": table}  # in the spelling that was there
+    new = config("llama", rope_parameters={"rope_type": "default", "rope_theta": 5e5}, vocab_size=100)
+    found = ARCHITECTURES["llama"].write(replace(shape("llama", **new), rope=stretched), new)
+    assert found == new | {"rope_parameters": table | {"rope_theta": 5e5}}
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("phi3", {"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+        ("gemma3_text", {"rope_theta": 1e6, "rope_local_base_freq": 1e4}),
+        ("modernbert", {"global_rope_theta": 1e5, "local_rope_theta": 1e4}),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+    ],
+)
+def test_older_spellings_stay_when_a_base_changes(name: str, keys: dict[str, Any]) -> None:
+    old = config(name, **keys)
+    changed = replace(shape(name, **keys), rope_base=7e5)
+    found = ARCHITECTURES[name].write(changed, old)
+    assert "rope_parameters" not in found
+    assert ARCHITECTURES[name].read(found) == changed
+    assert (
+        ARCHITECTURES[name].read(theirs(name, **{key: value for key, value in found.items() if key != "model_type"}))
+        == changed
+    )
 
 
 def test_a_longer_length_leaves_what_hangs_on_the_old_one() -> None:
@@ -71,7 +93,7 @@ def test_a_longer_length_leaves_what_hangs_on_the_old_one() -> None:
     old = config("llama", rope_scaling={"type": "yarn", "factor": 2.0}, max_position_embeddings=4096)
     found = ARCHITECTURES["llama"].write(replace(shape("llama", **old), context=8192), old)
     assert found["max_position_embeddings"] == 8192
-    assert found["rope_parameters"]["original_max_position_embeddings"] == 4096
+    assert found["rope_scaling"]["original_max_position_embeddings"] == 4096
 
 
 SCALINGS: list[dict[str, Any]] = [

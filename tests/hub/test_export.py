@@ -249,6 +249,33 @@ def test_train_export_and_transformers_from_the_command_line(
     assert any(not torch.equal(before[key], changed[key]) for key in before)
 
 
+def test_a_folder_is_evaluated_without_a_run(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mean over the same windows that transformers is asked for."""
+    from helixpipe.train.data import open_corpus
+
+    monkeypatch.chdir(tmp_path)
+    model = saved(tmp_path / "in", "llama", torch.float32, vocab_size=256)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 100)
+    told = {"train.sequence_length": "16", "data.path": "text.txt", "schedule.family": "1f1b", "schedule.ranks": "1"}
+    words = ["--model.path", "in", *(word for key, value in told.items() for word in (f"--{key}", value))]
+    capfd.readouterr()
+    assert main(["evaluate", *words, "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert (found["weights"], found["step"]) == ("in", 0)
+    table = {"model": {"path": "in"}, "train": {"sequence_length": 16}, "data": {"path": "text.txt"}} | SPEED
+    total = counted = 0.0
+    for batch in open_corpus(build_config(table)).evaluation(16):
+        targets = torch.from_numpy(batch.targets).long().flatten()
+        with torch.no_grad():
+            logits = model(input_ids=torch.from_numpy(batch.tokens).long()).logits.flatten(0, 1)
+        total += float(F.cross_entropy(logits, targets, reduction="sum"))
+        counted += int((targets != -100).sum())
+    assert found["tokens"] == counted
+    assert found["loss"] == pytest.approx(total / counted, abs=1e-5)
+
+
 def test_a_checkpoint_that_lacks_a_parameter(tmp_path: Path) -> None:
     saved(tmp_path / "in", "llama", torch.float32)
     config = build_config(SPEED | {"model": {"path": str(tmp_path / "in")}, "train": {"sequence_length": 16}})

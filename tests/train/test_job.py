@@ -327,7 +327,10 @@ def test_an_evaluation_is_of_a_checkpoint_under_any_layout_and_writes_nothing(el
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--resume: missing, and random weights tell nothing; give --resume RUN_OR_CHECKPOINT"),
+        (
+            [],
+            "--resume: missing, and random weights tell nothing; give --resume RUN_OR_CHECKPOINT, or --model.path FOLDER",
+        ),
         (["--resume", "b"], "--resume b: no such folder; give a run folder or one of its checkpoints"),
         (["--resume"], "--resume: no run runs/default-<number> here; give --resume PATH or --run.folder"),
         (
