@@ -128,11 +128,11 @@ def test_a_run_trains_adapters_goes_on_and_is_exported(
     monkeypatch.chdir(tmp_path)
     text = tmp_path / "text.txt"
     text.write_bytes(bytes(1 + i * i % 18 for i in range(4000)))
-    saved(tmp_path / "base", "llama", torch.bfloat16)
+    saved(tmp_path / "base", "llama", torch.bfloat16, vocab_size=256)
     common = [
         "train", "--model.path", "base", "--data.path", str(text), "--train.sequence_length", "16", "--run.timeline_step", "0",
         "--schedule.microbatches", "4", "--train.warmup_steps", "1", "--runtime.dtype", "bfloat16", "--run.checkpoint_every", "1",
-        "--train.evaluate_every", "0", "--train.evaluate_batches", "1", "--train.learning_rate", "0.01", "--run.keep", "4",
+        "--train.evaluate_every", "0", "--train.evaluate_sequences", "1", "--train.learning_rate", "0.01", "--run.keep", "4",
         "--schedule.segment_multiple", "4",
     ]  # fmt: skip
     lora = ["--train.lora.rank", "4", "--train.lora.alpha", "8", "--train.lora.targets", "q,v,o,up"]
@@ -145,6 +145,15 @@ def test_a_run_trains_adapters_goes_on_and_is_exported(
         assert main(["export", run, f"{run}-adapter", "--json"]) == 0
         told = json.loads(capsys.readouterr().out)
         assert (told["adapter"], told["step"], told["dtype"]) == (True, 3, "float32")
+    assert (
+        main(["train", "--resume", "whole", "--train.steps", "4", "--train.lora.rank", "8", "--run.folder", "other"])
+        == 2
+    )
+    said = capsys.readouterr().err
+    assert (
+        'its train.lora is rank 4, alpha 8.0, targets ["q", "v", "o", "up"], rslora false, and the config\'s rank 8'
+        in said
+    )
     one, other = (load_file(tmp_path / f"{run}-adapter" / "adapter_model.safetensors") for run in ("whole", "again"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
