@@ -111,6 +111,10 @@ class Stages:
             for part in schedule.stages[stage].parts:
                 if part.about.attends and mb in self._key_values:
                     self._key_values[mb].pop(part.layer, None)
+        elif not self.training:  # and no later segment sees what is out of its window
+            for part in schedule.stages[stage].parts:
+                if part.about.attends and part.layer in self._key_values.get(mb, {}):
+                    self._key_values[mb][part.layer].forget(seg, self.program.shape.window_of(part.layer))
 
     def _backward(self, action: Action) -> None:
         stage, _, mb, seg = action

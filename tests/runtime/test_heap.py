@@ -26,6 +26,12 @@ CASES = [
     Case("helix", "selective", CHUNK, {"travel": "none"}, **SIZES),
     Case("helix", "selective", CHUNK, {"travel": "attention"}, **SIZES),
 ]
+WINDOWS = [
+    Case("1f1b", "full", CHUNK, model={"window": 256}, **SIZES),
+    Case("1f1b", model={"window": 200, "window_pattern": (True, False)}, **SIZES),
+    Case("seq1f1b_interleaved", "selective", CHUNK, SEGMENTS, model={"window": 300}, **SIZES),
+    Case("1f1b", "selective", CHUNK, model={"softcap": 20.0}, **SIZES),
+]
 ALONE = [Case("1f1b", "full", CHUNK, ranks=1, **SIZES)]
 GEMMA = {
     "norm": "rms",
@@ -52,17 +58,17 @@ def meter() -> None:
 @pytest.fixture(scope="module")
 def found(meter: None) -> dict[str, list[Peak]]:
     """Of each case, each rank's peak."""
-    cases = [CASES, [*ALONE, *DEPTHS]]
+    cases = [[*CASES, *WINDOWS], [*ALONE, *DEPTHS]]
     return {str(case): peak for some in cases for case, peak in zip(some, peaks(some, 120), strict=True)}
 
 
-@pytest.mark.parametrize("case", [*CASES, *ALONE], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *WINDOWS, *ALONE], ids=str)
 def test_the_heap_holds_what_the_timeline_counts(found: dict[str, list[Peak]], case: Case) -> None:
     ratios = [peak.heap_over_timeline for peak in found[str(case)]]
     assert ratios == pytest.approx([1.0] * len(ratios), abs=WITHIN), told(found[str(case)])
 
 
-@pytest.mark.parametrize("case", [*CASES, *ALONE], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *WINDOWS, *ALONE], ids=str)
 def test_the_heap_holds_what_was_predicted(found: dict[str, list[Peak]], case: Case) -> None:
     ratios = [peak.predicted_over_heap for peak in found[str(case)]]
     assert ratios == pytest.approx([1.0] * len(ratios), abs=WITHIN), told(found[str(case)])
