@@ -90,7 +90,7 @@ def prepare_evaluation(arguments: Sequence[str], warn: Callable[[str], None], ra
     given = parse_arguments([word for word in arguments if word != "--json"])
     config, checkpoint, manifest = _read(given, warn, ranks)
     if manifest is not None and checkpoint is not None:
-        manifests.check_shape(manifest, config.shape(), checkpoint)
+        manifests.check_shape(manifest, config.shape(), checkpoint, weights_alone=True)
     elif not config.model.path:
         raise ConfigError(
             "--resume: missing, and random weights tell nothing; give --resume RUN_OR_CHECKPOINT, or --model.path FOLDER"
@@ -100,6 +100,7 @@ def prepare_evaluation(arguments: Sequence[str], warn: Callable[[str], None], ra
     if not len(corpus.held_out):
         raise ConfigError("data.held_out: 0, so there is nothing to evaluate on; give a share of the data, such as 0.1")
     if manifest is not None:
+        _tell_changes(renewed(manifest.config), config, warn, "evaluating", ("model", "runtime"))
         _tell_other_data(manifest.data, corpus.fingerprint(), warn, "evaluating")
     _tell_remarks(corpus, config, warn)
     return Job(_anywhere(config), checkpoint, manifest.step if manifest else 0, "evaluate", "--json" in arguments)
@@ -223,9 +224,15 @@ def _numbers(name: str) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
-def _tell_changes(before: Table, config: Config, warn: Callable[[str], None]) -> None:
-    """One line for what a continued run does otherwise than the one that wrote the checkpoint."""
-    now = to_table(config)
+def _tell_changes(
+    before: Table,
+    config: Config,
+    warn: Callable[[str], None],
+    doing: str = "continuing",
+    sections: tuple[str, ...] = tuple(to_table(Config())),
+) -> None:
+    """One line for what is otherwise than in the run that wrote the checkpoint."""
+    now = {section: keys for section, keys in to_table(config).items() if section in sections}
     changes = [
         f"{section}.{key} {before.get(section, {}).get(key, 'unset')} -> {keys.get(key, 'unset')}"
         for section, keys in now.items()
@@ -234,7 +241,7 @@ def _tell_changes(before: Table, config: Config, warn: Callable[[str], None]) ->
         if (section not in ("run", "runtime") or key == "dtype") and keys.get(key) != before.get(section, {}).get(key)
     ]
     if changes:
-        warn(f"continuing with changes: {', '.join(changes)}")
+        warn(f"{doing} with changes: {', '.join(changes)}")
 
 
 def _tell_remarks(corpus: Corpus, config: Config, warn: Callable[[str], None]) -> None:

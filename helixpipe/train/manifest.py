@@ -115,9 +115,14 @@ def verify(checkpoint: Path) -> Manifest:
     return manifest
 
 
-def check_shape(manifest: Manifest, shape: ModelShape, checkpoint: Path) -> None:
-    """Raise CheckpointError when the checkpoint is of another model. Rotary positions have no weights: they may change."""
+def check_shape(manifest: Manifest, shape: ModelShape, checkpoint: Path, weights_alone: bool = False) -> None:
+    """Raise CheckpointError when the checkpoint is of another model. Rotary positions have no weights: they may change.
+
+    `weights_alone`: the optimizer's moments are not needed, so that anything may have been frozen.
+    """
     for name, value in dataclasses.asdict(shape).items():
+        if name == "frozen" and weights_alone:
+            continue
         if name == "frozen" and manifest.shape.get(name, value) != value:  # of what was frozen it has no moments
             was = manifest.config.get("train", {}).get("freeze", [])
             raise CheckpointError(f"{checkpoint}: its train.freeze is {json.dumps(was)}; freeze the same parameters")
