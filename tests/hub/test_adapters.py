@@ -178,6 +178,17 @@ def test_a_run_trains_adapters_goes_on_and_is_exported(
         product = 2.0 * one[f"{key}.lora_B.weight"] @ one[f"{key}.lora_A.weight"]
         assert torch.equal(merged[name], (value.float() + product).bfloat16())
 
+    held = ["--data.path", str(text), "--train.sequence_length", "16", "--schedule.family", "1f1b", "--schedule.ranks", "1",
+            "--train.evaluate_sequences", "2", "--runtime.dtype", "float64", "--json"]  # fmt: skip
+    assert main(["export", "whole", "wide", "--merge", "--dtype", "float64"]) == 0
+    capfd.readouterr()
+    told = []
+    for model in (["--model.path", "base", "--model.adapter", "whole-adapter"], ["--model.path", "wide"]):
+        assert main(["evaluate", *model, *held]) == 0
+        told.append(json.loads(capfd.readouterr().out))
+    assert [each["weights"] for each in told] == ["base with whole-adapter", "wide"]
+    assert told[0]["loss"] == pytest.approx(told[1]["loss"], abs=1e-6)  # the sum is made in float32
+
     on = [
         *common,
         "--model.adapter",

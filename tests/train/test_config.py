@@ -39,7 +39,11 @@ def test_the_written_config_reads_back_the_same() -> None:
 def test_every_field_of_a_shape_can_be_changed() -> None:
     keys = {field.name for field in dataclasses.fields(ModelConfig)}
     # what is frozen, and what stands beside it, is no shape of a model: train.freeze and train.lora say it
-    assert keys == {field.name for field in dataclasses.fields(ModelShape)} - {"frozen", "lora"} | {"name", "path", "adapter"}
+    assert keys == {field.name for field in dataclasses.fields(ModelShape)} - {"frozen", "lora"} | {
+        "name",
+        "path",
+        "adapter",
+    }
 
 
 def test_the_model_is_the_named_shape_with_changes() -> None:
