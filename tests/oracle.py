@@ -47,8 +47,9 @@ def plain_logits(shape: hp.ModelShape, w: Weights, tokens: Tensor) -> Tensor:
         n = _norm(shape, w, f"{at}.norm", x) if before and not (shape.embed_norm and layer == 0) else x
         windowed = not shape.window_pattern or shape.window_pattern[layer % len(shape.window_pattern)]
         window = shape.window if windowed else 0
+        base = (window and shape.window_rope_base) or shape.rope_base
         o, _ = plain_attention(
-            *_qkv(shape, w, f"{at}.qkv", n), shape.causal, window, shape.softcap, shape.attention_scale
+            *_qkv(shape, w, f"{at}.qkv", n, base), shape.causal, window, shape.softcap, shape.attention_scale
         )
         made = _linear(w, f"{at}.proj.o", o.transpose(1, 2).flatten(2), shape.bias or shape.o_bias)
         y = x + (_norm(shape, w, f"{at}.proj.norm", made) if after else made)
@@ -98,7 +99,7 @@ def _norm(shape: hp.ModelShape, w: Weights, name: str, x: Tensor) -> Tensor:
     return F.layer_norm(x, size, weight, w[f"{name}.bias"] if shape.norm_bias else None, shape.norm_eps)
 
 
-def _qkv(shape: hp.ModelShape, w: Weights, name: str, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _qkv(shape: hp.ModelShape, w: Weights, name: str, n: Tensor, base: float) -> tuple[Tensor, Tensor, Tensor]:
     """n [b, s, h] -> three of [b, heads, s, d]"""
     q, k, v = (_linear(w, f"{name}.{each}", n, shape.qkv_bias) for each in "qkv")
     if shape.qk_norm and shape.qk_norm_over == "width":
@@ -107,7 +108,7 @@ def _qkv(shape: hp.ModelShape, w: Weights, name: str, n: Tensor) -> tuple[Tensor
     if shape.qk_norm and shape.qk_norm_over == "head":
         q, k = _norm(shape, w, f"{name}.q_norm", q), _norm(shape, w, f"{name}.k_norm", k)
     if shape.positions == "rope":
-        q, k = _rotated(q, shape.rope_base), _rotated(k, shape.rope_base)
+        q, k = _rotated(q, base), _rotated(k, base)
     return q, k, v
 
 

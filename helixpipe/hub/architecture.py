@@ -23,10 +23,10 @@ from helixpipe.hub.window import repeating
 from helixpipe.parts.shape import ModelShape
 
 IGNORED = frozenset({
-    "is_llama_config", "transformers.js_config", "_flash_attn_2_enabled",
-    "architectures", "model_type", "transformers_version", "_name_or_path", "name_or_path", "_commit_hash",
+    "is_llama_config", "transformers.js_config",
+    "architectures", "model_type", "transformers_version", "name_or_path",
     "auto_map", "torch_dtype", "dtype", "initializer_range", "use_cache", "pretraining_tp",
-    "attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "_experts_implementation",
+    "attn_implementation",
     "return_dict", "use_return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward",
     "gradient_checkpointing", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task",
     "task_specific_params", "tokenizer_class", "prefix", "bos_token_id", "eos_token_id", "pad_token_id",
@@ -37,9 +37,9 @@ IGNORED = frozenset({
     "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
     "output_scores", "return_dict_in_generate", "suppress_tokens", "begin_suppress_tokens",
     "exponential_decay_length_penalty", "remove_invalid_values", "torchscript", "use_bfloat16",
-    "tf_legacy_loss", "unsloth_version", "unsloth_fixed", "_unsloth_fixed",
+    "tf_legacy_loss", "unsloth_version", "unsloth_fixed",
 })  # fmt: skip
-"""Keys that say nothing of what a model computes in training."""
+"""Keys that say nothing of what a model computes in training, beside those that begin with an underscore: notes of who wrote them."""
 REFUSED = {
     "quantization_config": "its weights are quantised; save it with whole weights",
     "compression_config": "its weights are compressed; save it with whole weights",
@@ -101,7 +101,9 @@ class Architecture:
         for key, value in config.items():
             if key in REFUSED and value:
                 raise ConfigError(f"{key}: {REFUSED[key]}")
-            if key not in known and value is not None and value is not False and value not in ("", [], {}):
+            if key.startswith("_") or key in known:
+                continue
+            if value is not None and value is not False and value not in ("", [], {}):
                 raise ConfigError(
                     f"{key}: {_short(value)} is not known of {self.name}, and may change what it computes; "
                     "remove the key if it does not"

@@ -261,7 +261,8 @@ class _Step:
                 self.hold(chunk.saved(place, work), 1)
             elif selective:
                 self.hold(work.kept(part), 1)
-            self.needs(work.forward_workspace(part, graph))
+            if not (again and selective and part.about.attends):  # which is replayed, and attends to nothing
+                self.needs(work.forward_workspace(part, graph))
             if self.keeps_past and not again:
                 self.hold(key_values(part, chunk, work), 1)
             self.values((v for v in drops if not again or v not in chunk.reads), -1)

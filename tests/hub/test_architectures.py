@@ -187,6 +187,10 @@ def test_numbers_that_null_means_something_for() -> None:
     assert shape("gemma2", query_pre_attn_scalar=144).attention_scale == pytest.approx(1 / 12)
 
 
+def test_notes_of_who_wrote_a_config_change_nothing() -> None:
+    assert shape("llama", _model_name_or_path="a", _unknown=3) == shape("llama")
+
+
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"num_local_experts": 8}, "num_local_experts: 8 is not known of llama, and may change what it computes; remove the key if it does not"),
     ("llama", {"attention_sink_size": 4}, "attention_sink_size: 4 is not known of llama"),
