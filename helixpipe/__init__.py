@@ -20,6 +20,7 @@ from helixpipe.errors import (
     UncountedWarning,
 )
 from helixpipe.mesh import MeshShape
+from helixpipe.parts.lora import Lora
 from helixpipe.parts.part import Part, Value
 from helixpipe.parts.rotary import Rotary
 from helixpipe.parts.shape import ModelShape
@@ -84,6 +85,7 @@ __all__ = [
     "HelixpipeError",
     "Layers",
     "Link",
+    "Lora",
     "Losses",
     "MeshShape",
     "Model",

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from helixpipe.config_lora import LoraConfig
 from helixpipe.config_rope import RopeConfig
 from helixpipe.errors import ConfigError
+from helixpipe.hub.adapter import Adapter
 from helixpipe.hub.folder import Folder
 from helixpipe.mesh import MeshShape
 from helixpipe.parts.freezing import freeze
@@ -39,6 +41,8 @@ class ModelConfig:
     path: str | None = None
     """In the place of a name, a Hugging Face folder: config.json and weights, from which training begins. Of the keys below
     only those that say how weights are used may then change: rope, rope_base, window, norm_eps, ..."""
+    adapter: str | None = None
+    """A folder of PEFT's: LoRA adapters on the weights in path, with which training goes on. They say what train.lora is."""
     layers: int | None = None
     """Decoder layers."""
     hidden: int | None = None
@@ -201,6 +205,8 @@ class TrainConfig:
     """What the mean of (log-sum-exp of the logits)^2 weighs beside the cross entropy, such as 1e-4; losses shown are without."""
     freeze: tuple[str, ...] = ()
     """Parameters that are not trained: names, or patterns such as "embed*" or "layers.0-15.*" (layers 0 to 15)."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters to train in the place of the weights, which are frozen: a table with a rank, and alpha and targets."""
     clip_norm: float = 1.0
     """Gradients above this norm, over all ranks, are scaled down to it; 0 is no clipping."""
     evaluate_every: int = 40
@@ -264,10 +270,15 @@ class Config:
     def shape(self) -> ModelShape:
         """The model's shape; raises ConfigError."""
         changes = dataclasses.asdict(self.model)
-        name, path = changes.pop("name"), changes.pop("path")
+        name, path, adapter = changes.pop("name"), changes.pop("path"), changes.pop("adapter")
         rope = {key: value for key, value in changes.pop("rope").items() if value is not None}
         changes = {key: value for key, value in changes.items() if value is not None}
-        shape = Folder.open(path).changed(changes) if path else named_shape(name or DEFAULT_MODEL, **changes)
+        folder = Folder.open(path) if path else None
+        shape = folder.changed(changes) if folder else named_shape(name or DEFAULT_MODEL, **changes)
+        if adapter and folder is None:
+            raise ConfigError(f"model.adapter: '{adapter}' belongs to weights in a folder; give model.path too")
+        read = Adapter.open(adapter, folder).lora if adapter and folder else None
+        shape = dataclasses.replace(shape, lora=self.train.lora.lora(read))
         shape = dataclasses.replace(shape, rope=shape.rope.with_keys(rope, shape.context)) if rope else shape
         return freeze(shape, self.train.freeze)
 
@@ -304,6 +315,10 @@ class Config:
         runtime, schedule = self.runtime, self.schedule
         shape = self.shape()
         profile, kind = None, "cuda" if (device or runtime.device).startswith("cuda") else "cpu"
+        if schedule.profile and shape.lora is not None:
+            raise ConfigError(
+                f"schedule.profile: '{schedule.profile}' was measured without adapters, and train.lora has some; leave it out"
+            )
         if schedule.profile:
             profile = Profile.load(schedule.profile)
             profile.check_fits(shape, dtype=runtime.dtype)

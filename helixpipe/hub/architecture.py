@@ -126,7 +126,7 @@ class Architecture:
 
     def say(self, shape: ModelShape, base: Config | None = None) -> dict[str, Any]:
         """The nearest config to a shape."""
-        shape = canonical(dataclasses.replace(shape, frozen=()))
+        shape = canonical(dataclasses.replace(shape, frozen=(), lora=None))
         made = dict(base or {"architectures": [self.model_class], "model_type": self.name})
         for entry in self.entries:
             if base is not None:
@@ -140,7 +140,7 @@ class Architecture:
 
     def differences(self, shape: ModelShape, config: Config) -> dict[str, Any]:
         """Fields of a shape, with their values, that a config says otherwise."""
-        said, shape = self.read(config), canonical(dataclasses.replace(shape, frozen=()))
+        said, shape = self.read(config), canonical(dataclasses.replace(shape, frozen=(), lora=None))
         names = [name for name in _fields_of(shape) if name != "context" or shape.context]  # 0 is not known
         return {name: value for name in names if (value := getattr(shape, name)) != getattr(said, name)}
 

@@ -37,6 +37,8 @@ class Source(NamedTuple):
     place: Place
     twin: Stored | None = None
     """A tied head's table, stored once more."""
+    key: str = "model.path"
+    """The key of the config that names its folder."""
 
 
 @dataclass(frozen=True)

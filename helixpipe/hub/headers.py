@@ -30,16 +30,16 @@ class Stored(NamedTuple):
     size: tuple[int, ...]
 
 
-def stored_in(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a folder's weights. Raises ConfigError for a file that is missing, truncated or no such file."""
-    for name in (SAFE, PICKLED):
+def stored_in(folder: Path, names: tuple[str, ...] = (SAFE, PICKLED)) -> dict[str, Stored]:
+    """Every tensor of a folder's weights, in the first of these files or in those of its index. Raises ConfigError for a file that is missing, truncated or no such file."""
+    for name in names:
         if (folder / name).is_file():
             return _of_file(folder / name)
         index = folder / f"{name}.index.json"
         if index.is_file():
             return _of_index(index)
     raise ConfigError(
-        f"{folder}: no weights there: neither {SAFE} nor {PICKLED}, nor an index of many; give a whole folder"
+        f"{folder}: no weights there: neither {' nor '.join(names)}, nor an index of many; give a whole folder"
     )
 
 

@@ -8,7 +8,7 @@ Nothing else is read, and files are open only while a tensor is: a rank holds it
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,10 +16,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from helixpipe.errors import ConfigError
+from helixpipe.hub.adapter import Adapter
 from helixpipe.hub.folder import Folder, Source
 from helixpipe.hub.headers import DTYPES, Stored
 from helixpipe.hub.pickled import opened
 from helixpipe.model.decoder import Decoder, Held
+from helixpipe.parts.lora import Lora
 from helixpipe.parts.part import Part
 from helixpipe.parts.shape import ModelShape
 
@@ -53,13 +55,18 @@ class Loaded(Decoder):
         head_chunk: int = 0,
         z_loss: float = 0.0,
         empty: bool = False,
+        seed: int = 0,
+        adapter: Adapter | None = None,
     ) -> None:
         """`shape`: the folder's, with what may differ. `empty`: leave the values to whoever fills them, such as a
-        checkpoint. Raises ConfigError for a tensor that is missing, not known or of another size.
+        checkpoint. `adapter`: values of the shape's adapters, which are new ones by the seed when not given. Raises
+        ConfigError for a tensor that is missing, not known or of another size.
         """
-        super().__init__(shape or folder.shape, mlp_chunk=mlp_chunk, head_chunk=head_chunk, z_loss=z_loss)
+        super().__init__(shape or folder.shape, seed, mlp_chunk, head_chunk, z_loss)
         self.folder, self.empty = folder, empty
-        self.sources = {} if empty else folder.sources
+        self.sources: dict[str, Source] = {}
+        if not empty:
+            self.sources = {**folder.sources, **(adapter.sources if adapter is not None else {})}
         self.tell: Callable[[int], None] = lambda elements: None
         """Called with the elements of each parameter that was read."""
 
@@ -84,27 +91,44 @@ class Loaded(Decoder):
             return torch.empty(1).expand(mine)
         if self.empty:
             return torch.empty(mine)
-        source = self.sources[name]
         starts = [0 if whole == part else held.rank * part for whole, part in zip(size, mine, strict=True)]
         spans = [(start, start + length) for start, length in zip(starts, mine, strict=True)]
-        values = read(source, spans)
+        if name in self.sources:
+            values = read(self.sources[name], spans)
+        else:  # an adapter that is new
+            whole = nn.Parameter(torch.empty(size))
+            self._initialise(name, whole)
+            values = whole.detach()[tuple(slice(*span) for span in spans)].clone()
         self.tell(values.numel())
         return values
 
 
-def load(path: str | Path, mlp_chunk: int = 0, head_chunk: int = 0, z_loss: float = 0.0) -> Loaded:
+def load(
+    path: str | Path,
+    mlp_chunk: int = 0,
+    head_chunk: int = 0,
+    z_loss: float = 0.0,
+    adapter: str | Path | None = None,
+    lora: Lora | None = None,
+) -> Loaded:
     """The model in a Hugging Face folder, for `Pipeline`: config.json and safetensors, or files of torch.save.
 
-    Its weights are read when a rank asks for them. Raises ConfigError for what is wrong with the folder.
+    `adapter`: a folder of PEFT's with adapters on these weights; `lora`: new ones. With either, all else is frozen. Weights
+    are read when a rank asks for them. Raises ConfigError for what is wrong with a folder.
     """
-    return Loaded(Folder.open(path), None, mlp_chunk, head_chunk, z_loss)
+    folder = Folder.open(path)
+    if adapter is not None and lora is not None:
+        raise ConfigError("lora: an adapter is given, which says what it is; leave one of them out")
+    found = None if adapter is None else Adapter.open(adapter, folder)
+    shape = replace(folder.shape, lora=lora if found is None else found.lora)
+    return Loaded(folder, shape, mlp_chunk, head_chunk, z_loss, adapter=found)
 
 
 def read(source: Source, spans: list[tuple[int, int]]) -> Tensor:
     """These rows, and columns, of a parameter, in float32 or wider. Raises ConfigError where they are not finite, or a
     tied table's twin is not the same.
     """
-    stored, place, twin = source
+    stored, place, twin, key = source
     wide = torch.promote_types(getattr(torch, DTYPES[stored.dtype]), torch.float32)
     found = torch.empty([stop - start for start, stop in spans], dtype=wide)
     rows = (place.start + spans[0][0], place.start + spans[0][1])
@@ -114,7 +138,7 @@ def read(source: Source, spans: list[tuple[int, int]]) -> Tensor:
     found.copy_(piece.T if place.transposed else piece)
     del piece
     if found.numel() and not all(map(torch.isfinite, torch.aminmax(found))):
-        raise ConfigError(f"model.path: {stored.file}: {stored.name} is not finite; give weights without nan and inf")
+        raise ConfigError(f"{key}: {stored.file}: {stored.name} is not finite; give weights without nan and inf")
     if twin is not None:
         _check_same(found, asked, stored, twin)
     return found

@@ -96,10 +96,11 @@ def write_folder(
     dtype: torch.dtype,
     read: Callable[[str], Tensor],
     carried_from: Path | None,
+    config_name: str = CONFIG,
 ) -> None:
     """Write it. Raises ConfigError where something is already, HelixpipeError where it cannot be written."""
     with new_folder(target) as beside:
-        (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (beside / config_name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name, lines in shards.items():
             with (beside / name).open("wb") as file:
                 _write_file(file, lines, dtype, read)

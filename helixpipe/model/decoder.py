@@ -18,6 +18,7 @@ from torch import nn
 from helixpipe.model import attn, block, embed, head, mlp, norm, proj, qkv
 from helixpipe.model.recipe import Recipe
 from helixpipe.model.rope import Ropes
+from helixpipe.parts.lora import DOWN, UP
 from helixpipe.parts.part import Part
 from helixpipe.parts.shape import ModelShape
 
@@ -89,12 +90,21 @@ class Decoder:
 
     @torch.no_grad()
     def _initialise(self, name: str, parameter: nn.Parameter) -> None:
-        """GPT-2's: normal of 0.02, smaller by sqrt(2L) where a layer adds to the residual; norms multiply by 1, biases 0."""
+        """GPT-2's: normal of 0.02, smaller by sqrt(2L) where a layer adds to the residual; norms multiply by 1, biases 0.
+
+        Of adapters, A is uniform below into^-0.5 and B is 0.
+        """
         if name.endswith("bias"):
             parameter.zero_()
         elif parameter.dim() == 1:
             parameter.fill_(0.0 if self.shape.norm_offset else 1.0)
+        elif name.endswith(f"{UP}.weight"):
+            parameter.zero_()
         else:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
+            if name.endswith(f"{DOWN}.weight"):
+                bound = parameter.shape[1] ** -0.5  # torch's for linear layers, as PEFT has it
+                parameter.uniform_(-bound, bound, generator=generator)
+                return
             residual = name.endswith(("o.weight", "down.weight"))
             parameter.normal_(0.0, 0.02 / math.sqrt(2 * self.shape.layers if residual else 1), generator=generator)

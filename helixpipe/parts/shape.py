@@ -14,6 +14,7 @@ from typing import Protocol
 
 from helixpipe.errors import ConfigError
 from helixpipe.parts.kind import Kind, Shapes, maker
+from helixpipe.parts.lora import Lora, is_adapter
 from helixpipe.parts.part import Part, Value, chain, layer_parts
 from helixpipe.parts.rotary import Rotary
 from helixpipe.parts.work import Batch, Work
@@ -95,6 +96,8 @@ class ModelShape:
     tied: bool = False
     """Whether the head uses the embedding's table."""
     causal: bool = True
+    lora: Lora | None = None
+    """Adapters, and everything else is frozen."""
     frozen: tuple[str, ...] = ()
     """Parameters that are not trained, by full name: `embed.tokens.weight`, or patterns of shells: `embed.*`, `layers.[0-3].*`."""
 
@@ -134,6 +137,8 @@ class ModelShape:
         if isinstance(self.frozen, str):
             raise ConfigError(f"model.frozen: '{self.frozen}' is one text; give a list of names or patterns")
         object.__setattr__(self, "frozen", tuple(self.frozen))
+        if self.lora is not None:
+            self.lora.check(self.gated)
 
     def _check_norms(self) -> None:
         if self.norm_offset and self.norm != "rms":
@@ -278,6 +283,8 @@ class ModelShape:
 
     def trains(self, name: str) -> bool:
         """Whether a parameter, by its full name, has gradients and is updated."""
+        if self.lora is not None and not is_adapter(name):
+            return False
         return not self.frozen or _any_of(self.frozen).match(name) is None
 
     def freezing(self, names: Iterable[str]) -> ModelShape:

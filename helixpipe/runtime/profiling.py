@@ -97,7 +97,7 @@ class Parts:
     """One layer, embed and head on this device, part by part."""
 
     def __init__(self, shape: ModelShape, device: torch.device | str, dtype: torch.dtype) -> None:
-        device, shape = torch.device(device), replace(of_one_window(shape), frozen=())  # every pass is timed
+        device, shape = torch.device(device), replace(of_one_window(shape), frozen=(), lora=None)  # every pass is timed
         self.asked, self.device, self.dtype = shape, device, dtype
         self.shape = replace(
             shape, layers=1, embed_norm=False

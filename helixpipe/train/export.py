@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from helixpipe.errors import CheckpointError, ConfigError
 from helixpipe.files import fault
+from helixpipe.hub import adapter as adapters
 from helixpipe.hub.architecture import Architecture
 from helixpipe.hub.folder import Folder
 from helixpipe.hub.known import fitting
 from helixpipe.hub.write import lines_of, named_dtype, refuse_existing, shards_of, size_in_bytes, write_folder
+from helixpipe.parts.lora import DOWN, UP, Lora
 from helixpipe.parts.rotary import Rotary
 from helixpipe.parts.shape import ModelShape
 from helixpipe.train import manifest as manifests
@@ -37,13 +40,18 @@ class Exported:
     dtype: str
     files: int
     parameters: int
+    adapter: bool = False
+    """Whether it is adapters alone."""
 
 
-def export(run: str | Path, folder: str | Path, dtype: str | None = None, max_shard_size: str = "5GB") -> Exported:
-    """Write the newest good checkpoint of a run, or the checkpoint that `run` is, as a folder that transformers loads.
+def export(
+    run: str | Path, folder: str | Path, dtype: str | None = None, max_shard_size: str = "5GB", merge: bool = False
+) -> Exported:
+    """Write the newest good checkpoint of a run, or the checkpoint that `run` is, as a folder that transformers loads; of a
+    run with LoRA as one of adapters that PEFT loads, or with `merge` as a whole model again.
 
-    `dtype`: that of the folder which the run came from when not given, or what the checkpoint has. Raises ConfigError or
-    CheckpointError; the folder is then not there.
+    `dtype`: that of the folder which the run came from when not given, or what the checkpoint has, as adapters always do.
+    Raises ConfigError or CheckpointError; the folder is then not there.
     """
     target, most = Path(folder), size_in_bytes(max_shard_size)
     kind = None if dtype is None else named_dtype(dtype)
@@ -52,15 +60,66 @@ def export(run: str | Path, folder: str | Path, dtype: str | None = None, max_sh
     shape = _shape(manifest)
     came_from = manifest.config.get("model", {}).get("path")
     source = Folder.open(came_from) if came_from else None
-    architecture = source.architecture if source else fitting(shape)
     tensors = _Tensors(checkpoint)
+    if shape.lora is None and merge:
+        raise ConfigError(f"--merge: {checkpoint} has no adapters; leave it out")
+    if shape.lora is not None and not merge:
+        return _export_adapters(target, checkpoint, manifest.step, source, shape, tensors, kind or tensors.dtype)
+    architecture = source.architecture if source else fitting(shape)
     kind = kind or _dtype_of(source) or tensors.dtype
+    read, shape = _Merged(tensors, shape).read, replace(shape, lora=None)
     config = _config(architecture, shape, manifest, source, kind)
     lines = lines_of(architecture.places(shape))
     shards = shards_of(lines, kind, most)
-    write_folder(target, config, shards, kind, tensors.read, source.path if source else None)
+    write_folder(target, config, shards, kind, read, source.path if source else None)
     name = str(kind).removeprefix("torch.")
     return Exported(target, checkpoint, manifest.step, architecture.name, name, len(shards), shape.parameter_count)
+
+
+def _export_adapters(
+    target: Path,
+    checkpoint: Path,
+    step: int,
+    source: Folder | None,
+    shape: ModelShape,
+    tensors: _Tensors,
+    dtype: torch.dtype,
+) -> Exported:
+    """Adapters alone, in PEFT's format: on the weights, and with the config, of the folder that the run came from."""
+    if source is None:
+        raise ConfigError(
+            f"{checkpoint}: its weights came from no folder, and adapters belong to one; export the whole model with --merge"
+        )
+    architecture = source.architecture
+    if differs := architecture.differences(shape, source.config):
+        raise ConfigError(
+            f"model.{next(iter(differs))}: not as in {source.path}, and adapters cannot say so; export the whole model with --merge"
+        )
+    places = adapters.places_of(architecture, shape)
+    config = adapters.config_of(architecture, shape, source.path)
+    shards = {adapters.WEIGHTS: lines_of(places)}
+    write_folder(target, config, shards, dtype, tensors.read, None, adapters.CONFIG)
+    count = sum(math.prod(place.size) for place in places.values())
+    return Exported(target, checkpoint, step, architecture.name, str(dtype).removeprefix("torch."), 1, count, True)
+
+
+class _Merged:
+    """A checkpoint's parameters, with adapters added to what they are beside."""
+
+    def __init__(self, tensors: _Tensors, shape: ModelShape) -> None:
+        self.tensors, self.scale = tensors, 0.0 if shape.lora is None else shape.lora.scale
+        named = shape.parameter_elements(shape.chain())
+        self.adapted = {name.removesuffix(f".{UP}.weight") for name in named if name.endswith(f".{UP}.weight")}
+
+    def read(self, name: str) -> Tensor:
+        """A parameter, by its full name; W + scale * B A in float32 or wider."""
+        found = self.tensors.read(name)
+        layer = name.removesuffix(".weight")
+        if layer == name or layer not in self.adapted:
+            return found
+        wide = torch.promote_types(found.dtype, torch.float32)
+        up, down = (self.tensors.read(f"{layer}.{which}.weight").to(wide) for which in (UP, DOWN))
+        return found.to(wide).addmm_(up, down, alpha=self.scale)
 
 
 def _find(run: Path) -> tuple[Path, Manifest]:
@@ -82,7 +141,8 @@ def _find(run: Path) -> tuple[Path, Manifest]:
 def _shape(manifest: Manifest) -> ModelShape:
     """The shape that was trained."""
     fields: dict[str, Any] = dict(manifest.shape)
-    return ModelShape(**fields | {"rope": Rotary(**fields.get("rope", {}))})
+    lora = fields.get("lora")
+    return ModelShape(**fields | {"rope": Rotary(**fields.get("rope", {})), "lora": Lora(**lora) if lora else None})
 
 
 def _config(

@@ -36,6 +36,8 @@ def evaluate(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
     if checkpoint is not None:
         Checkpoints(checkpoint.parent, 1, group).load(checkpoint, _weights(pipeline))
     weights = shortened(checkpoint or Path(config.model.path or ""))
+    if config.model.adapter and not checkpoint:
+        weights += f" with {shortened(Path(config.model.adapter))}"
     asked, speaks = config.train.evaluate_sequences, pipeline.mesh.rank == 0
     count = corpus.windows(asked)
     if speaks:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from helixpipe.config import Config
 from helixpipe.errors import ConfigError, HelixpipeError
+from helixpipe.hub.adapter import Adapter
 from helixpipe.hub.folder import Folder
 
 if TYPE_CHECKING:
@@ -35,15 +36,24 @@ def initial_model(config: Config, schedule: Schedule, checkpoint: Path | None) -
     """The config's model, for a pipeline to be made of; rank 0 shows on a terminal how far reading is."""
     from helixpipe.model.decoder import Decoder
 
-    shape, chunks = config.shape(), (config.runtime.mlp_chunk, config.runtime.head_chunk)
+    shape, runtime, train = config.shape(), config.runtime, config.train
     if not config.model.path:
-        yield Decoder(shape, config.train.seed, *chunks, config.train.z_loss)
+        yield Decoder(shape, train.seed, runtime.mlp_chunk, runtime.head_chunk, train.z_loss)
         return
     from helixpipe.hub.load import Loaded
 
     try:
         folder = Folder.open(config.model.path)
-        model = Loaded(folder, shape, *chunks, config.train.z_loss, empty=checkpoint is not None)
+        model = Loaded(
+            folder,
+            shape,
+            runtime.mlp_chunk,
+            runtime.head_chunk,
+            empty=checkpoint is not None,
+            seed=train.seed,
+            z_loss=train.z_loss,
+            adapter=Adapter.open(config.model.adapter, folder) if config.model.adapter else None,
+        )
     except ConfigError as error:  # a fault of this machine alone, which others do not see
         raise HelixpipeError(str(error)) from None
     if model.empty or not sys.stderr.isatty() or _rank() != 0:

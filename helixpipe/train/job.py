@@ -181,7 +181,11 @@ def _anywhere(config: Config) -> Config:
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, path=_absolute(config.data.path)),
-        model=dataclasses.replace(config.model, path=_absolute(config.model.path or "") or None),
+        model=dataclasses.replace(
+            config.model,
+            path=_absolute(config.model.path or "") or None,
+            adapter=_absolute(config.model.adapter or "") or None,
+        ),
         schedule=dataclasses.replace(config.schedule, profile=_absolute(config.schedule.profile)),
     )
 

@@ -200,7 +200,8 @@ def _parameters(shape: ModelShape) -> str:
     """How many, and of how many the run trains some."""
     sizes = shape.parameter_elements(shape.chain())
     trained = sum(size for name, size in sizes.items() if shape.trains(name))
-    return f"{sum(sizes.values()):,} parameters" + (f" ({trained:,} trained)" if shape.frozen else "")
+    total = sum(sizes.values())
+    return f"{total:,} parameters" + (f" ({trained:,} trained)" if trained < total else "")
 
 
 def described(config: Config, device: str) -> str:

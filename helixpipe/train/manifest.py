@@ -127,9 +127,17 @@ def check_shape(manifest: Manifest, shape: ModelShape, checkpoint: Path, weights
             was = manifest.config.get("train", {}).get("freeze", [])
             raise CheckpointError(f"{checkpoint}: its train.freeze is {json.dumps(was)}; freeze the same parameters")
         if name in manifest.shape and manifest.shape[name] != value and name not in _MAY_CHANGE:
+            if name == "lora":
+                was, now = (_lora(each) for each in (manifest.shape[name], value))
+                raise CheckpointError(f"{checkpoint}: its train.lora is {was}, and the config's {now}; use the same")
             raise CheckpointError(
                 f"{checkpoint}: its model.{name} is {manifest.shape[name]}, and the config's {value}; use the same model"
             )
+
+
+def _lora(keys: dict[str, Any] | None) -> str:
+    """What adapters a model has."""
+    return "none" if keys is None else ", ".join(f"{key} {json.dumps(value)}" for key, value in keys.items())
 
 
 def find_newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, Manifest] | None:

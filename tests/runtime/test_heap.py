@@ -12,6 +12,8 @@ import heap
 import pytest
 from memory.measure import Case, Peak, peaks
 
+from helixpipe.parts.lora import Lora
+
 WITHIN = 0.10  # of what a timeline says
 CHUNK = 256
 SIZES: dict[str, Any] = {"layers": 4, "hidden": 128, "length": 2048, "microbatches": 2}
@@ -46,6 +48,8 @@ BERT = {"norm_bias": False, "embed_norm": True, "mlp": "geglu", "head_transform"
 SMALL: dict[str, Any] = {"ranks": 1, "layers": 2, "hidden": 128, "length": 1024, "microbatches": 2}
 ALONE += [Case("1f1b", "none", model=GEMMA, **SMALL), Case("1f1b", "full", CHUNK, model=OLMO, **SMALL)]
 ALONE += [Case("1f1b", "selective", model=BERT, **SMALL)]
+LORA = {"norm": "rms", "mlp": "swiglu", "lora": Lora(16, targets=("q", "v", "up", "down"))}
+ALONE += [Case("1f1b", "none", model=LORA, **SMALL)]
 DEPTHS = [Case("1f1b", chunk=CHUNK, ranks=1, evaluates=True, **(SIZES | {"layers": layers})) for layers in (2, 6)]
 
 
