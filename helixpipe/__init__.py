@@ -20,6 +20,7 @@ from helixpipe.errors import (
     UncountedWarning,
 )
 from helixpipe.mesh import MeshShape
+from helixpipe.parts.lora import Lora
 from helixpipe.parts.part import Part, Value
 from helixpipe.parts.rotary import Rotary
 from helixpipe.parts.shape import ModelShape
@@ -39,6 +40,7 @@ from helixpipe.schedule.schedule import Schedule
 from helixpipe.schedule.stage import Stage
 
 if TYPE_CHECKING:
+    from helixpipe.hub.load import load
     from helixpipe.model.attn import Attention
     from helixpipe.model.decoder import Decoder, Model
     from helixpipe.model.head import counted
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from helixpipe.runtime.mesh import make_device_mesh
     from helixpipe.runtime.pipeline import Pipeline
     from helixpipe.sequence import ring_attention, ulysses_attention
+    from helixpipe.train.export import export
 
 __version__ = _version("helixpipe")
 
@@ -59,7 +62,9 @@ _LATE = {
     "Losses": "helixpipe.runtime.losses",
     "Model": "helixpipe.model.decoder",
     "Pipeline": "helixpipe.runtime.pipeline",
+    "export": "helixpipe.train.export",
     "launch": "helixpipe.runtime.launch",
+    "load": "helixpipe.hub.load",
     "counted": "helixpipe.model.head",
     "make_device_mesh": "helixpipe.runtime.mesh",
     "ring_attention": "helixpipe.sequence",
@@ -80,6 +85,7 @@ __all__ = [
     "HelixpipeError",
     "Layers",
     "Link",
+    "Lora",
     "Losses",
     "MeshShape",
     "Model",
@@ -102,7 +108,9 @@ __all__ = [
     "check",
     "counted",
     "estimate",
+    "export",
     "launch",
+    "load",
     "lower",
     "make_device_mesh",
     "named_shape",

@@ -19,6 +19,7 @@ usage: helixpipe COMMAND [options]
   plan       the best schedules for a model, a sequence length, a cluster and its memory
   simulate   predicted time, bubble and memory of a schedule
   rehearse   the real runtime and real messages on this machine, with stages that sleep
+  export     a run's weights as a Hugging Face folder, which transformers loads
   show       a schedule as a staircase in the terminal, or as SVG, CSV, JSON
   check      whether a schedule file can run, or the reason why not
   profile    measure this machine, for the commands above
@@ -26,7 +27,19 @@ usage: helixpipe COMMAND [options]
 
 helixpipe COMMAND --help tells a command's options; helixpipe --version the version.
 """
-COMMANDS = ("prepare", "train", "evaluate", "plan", "simulate", "rehearse", "show", "check", "profile", "compare")
+COMMANDS = (
+    "prepare",
+    "train",
+    "evaluate",
+    "plan",
+    "simulate",
+    "rehearse",
+    "export",
+    "show",
+    "check",
+    "profile",
+    "compare",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

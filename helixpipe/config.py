@@ -9,10 +9,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
+from helixpipe.config_lora import LoraConfig
 from helixpipe.config_rope import RopeConfig
 from helixpipe.errors import ConfigError
+from helixpipe.hub.adapter import Adapter
+from helixpipe.hub.folder import Folder
 from helixpipe.mesh import MeshShape
 from helixpipe.parts.freezing import freeze
 from helixpipe.parts.shape import ModelShape
@@ -24,15 +28,21 @@ from helixpipe.schedule import families
 from helixpipe.schedule.partition import check_cut, refuse_bidirectional
 from helixpipe.schedule.schedule import Schedule
 
+DEFAULT_MODEL = "tiny"
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A shape by name, and any of its fields to change."""
+    """A shape by name, or a model from files; and any of its fields to change."""
 
-    name: str = "tiny"
-    """A shape of helixpipe.parts.shapes.SHAPES; the keys below change it."""
+    name: str | None = None
+    """A shape of helixpipe.parts.shapes.SHAPES, tiny when unset; the keys below change it."""
+    path: str | None = None
+    """In the place of a name, a Hugging Face folder: config.json and weights, from which training begins. Of the keys below
+    only those that say how weights are used may then change: rope, rope_base, window, norm_eps, ..."""
+    adapter: str | None = None
+    """A folder of PEFT's: LoRA adapters on the weights in path, with which training goes on. They say what train.lora is."""
     layers: int | None = None
     """Decoder layers."""
     hidden: int | None = None
@@ -158,7 +168,7 @@ class DataConfig:
     """Where tokens come from."""
 
     path: str = ""
-    """A text file or a folder of them (bytes are tokens), or .npy/.bin tokens; "" is Python's standard library. What is neither is refused by name."""
+    """A folder that helixpipe prepare wrote, .npy/.bin tokens, or a text file or a folder of them (bytes are tokens); "" is Python's standard library. What is neither is refused by name."""
     held_out: float = 0.1
     """The share never trained on: the tail of the tokens; 0 is none."""
     dtype: Literal["uint16", "uint32"] | None = None
@@ -195,6 +205,8 @@ class TrainConfig:
     """What the mean of (log-sum-exp of the logits)^2 weighs beside the cross entropy, such as 1e-4; losses shown are without."""
     freeze: tuple[str, ...] = ()
     """Parameters that are not trained: names, or patterns such as "embed*" or "layers.0-15.*" (layers 0 to 15)."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters to train in the place of the weights, which are frozen: a table with a rank, and alpha and targets."""
     clip_norm: float = 1.0
     """Gradients above this norm, over all ranks, are scaled down to it; 0 is no clipping."""
     evaluate_every: int = 40
@@ -258,11 +270,22 @@ class Config:
     def shape(self) -> ModelShape:
         """The model's shape; raises ConfigError."""
         changes = dataclasses.asdict(self.model)
-        name = changes.pop("name")
+        name, path, adapter = changes.pop("name"), changes.pop("path"), changes.pop("adapter")
         rope = {key: value for key, value in changes.pop("rope").items() if value is not None}
-        shape = named_shape(name, **{key: value for key, value in changes.items() if value is not None})
+        changes = {key: value for key, value in changes.items() if value is not None}
+        folder = Folder.open(path) if path else None
+        shape = folder.changed(changes) if folder else named_shape(name or DEFAULT_MODEL, **changes)
+        if adapter and folder is None:
+            raise ConfigError(f"model.adapter: '{adapter}' belongs to weights in a folder; give model.path too")
+        read = Adapter.open(adapter, folder).lora if adapter and folder else None
+        shape = dataclasses.replace(shape, lora=self.train.lora.lora(read))
         shape = dataclasses.replace(shape, rope=shape.rope.with_keys(rope, shape.context)) if rope else shape
         return freeze(shape, self.train.freeze)
+
+    @property
+    def model_title(self) -> str:
+        """What the model is called."""
+        return self.model.name or (Path(self.model.path).name if self.model.path else DEFAULT_MODEL)
 
     def build_schedule(self) -> Schedule:
         """The schedule, checked; raises ConfigError."""
@@ -292,6 +315,10 @@ class Config:
         runtime, schedule = self.runtime, self.schedule
         shape = self.shape()
         profile, kind = None, "cuda" if (device or runtime.device).startswith("cuda") else "cpu"
+        if schedule.profile and shape.lora is not None:
+            raise ConfigError(
+                f"schedule.profile: '{schedule.profile}' was measured without adapters, and train.lora has some; leave it out"
+            )
         if schedule.profile:
             profile = Profile.load(schedule.profile)
             profile.check_fits(shape, dtype=runtime.dtype)
@@ -371,6 +398,10 @@ def _check_values(config: Config) -> None:
 
 def _check_together(config: Config) -> None:
     """What no single key can be blamed for without the others."""
+    if config.model.name and config.model.path:
+        raise ConfigError(
+            f"model.path: '{config.model.path}', and model.name is '{config.model.name}'; leave one of them out"
+        )
     train, shape = config.train, config.shape()
     lengths = config.segment_lengths(config.build_schedule()) or (train.sequence_length,)
     config.mesh_shape().check(shape, lengths)

@@ -88,6 +88,9 @@ def merged(base: Table, over: Table) -> Table:
     if family is not None and family != found.get("schedule", {}).get("family", ScheduleConfig.family):
         for option in FAMILY_OPTIONS:
             found.get("schedule", {}).pop(option, None)
+    for one, other in (("name", "path"), ("path", "name")):  # the one takes the other's place
+        if one in over.get("model", {}) and other not in over.get("model", {}):
+            found.get("model", {}).pop(other, None)
     for section, keys in over.items():
         mine = found.setdefault(section, {})
         for key, value in keys.items():

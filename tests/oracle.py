@@ -45,7 +45,12 @@ def plain_logits(shape: hp.ModelShape, w: Weights, tokens: Tensor) -> Tensor:
     for layer in range(shape.layers):
         at = f"layers.{layer}"
         n = _norm(shape, w, f"{at}.norm", x) if before and not (shape.embed_norm and layer == 0) else x
-        o, _ = plain_attention(*_qkv(shape, w, f"{at}.qkv", n), shape.causal)
+        windowed = not shape.window_pattern or shape.window_pattern[layer % len(shape.window_pattern)]
+        window = shape.window if windowed else 0
+        base = (window and shape.window_rope_base) or shape.rope_base
+        o, _ = plain_attention(
+            *_qkv(shape, w, f"{at}.qkv", n, base), shape.causal, window, shape.softcap, shape.attention_scale
+        )
         made = _linear(w, f"{at}.proj.o", o.transpose(1, 2).flatten(2), shape.bias or shape.o_bias)
         y = x + (_norm(shape, w, f"{at}.proj.norm", made) if after else made)
         made = _mlp(shape, w, f"{at}.mlp", _norm(shape, w, f"{at}.mlp.norm", y) if before else y)
@@ -62,12 +67,24 @@ def _head(shape: hp.ModelShape, w: Weights, n: Tensor) -> Tensor:
     return shape.head_softcap * torch.tanh(logits / shape.head_softcap) if shape.head_softcap else logits
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """softmax(QKᵀ/√d)V [b, heads, s, d] and its log-sum-exp [b, heads, s]; k and v may have fewer heads."""
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int = 0, softcap: float = 0.0, scale: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """softmax(QKᵀ/√d)V [b, heads, s, d] and its log-sum-exp [b, heads, s]; k and v may have fewer heads.
+
+    Masked are keys after their query where `causal`, and with a window all that are `window` or more tokens away.
+    """
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-    scores = q @ k.mT * q.shape[-1] ** -0.5
+    scores = q @ k.mT * (scale or q.shape[-1] ** -0.5)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    after = torch.arange(k.shape[2]) - torch.arange(q.shape[2]).unsqueeze(1)
+    hidden = torch.zeros_like(after, dtype=torch.bool)
     if causal:
-        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
+        hidden |= after > 0
+    if window:
+        hidden |= after.abs() >= window
+    scores = scores.masked_fill(hidden, float("-inf"))
     return scores.softmax(-1) @ v, scores.logsumexp(-1)
 
 
@@ -82,7 +99,7 @@ def _norm(shape: hp.ModelShape, w: Weights, name: str, x: Tensor) -> Tensor:
     return F.layer_norm(x, size, weight, w[f"{name}.bias"] if shape.norm_bias else None, shape.norm_eps)
 
 
-def _qkv(shape: hp.ModelShape, w: Weights, name: str, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _qkv(shape: hp.ModelShape, w: Weights, name: str, n: Tensor, base: float) -> tuple[Tensor, Tensor, Tensor]:
     """n [b, s, h] -> three of [b, heads, s, d]"""
     q, k, v = (_linear(w, f"{name}.{each}", n, shape.qkv_bias) for each in "qkv")
     if shape.qk_norm and shape.qk_norm_over == "width":
@@ -91,7 +108,7 @@ def _qkv(shape: hp.ModelShape, w: Weights, name: str, n: Tensor) -> tuple[Tensor
     if shape.qk_norm and shape.qk_norm_over == "head":
         q, k = _norm(shape, w, f"{name}.q_norm", q), _norm(shape, w, f"{name}.k_norm", k)
     if shape.positions == "rope":
-        q, k = _rotated(q, shape.rope_base), _rotated(k, shape.rope_base)
+        q, k = _rotated(q, base), _rotated(k, base)
     return q, k, v
 
 

@@ -141,7 +141,7 @@ def test_show_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         ("shwo", "'shwo' is not a command; did you mean 'show'?"),
         (
             "xyzzy",
-            "'xyzzy' is not a command; known: train, evaluate, plan, simulate, rehearse, show, check, profile, compare",
+            "'xyzzy' is not a command; known: prepare, train, evaluate, plan, simulate, rehearse, export, show, check, profile, compare",
         ),
         ("show", "missing: FAMILY, --ranks, --layers, --microbatches" + SHOW),
         ("show helix --ranks 2", "missing: --layers, --microbatches" + SHOW),

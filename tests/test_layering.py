@@ -19,7 +19,8 @@ MAY_IMPORT = {
     "data": {"data", "errors", "files"},
     "parts": {"errors", "parts"},
     "schedule": {"errors", "files", "parts", "schedule"},
-    "predict": {"errors", "files", "mesh", "parts", "schedule", "predict"},
+    "hub": {"errors", "files", "parts", "model", "hub"},
+    "predict": {"errors", "files", "mesh", "parts", "hub", "schedule", "predict"},
     "view": {"errors", "parts", "schedule", "predict", "view"},
     "model": {"errors", "parts", "model"},
     "sequence": {"errors", "model", "sequence"},
@@ -44,6 +45,8 @@ def imported_by(code: str) -> set[str]:
 def test_what_describes_predicts_and_draws_needs_no_torch() -> None:
     light = [name for folder in ("parts", "schedule", "predict", "view") for name in names(folder)]
     assert "helixpipe.schedule.families.helix" in light
+    light += [name for name in names("hub") if name.rsplit(".")[-1] not in ("load", "pickled", "write")]
+    assert "helixpipe.hub.folder" in light
     light += [
         "helixpipe.cli",
         "helixpipe.config",

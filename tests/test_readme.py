@@ -96,6 +96,21 @@ def test_plan_and_rehearse_run(elsewhere: Path, capsys: pytest.CaptureFixture[st
     capsys.readouterr()
 
 
+def test_preparing_runs(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a tokenizer of single letters."""
+    import tokenizers
+
+    (elsewhere / "texts").mkdir()
+    (elsewhere / "texts/a.txt").write_text("abba")
+    (elsewhere / "models/mine").mkdir(parents=True)
+    library = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "</s>": 2}, []))
+    library.save(str(elsewhere / "models/mine/tokenizer.json"))
+    (elsewhere / "models/mine/tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    ((_, *arguments),) = asked("prepare")
+    assert main(["prepare", *arguments]) == 0
+    assert capsys.readouterr().out == "tokens: 1 documents, 5 tokens, of which 5 count; vocabulary 3\n"
+
+
 def test_where_seconds_are_promised_a_machine_is_named() -> None:
     for command in ("plan", "simulate", "rehearse"):
         for arguments in asked(command):

@@ -127,7 +127,7 @@ def command(*words: str, **options: Any) -> str:
 
 
 def told(name: str, found: dict[str, Any]) -> None:
-    positions = ", ".join(f"{each['from']}: {each['loss']:.3f}" for each in found["by_position"] if each["loss"])
+    positions = ", ".join(f"{each['first']}: {each['loss']:.3f}" for each in found["by_position"] if each["loss"])
     print(f"{name}: {found['loss']:.4f}; by position {positions}", flush=True)
 
 

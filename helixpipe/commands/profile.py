@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helixpipe.commands.setting import decimal
 from helixpipe.errors import ConfigError
 from helixpipe.files import fault
 from helixpipe.flags import Parser, flag, number
+from helixpipe.hub.folder import model_shape
 from helixpipe.parts.shape import ModelShape
-from helixpipe.parts.shapes import SHAPES, named_shape
+from helixpipe.parts.shapes import SHAPES
 
 if TYPE_CHECKING:
     from helixpipe.predict.profile import Profile
@@ -30,7 +32,8 @@ DTYPES = ("float32", "bfloat16", "float64")
 DEVICES = ("auto", "cpu", "cuda")
 SHAPE_KEYS = (
     "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocabulary", "norm", "mlp", "positions", "context",
-    "qkv_bias", "bias", "qk_norm", "causal", "norms", "norm_offset", "o_bias", "qk_norm_over", "head_transform",
+    "qkv_bias", "bias", "qk_norm", "causal", "norms", "norm_offset", "o_bias", "qk_norm_over", "head_transform", "window",
+    "softcap",
 )  # fmt: skip
 MOST_RANKS = 64
 SCATTERED = 0.3
@@ -66,7 +69,12 @@ def profile(given: list[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser("profile", "[options]", ABOUT, EPILOG)
-    parser.add_argument("--model", default="tiny", metavar="NAME", help=f"{', '.join(SHAPES)} [tiny]")
+    parser.add_argument(
+        "--model",
+        default="tiny",
+        metavar="NAME",
+        help=f"{', '.join(SHAPES)}; or a Hugging Face folder, or its config.json [tiny]",
+    )
     parser.add_argument(
         "--sequence-length", type=number, default=2048, metavar="N", help="the longest to time, tokens [2048]"
     )
@@ -85,11 +93,13 @@ def _parser() -> Parser:
     parser.add_argument("--out", default="profile.json", metavar="FILE", help="where the profile goes [profile.json]")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     own = parser.add_argument_group("changes to the model")
-    kinds: dict[str, Callable[[str], Any]] = {"int": number, "str": str, "bool": _truth}
+    kinds: dict[str, Callable[[str], Any]] = {"int": number, "float": decimal, "str": str, "bool": _truth}
     fields = {field.name: str(field.type) for field in dataclasses.fields(ModelShape)}
     for key in SHAPE_KEYS:
         own.add_argument(
-            flag(key), type=kinds[fields[key]], metavar={"int": "N", "str": "NAME"}.get(fields[key], "BOOL")
+            flag(key),
+            type=kinds[fields[key]],
+            metavar={"int": "N", "float": "X", "str": "NAME"}.get(fields[key], "BOOL"),
         )
     return parser
 
@@ -103,10 +113,10 @@ def _truth(text: str) -> bool:
 def _shape(args: Namespace) -> ModelShape:
     changes = {key: value for key in SHAPE_KEYS if (value := getattr(args, key)) is not None}
     try:
-        return named_shape(args.model, **changes)
+        return model_shape(args.model, **changes)
     except ConfigError as error:  # which names keys of a config
         key, _, fault = str(error).removeprefix("model.").partition(": ")
-        raise ConfigError(f"{'--model' if key == 'name' else flag(key)}: {fault}") from None
+        raise ConfigError(f"{'--model' if key in ('name', 'path') else flag(key)}: {fault}") from None
 
 
 def _check(args: Namespace) -> None:
@@ -147,10 +157,8 @@ def _asked(args: Namespace, shape: ModelShape) -> tuple[Asked, int]:
 
 def _table(found: Profile, length: int) -> list[str]:
     """A row a part and pass: milliseconds at a few lengths, and behind as many tokens again."""
-    from helixpipe.predict.curves import Size
-
-    sizes = [Size(1, length // 4), Size(1, length // 2), Size(1, length)]
-    sizes += [Size(1, length // 2, length // 2)] if found.shape.causal else []
+    sizes = [found.size(length // 4), found.size(length // 2), found.size(length)]
+    sizes += [found.size(length // 2, length // 2)] if found.shape.causal else []
     heads = [f"{size.length} behind {size.context}" if size.context else f"{size.length} tokens" for size in sizes]
     lines = [f"{'part':<6} {'pass':<8}" + "".join(f"{head:>20}" for head in heads) + f"{'worst error':>14}"]
     for (kind, name), curve in found.curves.items():

@@ -13,7 +13,8 @@ from typing import Any
 from helixpipe.config import ELEMENT_BYTES
 from helixpipe.errors import ConfigError
 from helixpipe.flags import Parser, add_family_options, flag, given_options, number
-from helixpipe.parts.shapes import SHAPES, named_shape
+from helixpipe.hub.folder import model_shape
+from helixpipe.parts.shapes import SHAPES
 from helixpipe.parts.work import Keeping
 from helixpipe.predict.estimate import Estimate, Setting, check_actions, estimate_family
 from helixpipe.predict.hardware import ACCELERATORS, LINKS, named_accelerator, named_link
@@ -49,7 +50,12 @@ def family_parser(command: str, about: str, epilog: str = "") -> Parser:
 def add_setting_flags(parser: Parser) -> None:
     """The model and the machine."""
     own = parser.add_argument_group("model and machine")
-    own.add_argument("--model", required=True, metavar="NAME", help=", ".join(SHAPES))
+    own.add_argument(
+        "--model",
+        required=True,
+        metavar="NAME",
+        help=f"{', '.join(SHAPES)}; or a Hugging Face folder, or its config.json",
+    )
     own.add_argument("--sequence-length", type=number, required=True, metavar="N", help="tokens in a sequence")
     own.add_argument("--microbatch-size", type=number, default=1, metavar="B", help="sequences in a micro-batch [1]")
     own.add_argument("--hardware", default="ideal", metavar="NAME", help=f"{', '.join(ACCELERATORS)} [ideal]")
@@ -85,7 +91,7 @@ def add_setting_flags(parser: Parser) -> None:
 def setting_from(args: argparse.Namespace) -> Setting:
     """The setting that the flags name; raises ConfigError."""
     profile = None
-    shape = named_shape(args.model)
+    shape = model_shape(args.model)
     shape.check_length(args.sequence_length)
     accelerator = named_accelerator(args.hardware)
     dtype = args.dtype or ("float32" if accelerator.name == "laptop-core" else "bfloat16")
@@ -167,7 +173,9 @@ def flags_named(message: str, family: str = "FAMILY") -> str:
     match = re.match(r"(?:schedule|model|train|runtime|mesh)\.(\w+)|([a-z_]+)(?=:)", message)
     if not match:
         return message
-    key = {"family": family, "name": flag("model")}.get(match[1] or "", flag(match[1] or match[2]))
+    key = {"family": family, "name": flag("model"), "path": flag("model")}.get(
+        match[1] or "", flag(match[1] or match[2])
+    )
     return key + message[match.end() :]
 
 

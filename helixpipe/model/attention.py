@@ -11,19 +11,58 @@ held per layer and micro-batch outside of any module so that a recompute cannot 
 
 The backward goes from the last segment to the first; what a segment owes to earlier keys and values waits,
 in float32 or wider, until theirs comes.
+
+With a window a segment keeps only the last keys and values of its own that later ones see, and attends to those of
+earlier segments that it sees: the rest is not computed, not joined, not moved, and is owed nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from helixpipe.model.kernels import attention_backward, attention_forward
+from helixpipe.errors import ConfigError
+from helixpipe.model.merging import ALL, Merged, Total, heads, tile_backward, tile_forward
+from helixpipe.model.tiles import Run, Tile, tiles
 from helixpipe.parts.attn import heads_at_once
+from helixpipe.parts.window import seen, tail
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which keys a query sees, and what becomes of its scores. Raises ConfigError for a number that makes no sense."""
+
+    causal: bool = True
+    window: int = 0
+    """A token at i sees j where |i - j| < window; 0 is all."""
+    softcap: float = 0.0
+    """c of c * tanh(score / c); 0 is none."""
+    scale: float = 0.0
+    """What q.k is multiplied by; 0 is head_dim ** -0.5."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 0:
+            raise ConfigError(f"attention window: {self.window}; give how many tokens see each other, 0 is all")
+        for name, of_none in (("softcap", "none"), ("scale", "head_dim ** -0.5")):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"attention {name}: {getattr(self, name)}; give a number from 0 up, 0 is {of_none}")
+
+    def tiles(self, queries: int, keys: int, before: int = 0) -> Sequence[Tile]:
+        """Of so many queries, and keys that begin `before` tokens earlier; with a `before` all are earlier than the queries."""
+        if not self.window:
+            return (Tile(0, queries, 0, keys, self.causal and not before),)
+        return _banded(queries, keys, before, self.causal, self.window)
+
+
+@lru_cache(maxsize=256)
+def _banded(queries: int, keys: int, before: int, causal: bool, window: int) -> list[Tile]:
+    return tiles((Run(before, 1, queries),), (Run(0, 1, keys),), causal, window=window)
 
 
 @dataclass
@@ -42,6 +81,14 @@ class Holder(Protocol):
     tensor: Tensor
 
 
+class Block(NamedTuple):
+    """Keys and values of earlier segments that lie side by side, [b, tokens, kv_heads, d]."""
+
+    segments: range
+    keys: Tensor
+    values: Tensor
+
+
 @dataclass
 class KeyValues:
     """Keys and values of one layer's earlier segments of one micro-batch, and the gradients they are owed."""
@@ -50,37 +97,59 @@ class KeyValues:
     keys: dict[int, Holder] = field(default_factory=dict)
     values: dict[int, Holder] = field(default_factory=dict)
     owed: dict[int, tuple[Holder, Holder]] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of each segment so far, on all ranks together."""
+    tails: list[int] = field(default_factory=list)
+    """How many of those that are here later segments see: the last ones."""
 
-    def add(self, segment: int, k: Tensor, v: Tensor) -> None:
-        """A segment's keys and values, by its first forward; a recompute finds them there."""
-        if segment not in self.keys:
-            self.keys[segment], self.values[segment] = self.keep(k), self.keep(v)
+    def add(self, segment: int, k: Tensor, v: Tensor, tail: int | None = None, length: int | None = None) -> None:
+        """A segment's keys and values, by its first forward; a recompute finds them there.
 
-    def length(self, segment: int) -> int:
-        """Tokens of all earlier segments that are here."""
-        return sum(self.keys[s].tensor.shape[1] for s in range(segment))
+        `tail`: how many of them, at the end, later segments see; None is all. `length`: the segment's, where other ranks
+        have tokens of it too.
+        """
+        if segment in self.keys:
+            return
+        here = k.shape[1]
+        tail = here if tail is None else tail
+        self.lengths.append(here if length is None else length)
+        self.tails.append(tail)
+        if tail < here and not k.requires_grad:  # no graph holds all of them
+            k, v = (t[:, here - tail :].clone() for t in (k, v))
+        self.keys[segment], self.values[segment] = self.keep(k), self.keep(v)
 
-    def prefix(self, segment: int) -> tuple[Tensor, Tensor]:
-        """[b, start, kv_heads, d] of all earlier segments."""
-        k, v = ([held[s].tensor for s in range(segment)] for held in (self.keys, self.values))
-        return torch.cat(k, 1), torch.cat(v, 1)
+    def start(self, segment: int) -> int:
+        """A segment's first position in the sequence."""
+        return sum(self.lengths[:segment])
 
-    def blocks(self, segment: int) -> list[tuple[range, Tensor, Tensor]]:
-        """The prefix in as many pieces as suit the device, each with its segments.
+    def seen(self, segment: int, window: int = 0) -> range:
+        """Earlier segments of which it sees some key."""
+        return seen(self.lengths, segment, window)
+
+    def prefix(self, segments: range) -> tuple[Tensor, Tensor]:
+        """[b, tokens, kv_heads, d] of what later segments see of these."""
+        pieces = [self._tail(s) for s in segments]
+        return torch.cat([k for k, _ in pieces], 1), torch.cat([v for _, v in pieces], 1)
+
+    def blocks(self, segment: int, window: int = 0) -> list[Block]:
+        """What a segment sees of earlier ones in as many pieces as suit the device.
 
         A CPU core pays for copies and has every piece from its own cache: one piece a segment, none copied. An
         accelerator pays for launches: one piece.
         """
-        if not segment:
-            return []
-        if self.keys[0].tensor.device.type != "cpu":
-            return [(range(segment), *self.prefix(segment))]
-        return [(range(s, s + 1), self.keys[s].tensor, self.values[s].tensor) for s in range(segment)]
+        segments = self.seen(segment, window)
+        if segments and self.keys[segments[0]].tensor.device.type != "cpu":
+            return [Block(segments, *self.prefix(segments))]
+        return [Block(range(s, s + 1), *self._tail(s)) for s in segments]
+
+    def before(self, segment: int, block: Block) -> int:
+        """How many tokens before a segment a block begins."""
+        return self.start(segment) - self.start(block.segments.stop) + block.keys.shape[1]
 
     def owe(self, segments: range, dk: Tensor, dv: Tensor) -> None:
-        """Gradients of these segments' keys and values, [b, tokens, kv_heads, d], from a later one."""
-        lengths = [self.keys[s].tensor.shape[1] for s in segments]
-        for s, gk, gv in zip(segments, dk.split(lengths, 1), dv.split(lengths, 1), strict=True):
+        """Gradients of what later segments see of these segments' keys and values, [b, tokens, kv_heads, d], from one of them."""
+        tails = [self.tails[s] for s in segments]
+        for s, gk, gv in zip(segments, dk.split(tails, 1), dv.split(tails, 1), strict=True):
             if s in self.owed:
                 self.owed[s][0].tensor.add_(gk)
                 self.owed[s][1].tensor.add_(gv)
@@ -92,8 +161,18 @@ class KeyValues:
         del self.keys[segment], self.values[segment]
         if segment not in self.owed:
             return dk, dv
-        owed_k, owed_v = (held.tensor for held in self.owed.pop(segment))
-        return owed_k.add_(dk).to(dk.dtype), owed_v.add_(dv).to(dv.dtype)
+        owed = [held.tensor for held in self.owed.pop(segment)]
+        return _sum(owed[0], dk), _sum(owed[1], dv)
+
+    def forget(self, segment: int, window: int) -> None:
+        """Nothing is differentiated: let go of what no segment after this one sees."""
+        for unseen in self.keys.keys() - set(self.seen(segment + 1, window)):
+            del self.keys[unseen], self.values[unseen]
+
+    def _tail(self, segment: int) -> tuple[Tensor, Tensor]:
+        k, v = self.keys[segment].tensor, self.values[segment].tensor
+        first = k.shape[1] - self.tails[segment]
+        return (k[:, first:], v[:, first:]) if first else (k, v)
 
 
 @dataclass(frozen=True)
@@ -113,43 +192,45 @@ class _Attention(torch.autograd.Function):
     """On [b, s, heads, d]. `state` carries what is no gradient's business."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, state: AttentionState) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rule: Rule, state: AttentionState) -> Tensor:
         kept, past = state.kept, state.key_values
         if past is not None:
-            past.add(state.segment, k, v)
+            past.add(state.segment, k, v, tail(k.shape[1], rule.window))
         if kept is not None and kept.out is not None and kept.lse is not None:
             out, lse = kept.out, kept.lse
         else:
-            out, lse = attention_forward(_heads(q), _heads(k), _heads(v), causal)
-            for _, before_k, before_v in past.blocks(state.segment) if past is not None else ():
-                before = attention_forward(_heads(q), _heads(before_k), _heads(before_v), False)
-                out, lse = merge(out, lse, *before)
-            out = narrow(out, q.dtype)
+            merged = Merged(heads(q))
+            _attend(merged, q, k, v, rule, 0)
+            if past is not None:
+                for block in past.blocks(state.segment, rule.window):
+                    _attend(merged, q, block.keys, block.values, rule, past.before(state.segment, block))
+            out, lse = merged.result()
             if kept is not None:
                 kept.out, kept.lse = out, lse
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.causal, ctx.state = causal, state
+        ctx.rule, ctx.state = rule, state
         return out.transpose(1, 2).flatten(2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        past, segment = ctx.state.key_values, ctx.state.segment
-        grad = _heads(grad.unflatten(2, (q.shape[2], q.shape[3])))
+        rule, past, segment = ctx.rule, ctx.state.key_values, ctx.state.segment
+        grad = heads(grad.unflatten(2, (q.shape[2], q.shape[3])))
         if ctx.state.in_place and past is None and (at_once := _at_once(k)) < k.shape[2]:
             for first in range(0, k.shape[2], at_once):
                 few = slice(first, min(first + at_once, k.shape[2]))
-                _backward_in_place(few, grad, _heads(q), _heads(k), _heads(v), out, lse, ctx.causal)
+                _backward_in_place(few, grad, q, k, v, out, lse, rule)
             return q, k, v, None, None
-        dq, dk, dv = map(_heads, attention_backward(grad, _heads(q), _heads(k), _heads(v), out, lse, ctx.causal))
+        dq = Total(heads(q))
+        dk, dv = _differentiate(dq, grad, q, k, v, out, lse, rule, 0)
         if past is not None:
-            for segments, *before in past.blocks(segment):
-                before_k, before_v = map(_heads, before)
-                more, *owed = map(_heads, attention_backward(grad, _heads(q), before_k, before_v, out, lse, False))
-                past.owe(segments, *owed)
-                dq = dq.to(torch.promote_types(q.dtype, torch.float32)).add_(more)
+            for block in past.blocks(segment, rule.window):
+                before = past.before(segment, block)
+                owed = _differentiate(dq, grad, q, block.keys, block.values, out, lse, rule, before)
+                past.owe(block.segments, *owed)
+                del owed
             dk, dv = past.settle(segment, dk, dv)
-        return dq.to(q.dtype), dk, dv, None, None
+        return heads(dq.result()).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
 def _at_once(k: Tensor) -> int:
@@ -158,31 +239,47 @@ def _at_once(k: Tensor) -> int:
 
 
 def _backward_in_place(
-    heads: slice, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+    few: slice, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule
 ) -> None:
-    """Write the gradients of some key heads, and of their queries, where these were; all [b, heads, s, d]."""
-    group = q.shape[1] // k.shape[1]
-    queries = slice(heads.start * group, heads.stop * group)
-    theirs = q[:, queries], k[:, heads], v[:, heads]
-    made = attention_backward(grad[:, queries], *theirs, out[:, queries], lse[:, queries], causal)
-    for tensor, gradient in zip(theirs, made, strict=True):
+    """Write the gradients of some key heads, and of their queries, where these were; q, k and v [b, s, heads, d]."""
+    group = q.shape[2] // k.shape[2]
+    queries = slice(few.start * group, few.stop * group)
+    theirs = q[:, :, queries], k[:, :, few], v[:, :, few]
+    dq = Total(heads(theirs[0]))
+    dk, dv = _differentiate(dq, grad[:, queries], *theirs, out[:, queries], lse[:, queries], rule, 0)
+    for tensor, gradient in zip(theirs, (heads(dq.result()), dk, dv), strict=True):
         tensor.copy_(gradient)
 
 
-def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two sets of keys from attention over each: (out, lse), in float32 or wider.
-
-    `out` may be overwritten: out + sigmoid(lse' - lse)(out' - out), and log(exp lse + exp lse').
-    """
-    wide = out.to(torch.promote_types(out.dtype, torch.float32))
-    share = torch.sigmoid(other_lse - lse)
-    wide.lerp_(other.to(wide.dtype), share.unsqueeze(-1).to(wide.dtype))
-    return wide, torch.logaddexp(lse, other_lse)
+def _attend(merged: Merged, q: Tensor, k: Tensor, v: Tensor, rule: Rule, before: int) -> None:
+    """Of q to keys that begin `before` tokens earlier, [b, tokens, heads, d]."""
+    q, k, v = heads(q), heads(k), heads(v)
+    for tile in rule.tiles(q.shape[2], k.shape[2], before):
+        merged.add((ALL, ALL, tile.queries), *tile_forward(q, k, v, tile, rule.softcap, rule.scale))
 
 
-def narrow(out: Tensor, dtype: torch.dtype) -> Tensor:
-    """A merged output in the run's precision and, as the kernels give it, in memory [b, s, heads, d]."""
-    return _heads(_heads(out).to(dtype).contiguous())
+def _differentiate(
+    dq: Total, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule, before: int
+) -> tuple[Tensor, Tensor]:
+    """dk and dv, [b, tokens, kv_heads, d]; `dq` gets its share."""
+    q, k, v = heads(q), heads(k), heads(v)
+    dk, dv = Total(k), Total(v)
+    for tile in rule.tiles(q.shape[2], k.shape[2], before):
+        rows, keys = (ALL, ALL, tile.queries), (ALL, ALL, tile.keys)
+        found = tile_backward(grad, q, k, v, out, lse, tile, rule.softcap, rule.scale)
+        for total, index, gradient in zip((dq, dk, dv), (rows, keys, keys), found, strict=True):
+            total.add(index, gradient)
+        del found, gradient
+    return heads(dk.result()), heads(dv.result())
+
+
+def _sum(owed: Tensor, gradient: Tensor) -> Tensor:
+    """A segment's own gradient and what its last tokens are owed, which may be overwritten."""
+    if owed.shape == gradient.shape:
+        return owed.add_(gradient).to(gradient.dtype)
+    wide = gradient.to(owed.dtype)
+    wide[:, wide.shape[1] - owed.shape[1] :].add_(owed)
+    return wide.to(gradient.dtype)
 
 
 def _wide_alone(gradient: Tensor) -> Tensor:
@@ -191,11 +288,6 @@ def _wide_alone(gradient: Tensor) -> Tensor:
     return gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=is_slice)
 
 
-def _heads(t: Tensor) -> Tensor:
-    """[b, s, heads, d] <-> [b, heads, s, d]"""
-    return t.transpose(1, 2)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, state: AttentionState) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, rule: Rule, state: AttentionState) -> Tensor:
     """o, [b, s, heads * d], from all keys and values here."""
-    return _Attention.apply(q, k, v, causal, state)  # type: ignore[no-any-return,no-untyped-call]
+    return _Attention.apply(q, k, v, rule, state)  # type: ignore[no-any-return,no-untyped-call]

@@ -10,7 +10,7 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from torch import nn
 from helixpipe.model import attn, block, embed, head, mlp, norm, proj, qkv
 from helixpipe.model.recipe import Recipe
 from helixpipe.model.rope import Ropes
+from helixpipe.parts.lora import DOWN, UP
 from helixpipe.parts.part import Part
 from helixpipe.parts.shape import ModelShape
 
@@ -38,6 +39,29 @@ class Model(Protocol):
         """The module of a part, with its initial parameters; the same values whoever asks."""
 
 
+def _every(name: str) -> bool:
+    return True
+
+
+class Held(NamedTuple):
+    """What a rank holds of the parameters of its parts."""
+
+    local: ModelShape
+    """The shape of one tensor-parallel rank's share."""
+    rank: int = 0
+    """Which of them it is."""
+    owns: Callable[[str], bool] = _every
+    """Whether it has a parameter's values, by full name; those of others come to it in messages."""
+
+
+@runtime_checkable
+class Holding(Model, Protocol):
+    """A model that gives a rank no more than it holds, such as one whose parameters are in files."""
+
+    def part_for(self, part: Part, held: Held) -> nn.Module:
+        """As `part`, with parameters of the share's sizes; those that it does not own have no values."""
+
+
 class Decoder:
     """The model of a ModelShape. Parameters are initialised by name from the seed, whatever the placement."""
 
@@ -50,9 +74,13 @@ class Decoder:
         self.shape, self.seed = shape, seed
         self.recipe = Recipe(shape, Ropes(shape), mlp_chunk, head_chunk, z_loss=z_loss)
 
-    def part(self, part: Part) -> nn.Module:
+    def bare(self, part: Part) -> nn.Module:
+        """The module of a part, its parameters without memory."""
         with torch.device("meta"):
-            module = MODULES[part.kind](replace(self.recipe, layer=part.layer))
+            return MODULES[part.kind](replace(self.recipe, layer=part.layer))
+
+    def part(self, part: Part) -> nn.Module:
+        module = self.bare(part)
         module.to_empty(device="cpu")
         for place, parameter in module.named_parameters():
             name = self.shape.parameter_name(part, place)
@@ -62,12 +90,21 @@ class Decoder:
 
     @torch.no_grad()
     def _initialise(self, name: str, parameter: nn.Parameter) -> None:
-        """GPT-2's: normal of 0.02, smaller by sqrt(2L) where a layer adds to the residual; norms multiply by 1, biases 0."""
+        """GPT-2's: normal of 0.02, smaller by sqrt(2L) where a layer adds to the residual; norms multiply by 1, biases 0.
+
+        Of adapters, A is uniform below into^-0.5 and B is 0.
+        """
         if name.endswith("bias"):
             parameter.zero_()
         elif parameter.dim() == 1:
             parameter.fill_(0.0 if self.shape.norm_offset else 1.0)
+        elif name.endswith(f"{UP}.weight"):
+            parameter.zero_()
         else:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
+            if name.endswith(f"{DOWN}.weight"):
+                bound = parameter.shape[1] ** -0.5  # torch's for linear layers, as PEFT has it
+                parameter.uniform_(-bound, bound, generator=generator)
+                return
             residual = name.endswith(("o.weight", "down.weight"))
             parameter.normal_(0.0, 0.02 / math.sqrt(2 * self.shape.layers if residual else 1), generator=generator)

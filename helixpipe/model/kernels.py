@@ -3,6 +3,9 @@
 Each forward gives (out, lse) and each backward takes them, so that an output kept from an earlier run can
 be differentiated without running attention again. `lse` is [b, heads, s], float32 or wider, whatever a kernel's own
 looks like.
+
+Scores are q.k times `scale` (0: head_dim ** -0.5). Where they are capped, to c * tanh(score / c), no fused kernel serves:
+`model.capped` does.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor
 
 from helixpipe.errors import ConfigError
+from helixpipe.model.capped import capped_backward, capped_forward
 
 aten = torch.ops.aten
 HALVES = (torch.float16, torch.bfloat16)
@@ -25,46 +29,58 @@ def check_head_dim(head_dim: int, device: torch.device, dtype: torch.dtype) -> N
         )
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """Attention by the fastest fused kernel of the device; k and v may have fewer heads."""
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, softcap: float = 0.0, scale: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Attention by the fastest kernel of the device; k and v may have fewer heads."""
+    if softcap:
+        return capped_forward(q, k, v, causal, softcap, scale or q.shape[-1] ** -0.5)
+    given = scale or None
     if q.device.type == "cpu":
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=given)
         return out, lse
     if q.device.type == "cuda" and q.dtype in HALVES:
-        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=given)
         return out, lse
     k, v = _repeated(q, k), _repeated(q, v)
     if q.device.type == "cuda" and q.dtype == torch.float32:
-        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=given)
         return out, lse[..., : q.shape[2]].contiguous()
-    scores = _scores(q, k, causal)
+    scores = _scores(q, k, causal, scale)
     return scores.softmax(-1) @ v, scores.logsumexp(-1)
 
 
 def attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool,
+    softcap: float = 0.0, scale: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v, by the kernel that `attention_forward` would choose."""
+    if softcap:
+        return capped_backward(grad, q, k, v, out, lse, causal, softcap, scale or q.shape[-1] ** -0.5)
+    given = scale or None
     if q.device.type == "cpu":
-        dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal)
+        dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, causal, scale=given
+        )
         return dq, dk, dv
     if q.device.type == "cuda" and q.dtype in HALVES:
         random = q.new_empty(0, dtype=torch.uint64)  # no dropout, so never read
         lengths = q.shape[2], k.shape[2]
         dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
-            grad, q, k, v, out, lse.contiguous(), None, None, *lengths, 0.0, causal, random, random
+            grad, q, k, v, out, lse.contiguous(), None, None, *lengths, 0.0, causal, random, random, scale=given
         )
         return dq, dk, dv
     whole_k, whole_v = _repeated(q, k), _repeated(q, v)
     if q.device.type == "cuda" and q.dtype == torch.float32:
         random = q.new_empty(0, dtype=torch.int64)
         dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
-            grad, q, whole_k, whole_v, None, out, _padded(lse), random, random, 0.0, [True, True, True, False], causal
-        )
+            grad, q, whole_k, whole_v, None, out, _padded(lse), random, random, 0.0, [True, True, True, False], causal,
+            scale=given,
+        )  # fmt: skip
     else:
-        weights = (_scores(q, whole_k, causal) - lse.unsqueeze(-1)).exp()
+        weights = (_scores(q, whole_k, causal, scale) - lse.unsqueeze(-1)).exp()
         dv = weights.mT @ grad
-        dscores = weights * (grad @ whole_v.mT - (grad * out).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
+        dscores = weights * (grad @ whole_v.mT - (grad * out).sum(-1, keepdim=True)) * (scale or q.shape[-1] ** -0.5)
         dq, dk = dscores @ whole_k, dscores.mT @ q
     return dq, _summed(dk, k), _summed(dv, v)
 
@@ -86,8 +102,8 @@ def _summed(grad: Tensor, like: Tensor) -> Tensor:
     return summed
 
 
-def _scores(q: Tensor, k: Tensor, causal: bool) -> Tensor:
-    scores: Tensor = q @ k.mT * q.shape[-1] ** -0.5
+def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+    scores: Tensor = q @ k.mT * (scale or q.shape[-1] ** -0.5)
     if causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(later, float("-inf"))

@@ -7,6 +7,9 @@ Nothing is computed twice and nothing else changes: the split is exact.
 
 A layer may be given an activation to apply first. Then it keeps what the activation reads and makes the activated
 tensor anew in the backward: elementwise work costs little, and the tensor is the widest of a layer.
+
+A layer may have an adapter (`parts.lora`): two narrow matrices whose product is added to its own. Between them is all that
+it keeps more.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from torch import Tensor, nn
 
 from helixpipe.model.activation import Activation
 from helixpipe.model.attention import Holder
+from helixpipe.parts.lora import Lora
+from helixpipe.parts.shape import ModelShape
 
 
 @dataclass
@@ -54,6 +59,14 @@ def same(x: Tensor) -> Tensor:
     return x
 
 
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None:
+        return F.linear(x, weight)
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])  # not F.linear's, which is a view that nobody may add to
+    torch.addmm(bias, x.flatten(0, -2), weight.mT, out=out.view(-1, weight.shape[0]))
+    return out
+
+
 class _Linear(torch.autograd.Function):
     """activation(*inputs) [..., into] -> [..., out]"""
 
@@ -61,14 +74,9 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, linear: Linear, activation: Activation | None, weight: Tensor, bias: Tensor | None, *inputs: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(weight, *inputs)
+        ctx.save_for_backward(weight, *(inputs if linear.keeps_input or activation is not None else ()))
         ctx.linear, ctx.activation = linear, activation
-        x = inputs[0] if activation is None else activation.forward(*inputs)
-        if bias is None:
-            return F.linear(x, weight)
-        out = x.new_empty(*x.shape[:-1], weight.shape[0])  # not F.linear's, which is a view that nobody may add to
-        torch.addmm(bias, x.flatten(0, -2), weight.mT, out=out.view(-1, weight.shape[0]))
-        return out
+        return _product(inputs[0] if activation is None else activation.forward(*inputs), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -82,9 +90,53 @@ class _Linear(torch.autograd.Function):
             del x
         db = grad.flatten(0, -2).sum(0) if needs_db else None
         if not any(needs_dx):
-            return None, None, dw, db, *(None for _ in inputs)
+            return None, None, dw, db, *(None for _ in needs_dx)
         dx = grad @ weight
         return None, None, dw, db, *((dx,) if activation is None else activation.backward(dx, *inputs))
+
+
+class _Adapted(torch.autograd.Function):
+    """The same with an adapter beside it: y += (scale * x down^T) up^T, down [rank, into] and up [out, rank]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        linear: Linear,
+        activation: Activation | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        *inputs: Tensor,
+    ) -> Tensor:
+        x = inputs[0] if activation is None else activation.forward(*inputs)
+        y = _product(x, weight, bias)
+        narrow = F.linear(x, down).mul_(linear.scale)
+        del x
+        y.view(-1, y.shape[-1]).addmm_(narrow.flatten(0, -2), up.mT)
+        ctx.save_for_backward(weight, down, up, narrow, *inputs)
+        ctx.linear, ctx.activation = linear, activation
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, down, up, narrow, *inputs = ctx.saved_tensors
+        linear, activation = ctx.linear, ctx.activation
+        needs_dw, needs_db, needs_down, needs_up, *needs_dx = ctx.needs_input_grad[2:]
+        dnarrow = (grad @ up).mul_(linear.scale)
+        dw = ddown = None
+        if needs_dw or needs_down:  # what is activated goes before its gradient comes
+            x = inputs[0] if activation is None else activation.forward(*inputs)
+            dw = _weight_gradient(linear, x, grad) if needs_dw else None
+            ddown = _weight_gradient(linear.lora_a, x, dnarrow) if needs_down else None
+            del x
+        dup = _weight_gradient(linear.lora_b, narrow, grad) if needs_up else None
+        db = grad.flatten(0, -2).sum(0) if needs_db else None
+        if not any(needs_dx):
+            return None, None, dw, db, ddown, dup, *(None for _ in inputs)
+        dx = grad @ weight
+        dx.view(-1, dx.shape[-1]).addmm_(dnarrow.flatten(0, -2), down)
+        return None, None, dw, db, ddown, dup, *((dx,) if activation is None else activation.backward(dx, *inputs))
 
 
 def _weight_gradient(linear: Linear, x: Tensor, grad: Tensor) -> Tensor | None:
@@ -116,6 +168,15 @@ class Linear(nn.Linear):
     queue: WeightQueue | None = None
     scatter: Callable[[Tensor], Tensor] | None = None
     """Where ranks divide `into`: from this rank's product to its share of the sum of theirs; the bias comes after."""
+    keeps_input: bool = True
+    """Whether what it multiplies is kept for a weight gradient; there is none where all but adapters is frozen."""
+
+    def __init__(self, into: int, out: int, bias: bool = True, lora: Lora | None = None) -> None:
+        """`lora`: the adapter that it has."""
+        super().__init__(into, out, bias)
+        self.lora_a = None if lora is None else Linear(into, lora.rank, bias=False)
+        self.lora_b = None if lora is None else Linear(lora.rank, out, bias=False)
+        self.scale = 1.0 if lora is None else lora.scale
 
     def forward(self, x: Tensor) -> Tensor:
         return self.activated(None, x)
@@ -123,10 +184,20 @@ class Linear(nn.Linear):
     def activated(self, activation: Activation | None, *inputs: Tensor) -> Tensor:
         """This layer of activation(*inputs), which is not kept."""
         inside = self.bias if self.scatter is None else None
-        y: Tensor = _Linear.apply(self, activation, self.weight, inside, *inputs)  # type: ignore[no-untyped-call]
+        y: Tensor
+        if self.lora_a is None or self.lora_b is None:
+            y = _Linear.apply(self, activation, self.weight, inside, *inputs)  # type: ignore[no-untyped-call]
+        else:
+            narrow = self.lora_a.weight, self.lora_b.weight
+            y = _Adapted.apply(self, activation, self.weight, inside, *narrow, *inputs)  # type: ignore[no-untyped-call]
         if self.scatter is None:
             return y
         return self.scatter(y) if self.bias is None else self.scatter(y) + self.bias
+
+
+def adaptable(shape: ModelShape, name: str, into: int, out: int, bias: bool) -> Linear:
+    """The linear layer of a name, with the adapter that a model's shape gives it."""
+    return Linear(into, out, bias, shape.lora if shape.lora is not None and name in shape.lora.targets else None)
 
 
 def added(maker: nn.Module, y: Tensor, x: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from helixpipe.model.activation import ACTIVATIONS
 from helixpipe.model.chunked import Chunked, chunked
 from helixpipe.model.divided import Exchange, TensorDivided
-from helixpipe.model.linear import Linear, activated, added
+from helixpipe.model.linear import activated, adaptable, added
 from helixpipe.model.norm import norm
 from helixpipe.model.recipe import Recipe
+from helixpipe.parts.mlp import MLPKind
 from helixpipe.parts.shape import ModelShape
 
 
@@ -19,9 +20,13 @@ class MLP(Chunked, TensorDivided):
     def __init__(self, shape: ModelShape, chunk: int = 0) -> None:
         super().__init__()
         self.norm = norm(shape) if shape.norms_before else None
-        self.gate = Linear(shape.hidden, shape.ffn, bias=shape.bias) if shape.gated else None
-        self.up = Linear(shape.hidden, shape.ffn, bias=shape.bias)
-        self.down = Linear(shape.ffn, shape.hidden, bias=shape.bias)
+        self.gate = adaptable(shape, "gate", shape.hidden, shape.ffn, shape.bias) if shape.gated else None
+        self.up = adaptable(shape, "up", shape.hidden, shape.ffn, shape.bias)
+        self.down = adaptable(shape, "down", shape.ffn, shape.hidden, shape.bias)
+        if not MLPKind.keeps_multiplied(shape):
+            self.up.keeps_input = False
+            if self.gate is not None:
+                self.gate.keeps_input = False
         self.after = norm(shape) if shape.norms_after else None
         self.activation = ACTIVATIONS[shape.mlp]
         self.chunk = chunk

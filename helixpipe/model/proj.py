@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from helixpipe.model.divided import Exchange, TensorDivided
-from helixpipe.model.linear import Linear, added
+from helixpipe.model.linear import adaptable, added
 from helixpipe.model.norm import norm
 from helixpipe.model.recipe import Recipe
 from helixpipe.parts.shape import ModelShape
@@ -16,7 +16,7 @@ class Proj(TensorDivided):
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
-        self.o = Linear(shape.q_size, shape.hidden, bias=shape.o_bias or shape.bias)
+        self.o = adaptable(shape, "o", shape.q_size, shape.hidden, shape.o_bias or shape.bias)
         self.norm = norm(shape) if shape.norms_after else None
 
     def divide(self, gather: Exchange, scatter: Exchange) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from helixpipe.model.divided import TensorDivided
-from helixpipe.model.linear import Linear
+from helixpipe.model.linear import Linear, adaptable
 from helixpipe.model.norm import NORMS, norm
 from helixpipe.model.recipe import Recipe
 from helixpipe.model.rope import Rope, Start
@@ -17,9 +17,9 @@ class QKV(TensorDivided):
 
     def __init__(self, shape: ModelShape, rope: Rope | None) -> None:
         super().__init__()
-        self.q = Linear(shape.hidden, shape.q_size, bias=shape.qkv_bias)
-        self.k = Linear(shape.hidden, shape.kv_size, bias=shape.qkv_bias)
-        self.v = Linear(shape.hidden, shape.kv_size, bias=shape.qkv_bias)
+        self.q = adaptable(shape, "q", shape.hidden, shape.q_size, shape.qkv_bias)
+        self.k = adaptable(shape, "k", shape.hidden, shape.kv_size, shape.qkv_bias)
+        self.v = adaptable(shape, "v", shape.hidden, shape.kv_size, shape.qkv_bias)
         self.whole = shape.qk_norm_over == "width"
         sizes = (shape.q_size, shape.kv_size) if self.whole else (shape.head_dim, shape.head_dim)
         self.q_norm, self.k_norm = (norm(shape, size) if shape.qk_norm else None for size in sizes)

@@ -17,5 +17,6 @@ class Recipe:
     mlp_chunk: int = 0
     head_chunk: int = 0
     layer: int = 0
+    """Where the part stands."""
     z_loss: float = 0.0
     """What (log-sum-exp of the logits)^2 weighs in the gradient."""

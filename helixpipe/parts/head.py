@@ -76,10 +76,10 @@ class HeadKind(Kind):
         """The name of what the table is multiplied by."""
         return f"{part}.transformed" if work.shape.head_transform else f"{part}.normed"
 
-    def linears(self, part: Part, work: Work) -> dict[str, tuple[int, int]]:
+    def linears(self, part: Part, work: Work) -> dict[str, tuple[dict[str, int], int]]:
         h = work.shape.hidden
-        dense = {f"{part}.normed": (h, h)} if work.shape.head_transform else {}
-        return dense | {self._multiplied(part, work): (work.shape.vocabulary, h)}
+        dense = {f"{part}.normed": ({"dense": h}, h)} if work.shape.head_transform else {}
+        return dense | {self._multiplied(part, work): ({"output": work.shape.vocabulary}, h)}
 
     def forward_workspace(self, part: Part, work: Work, graph: bool) -> int:
         """Logits beside their log-softmax, which a graph keeps."""

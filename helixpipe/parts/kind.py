@@ -13,6 +13,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, ClassVar
 
+from helixpipe.parts.lora import DOWN, UP, Lora, adapted, is_adapter
+
 if TYPE_CHECKING:
     from helixpipe.parts.part import Part
     from helixpipe.parts.shape import ModelShape
@@ -79,12 +81,14 @@ class Kind:
         return 2.0 * work.tokens * sum(rows * columns for rows, columns in matrices)
 
     def backward_flops(self, part: Part, work: Work) -> float:
-        """All of a backward: twice the forward."""
-        return 2.0 * self.forward_flops(part, work)
+        """All of a backward: the gradients of inputs take as much as the forward, and so do those of all weights."""
+        return self.forward_flops(part, work) + self.weight_flops(part, work)
 
     def weight_flops(self, part: Part, work: Work) -> float:
-        """The share of the backward that makes weight gradients: a product as large as the forward's."""
-        return self.forward_flops(part, work)
+        """The share of the backward that makes weight gradients: a product as large as the forward's of what is trained."""
+        if work.shape.lora is None:
+            return self.forward_flops(part, work)
+        return 2.0 * work.tokens * sum(map(math.prod, self._trained(work.shape)))
 
     def moved_elements(self, shape: ModelShape) -> float:
         """Elements a token that norms, activations, rotations and residual adds read and write."""
@@ -92,7 +96,8 @@ class Kind:
 
     def moved(self, part: Part, work: Work) -> float:
         """The same of all tokens of a segment."""
-        return self.moved_elements(work.shape) * work.tokens
+        added = sum(2.0 * out for out, _ in self.adapted(work.shape).values())  # to what the linear layer made
+        return (self.moved_elements(work.shape) + added) * work.tokens
 
     @property
     def exchanges(self) -> int:
@@ -112,19 +117,37 @@ class Kind:
         """What a selective recompute keeps beside a chunk's inputs."""
         return {}
 
-    def linears(self, part: Part, work: Work) -> dict[str, tuple[int, int]]:
-        """Name of a linear layer's input -> (all its outputs, its input), elements a token."""
+    def linears(self, part: Part, work: Work) -> dict[str, tuple[dict[str, int], int]]:
+        """Name of linear layers' input -> (each one's output, the input), elements a token."""
         return {}
 
+    def adapted(self, shape: ModelShape) -> dict[str, tuple[int, int]]:
+        """Its linear layers that have an adapter -> (output, input), elements a token."""
+        return {} if shape.lora is None else adapted(self.parameters(shape))
+
+    def narrow(self, part: Part, work: Work) -> Kept:
+        """What adapters make between their two matrices, on each tensor-parallel rank."""
+        rank = work.shape.lora.rank if work.shape.lora is not None else 0
+        each = work.unit * rank * work.keeping.tensor_parallel
+        return {f"{part}.{name}.narrow": each for name in self.adapted(work.shape)}
+
+    def _trained(self, shape: ModelShape) -> list[tuple[int, ...]]:
+        """Sizes of the matrices that have gradients; all of them where there are no adapters."""
+        return [size for name, size in self.parameters(shape).items() if shape.lora is None or is_adapter(name)]
+
     def put_off(self, part: Part, work: Work) -> Kept:
-        """What an I leaves for its W: input and output gradient of each linear layer; nothing where it is chunked."""
+        """What an I leaves for its W: input and output gradient of each linear layer; nothing where it is chunked.
+
+        Of those with adapters alone, where there are any: their own as well.
+        """
         if work.slices(part):
             return {}
-        unit = work.tokens * work.keeping.element_bytes
-        linears = self.linears(part, work).items()
-        return {name: unit * into for name, (_, into) in linears} | {
-            f"d {name}": unit * out for name, (out, _) in linears
-        }
+        narrow = self.narrow(part, work)
+        found = narrow | {f"d {name}": size for name, size in narrow.items()}
+        for name, (outs, into) in self.linears(part, work).items():
+            made = [out for each, out in outs.items() if work.shape.lora is None or f"{part}.{each}.narrow" in narrow]
+            found |= {name: work.unit * into, f"d {name}": work.unit * sum(made)} if made else {}
+        return found
 
     def forward_workspace(self, part: Part, work: Work, graph: bool) -> int:
         """Bytes at most while its forward runs, beyond its inputs, its outputs and, with a graph, what that saves."""
@@ -145,7 +168,7 @@ class Kind:
 
     def largest_matrix(self, work: Work) -> int:
         """Bytes of a weight gradient before it is added to the parameter's, on all processes of a rank together."""
-        elements = max((math.prod(shape) for shape in self.parameters(work.shape).values()), default=0)
+        elements = max(map(math.prod, self._trained(work.shape)), default=0)
         copies = work.keeping.processes // (work.keeping.tensor_parallel if self.divides else 1)
         return elements * work.keeping.element_bytes * max(copies, 1)
 
@@ -172,7 +195,9 @@ def maker(value: str) -> Kind:
     return _MAKERS[value]
 
 
-def linear(name: str, out: int, into: int, bias: bool) -> Shapes:
-    """The parameters of a linear layer."""
-    found: Shapes = {f"{name}.weight": (out, into)}
-    return found | {f"{name}.bias": (out,)} if bias else found
+def linear(name: str, out: int, into: int, bias: bool, lora: Lora | None = None) -> Shapes:
+    """The parameters of a linear layer, and of the adapter that it has if it is a target."""
+    found: Shapes = {f"{name}.weight": (out, into)} | ({f"{name}.bias": (out,)} if bias else {})
+    if lora is None or name not in lora.targets:
+        return found
+    return found | {f"{name}.{DOWN}.weight": (lora.rank, into), f"{name}.{UP}.weight": (out, lora.rank)}

@@ -23,8 +23,8 @@ class MLPKind(Kind):
 
     def parameters(self, shape: ModelShape) -> Shapes:
         h, ffn = shape.hidden, shape.ffn
-        gate = linear("gate", ffn, h, shape.bias) if shape.gated else {}
-        up_down = linear("up", ffn, h, shape.bias) | linear("down", h, ffn, shape.bias)
+        gate = linear("gate", ffn, h, shape.bias, shape.lora) if shape.gated else {}
+        up_down = linear("up", ffn, h, shape.bias, shape.lora) | linear("down", h, ffn, shape.bias, shape.lora)
         before = norm_parameters(shape, "norm.") if shape.norms_before else {}
         after = norm_parameters(shape, "after.") if shape.norms_after else {}
         return before | gate | up_down | after
@@ -50,24 +50,30 @@ class MLPKind(Kind):
         if keeping.keeps_activated:  # and, of a gated one, what its gate became
             wides += 2 if shape.gated else 1
         found: Kept = reads | norm_saved(work, f"{part}.norm") if shape.norms_before else {}
-        found |= {
-            self._multiplied(part, work): unit * shape.hidden * keeping.tensor_parallel,  # gathered, on each rank
-            f"{part}.wide": wides * unit * shape.ffn,
-        }
+        found |= {f"{part}.wide": wides * unit * shape.ffn} | self.narrow(part, work)
+        if self.keeps_multiplied(shape):
+            found[self._multiplied(part, work)] = (
+                unit * shape.hidden * keeping.tensor_parallel
+            )  # gathered, on each rank
         if shape.norms_after:
             found |= {f"{part}.made": unit * shape.hidden} | norm_saved(work, f"{part}.after")
         return found
+
+    @staticmethod
+    def keeps_multiplied(shape: ModelShape) -> bool:
+        """Whether anything that is trained multiplies what the first linear layers read."""
+        return shape.lora is None or not {"gate", "up"}.isdisjoint(shape.lora.targets)
 
     @staticmethod
     def _multiplied(part: Part, work: Work) -> str:
         """The name of what the first linear layers read: y itself where there is no norm of it."""
         return f"{part}.normed" if work.shape.norms_before else work.gathered(part.reads[0])
 
-    def linears(self, part: Part, work: Work) -> dict[str, tuple[int, int]]:
+    def linears(self, part: Part, work: Work) -> dict[str, tuple[dict[str, int], int]]:
         shape = work.shape
         gathered = shape.hidden * work.keeping.tensor_parallel
-        ups = 2 * shape.ffn if shape.gated else shape.ffn
-        return {self._multiplied(part, work): (ups, gathered), f"{part}.act": (gathered, shape.ffn)}
+        ups = dict.fromkeys(("gate", "up") if shape.gated else ("up",), shape.ffn)
+        return {self._multiplied(part, work): (ups, gathered), f"{part}.act": ({"down": gathered}, shape.ffn)}
 
     def forward_workspace(self, part: Part, work: Work, graph: bool) -> int:
         """What the last linear layer reads, and what the activation reads where no graph keeps it.
@@ -79,7 +85,8 @@ class MLPKind(Kind):
             return piece.shape.hidden * piece.unit + self.forward_workspace(part, piece, graph=False)
         shape, h = work.shape, work.shape.hidden * work.keeping.tensor_parallel
         kept = 0 if graph else (2 if shape.gated else 1) * shape.ffn
-        normed = 0 if graph else shape.norms_before * (h + norm_forward(work) // work.unit)
+        kept_too = graph and self.keeps_multiplied(shape)
+        normed = 0 if kept_too else shape.norms_before * (h + norm_forward(work) // work.unit)
         most = max(kept + shape.ffn, normed) * work.unit
         if not shape.norms_after:
             return most

@@ -17,7 +17,7 @@ class ProjKind(Kind):
     splits = True
 
     def parameters(self, shape: ModelShape) -> Shapes:
-        found = linear("o", shape.hidden, shape.q_size, shape.o_bias or shape.bias)
+        found = linear("o", shape.hidden, shape.q_size, shape.o_bias or shape.bias, shape.lora)
         return found | (norm_parameters(shape, "norm.") if shape.norms_after else {})
 
     def moved_elements(self, shape: ModelShape) -> float:
@@ -32,11 +32,11 @@ class ProjKind(Kind):
         found = work.values(part.reads[:1])
         if work.shape.norms_after:
             found |= {f"{part}.made": work.shape.hidden * work.unit} | norm_saved(work, f"{part}.norm")
-        return found
+        return found | self.narrow(part, work)
 
-    def linears(self, part: Part, work: Work) -> dict[str, tuple[int, int]]:
+    def linears(self, part: Part, work: Work) -> dict[str, tuple[dict[str, int], int]]:
         gathered = work.shape.hidden * work.keeping.tensor_parallel  # the gradient of what is scattered
-        return {str(part.reads[0]): (gathered, work.shape.q_size)}
+        return {str(part.reads[0]): ({"o": gathered}, work.shape.q_size)}
 
     def forward_workspace(self, part: Part, work: Work, graph: bool) -> int:
         """What the norm reads, beside what it makes."""

@@ -21,7 +21,8 @@ class QKVKind(Kind):
 
     def parameters(self, shape: ModelShape) -> Shapes:
         h, q, kv, bias = shape.hidden, shape.q_size, shape.kv_size, shape.qkv_bias
-        found = linear("q", q, h, bias) | linear("k", kv, h, bias) | linear("v", kv, h, bias)
+        sizes = {"q": q, "k": kv, "v": kv}
+        found = {n: size for name, out in sizes.items() for n, size in linear(name, out, h, bias, shape.lora).items()}
         if shape.qk_norm:
             whole = shape.qk_norm_over == "width"
             found |= norm_parameters(shape, "q_norm.", q if whole else shape.head_dim)
@@ -48,12 +49,12 @@ class QKVKind(Kind):
             for name, size, heads in (("q", shape.q_size, shape.heads), ("k", shape.kv_size, shape.kv_heads)):
                 rows = heads if shape.qk_norm_over == "head" else 1
                 found |= {f"{part}.{name}": work.unit * size} | norm_saved(work, f"{part}.{name}_norm", rows)
-        return found
+        return found | self.narrow(part, work)
 
-    def linears(self, part: Part, work: Work) -> dict[str, tuple[int, int]]:
+    def linears(self, part: Part, work: Work) -> dict[str, tuple[dict[str, int], int]]:
         shape = work.shape
         gathered = shape.hidden * work.keeping.tensor_parallel  # on each rank
-        return {work.gathered(part.reads[0]): (shape.q_size + 2 * shape.kv_size, gathered)}
+        return {work.gathered(part.reads[0]): ({"q": shape.q_size, "k": shape.kv_size, "v": shape.kv_size}, gathered)}
 
     def forward_workspace(self, part: Part, work: Work, graph: bool) -> int:
         """q, k and v are made one after another: a projection is there with what is rotated or normed of it."""

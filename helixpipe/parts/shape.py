@@ -14,7 +14,8 @@ from typing import Protocol
 
 from helixpipe.errors import ConfigError
 from helixpipe.parts.kind import Kind, Shapes, maker
-from helixpipe.parts.part import Part, Value, chain
+from helixpipe.parts.lora import Lora, is_adapter
+from helixpipe.parts.part import Part, Value, chain, layer_parts
 from helixpipe.parts.rotary import Rotary
 from helixpipe.parts.work import Batch, Work
 
@@ -95,6 +96,8 @@ class ModelShape:
     tied: bool = False
     """Whether the head uses the embedding's table."""
     causal: bool = True
+    lora: Lora | None = None
+    """Adapters, and everything else is frozen."""
     frozen: tuple[str, ...] = ()
     """Parameters that are not trained, by full name: `embed.tokens.weight`, or patterns of shells: `embed.*`, `layers.[0-3].*`."""
 
@@ -125,9 +128,17 @@ class ModelShape:
             if getattr(self, name) not in known:
                 raise ConfigError(f"model.{name}: '{getattr(self, name)}' is not known; known: {', '.join(known)}")
         self._check_norms()
+
+        if any(self.window_pattern) and not self.window:
+            raise ConfigError(
+                "model.window_pattern: which layers have a window, and there is none; set model.window too"
+            )
+
         if isinstance(self.frozen, str):
             raise ConfigError(f"model.frozen: '{self.frozen}' is one text; give a list of names or patterns")
         object.__setattr__(self, "frozen", tuple(self.frozen))
+        if self.lora is not None:
+            self.lora.check(self.gated)
 
     def _check_norms(self) -> None:
         if self.norm_offset and self.norm != "rms":
@@ -205,6 +216,19 @@ class ModelShape:
         return self.window if pattern[layer % len(pattern)] else 0
 
     @property
+    def windows(self) -> tuple[int, ...]:
+        """All windows that layers have, rising; one where they are alike, (0,) where all see all."""
+        return tuple(sorted({self.window_of(layer) for layer in range(self.layers)}))
+
+    def sorts(self) -> dict[int, float]:
+        """One layer of each sort, all of which cost the same -> the share of all layers that are of it."""
+        found: dict[Hashable, list[int]] = {}
+        for layer in range(self.layers):
+            parts = layer_parts(layer, layer in self.opaque)
+            found.setdefault(tuple(map(self.alike, parts)), []).append(layer)
+        return {layers[0]: len(layers) / self.layers for layers in found.values()}
+
+    @property
     def opaque(self) -> tuple[int, ...]:
         """Layers that are one block each, into which nobody looks: of a model of your own."""
         return ()
@@ -234,7 +258,8 @@ class ModelShape:
 
     def alike(self, part: Part) -> Hashable:
         """What parts that cost the same have in common, so that one of them is priced for all."""
-        return self.about(part)
+        window = self.window_of(part.layer) if part.about.attends or part.about.opaque else 0
+        return (self.about(part), window) if window else self.about(part)
 
     def value_shape(self, value: Value, batch: Batch, segment: int) -> tuple[int, ...]:
         """Shape of a value for one segment: [b, s, h]; q, k and v [b, s, heads, head_dim]; o [b, s, heads * head_dim]."""
@@ -258,6 +283,8 @@ class ModelShape:
 
     def trains(self, name: str) -> bool:
         """Whether a parameter, by its full name, has gradients and is updated."""
+        if self.lora is not None and not is_adapter(name):
+            return False
         return not self.frozen or _any_of(self.frozen).match(name) is None
 
     def freezing(self, names: Iterable[str]) -> ModelShape:

@@ -11,6 +11,7 @@ from helixpipe.parts.kind import Kept
 from helixpipe.parts.part import Part, Value
 
 if TYPE_CHECKING:
+    from helixpipe.parts.kind import Kind
     from helixpipe.parts.shape import ModelShape
 
 
@@ -146,7 +147,8 @@ class Work:
 
     def forward_workspace(self, part: Part, graph: bool) -> int:
         """Bytes beside inputs, outputs and what is saved, at most, while a part's forward runs."""
-        return self.shape.about(part).forward_workspace(part, self, graph)
+        about = self.shape.about(part)
+        return about.forward_workspace(part, self, graph) + (0 if graph else self._narrow(about, part))
 
     def in_place(self, part: Part) -> int:
         """Bytes of gradients that need no room of their own where nobody else reads what they are of."""
@@ -154,4 +156,11 @@ class Work:
 
     def backward_workspace(self, part: Part, unread: bool) -> int:
         """Bytes beside what is saved and the gradients of its outputs, at most, while a part's backward runs."""
-        return self.shape.about(part).backward_workspace(part, self, unread)
+        about = self.shape.about(part)
+        return about.backward_workspace(part, self, unread) + self._narrow(about, part)
+
+    def _narrow(self, about: Kind, part: Part) -> int:
+        """Bytes of what one adapter makes between its matrices, or of its gradient."""
+        if self.shape.lora is None or about.opaque:  # whose parts say it
+            return 0
+        return max(about.narrow(part, self.sliced(part) if self.slices(part) else self).values(), default=0)

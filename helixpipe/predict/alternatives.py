@@ -60,14 +60,15 @@ def _context(setting: Setting, ranks: int, microbatches: int) -> Alternative:
     shape, keeping = setting.shape, setting.keeping
     tokens = setting.microbatch_size * setting.sequence_length
     ring = 2 * tokens * shape.kv_size * (ranks - 1) / ranks / setting.tensor_parallel
-    attention = attention_part(0)
-    forward = setting.costs.forward_s(attention, setting.whole, 0) / ranks
-    backward = setting.costs.input_s(attention, setting.whole, 0) / ranks
     hops = setting.link.latency_s * (ranks - 1)
     forward_ring = hops + ring * keeping.element_bytes / setting.link.bytes_per_s
     backward_ring = hops + ring * (keeping.element_bytes + keeping.wide_bytes) / setting.link.bytes_per_s
     forwards = 2 if keeping.recompute == "full" else 1
-    slower = forwards * (max(forward, forward_ring) - forward) + max(backward, backward_ring) - backward
+    slower = 0.0  # a layer, in the mean
+    for layer, layers in shape.sorts().items():
+        forward = setting.costs.forward_s(attention_part(layer), setting.whole, 0) / ranks
+        backward = setting.costs.input_s(attention_part(layer), setting.whole, 0) / ranks
+        slower += layers * (forwards * (max(forward, forward_ring) - forward) + max(backward, backward_ring) - backward)
     compute_s = _compute_s(setting) / ranks
     step_s = max(compute_s + slower * shape.layers, _weights_s(setting, ranks))
     activations = math.ceil(_activations(setting) / ranks)

@@ -6,7 +6,7 @@
     message   bytes over a link
 
 Attention has no weights: its backward is all I, 2.5 times its forward, since a fused kernel computes the scores again.
-Causal attention counts the half that kernels compute.
+Causal attention counts the half that kernels compute, and a window what it shows.
 
 A rank may be a group of accelerators, tensor x context. Each has its share of every FLOP and byte. Tensor parallelism
 pays, in every layer, for two gathers and two scatters of [b, s, h] forward and as many backward, which nothing hides;
@@ -24,6 +24,7 @@ from typing import Protocol
 
 from helixpipe.parts.part import Part
 from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.window import seen, tail
 from helixpipe.parts.work import Batch, Keeping, Work
 from helixpipe.predict.hardware import Accelerator, Link
 from helixpipe.schedule.action import Action, Pass
@@ -91,7 +92,7 @@ class Analytic:
         moved_s = moved_bytes / (device.memory_bytes_per_s * device.memory_efficiency)
         taken_s = (compute_s + moved_s) / (self.tensor_parallel * self.context_parallel)
         if about.attends:
-            taken_s = max(taken_s, self._ring_s(batch, segment, backward))
+            taken_s = max(taken_s, self._ring_s(part, batch, segment, backward))
         return device.launch_s + taken_s + self._exchange_s(part, batch, segment)
 
     def _exchange_s(self, part: Part, batch: Batch, segment: int) -> float:
@@ -107,12 +108,14 @@ class Analytic:
         messages = about.exchanges + about.vocabulary_exchanges * self.vocabulary_divided
         return messages * self.tensor_link.seconds(nbytes)
 
-    def _ring_s(self, batch: Batch, segment: int, backward: bool) -> float:
-        """Keys and values of a segment and of all before it, once around the context-parallel group."""
+    def _ring_s(self, part: Part, batch: Batch, segment: int, backward: bool) -> float:
+        """Keys and values of a segment and of all before it that it sees, once around the context-parallel group."""
         ranks = self.context_parallel
         if ranks == 1 or self.context_link is None:
             return 0.0
-        tokens = batch.microbatch_size * (batch.start(segment) + batch.segment_lengths[segment])
+        lengths, window = batch.segment_lengths, self.shape.window_of(part.layer)
+        earlier = sum(tail(lengths[s], window) for s in seen(lengths, segment, window))
+        tokens = batch.microbatch_size * (earlier + lengths[segment])
         elements = 2 * tokens * self.shape.kv_size / self.tensor_parallel * (ranks - 1) / ranks
         size = self.element_bytes + (max(4, self.element_bytes) if backward else 0)
         return (ranks - 1) * self.context_link.latency_s + elements * size / self.context_link.bytes_per_s

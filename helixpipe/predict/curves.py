@@ -7,6 +7,8 @@ b sequences of s tokens each, behind z earlier tokens of the same sequences; wha
     gathered b z        keys and values of the past, put side by side
     merged   b s, z>0   the two attentions become one
 
+With a window, of s and z only what the window shows counts.
+
 A fit makes the relative errors' squares least, so that a short segment counts as much as a long one.
 """
 
@@ -18,6 +20,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from helixpipe.parts.window import pairs, tail
+
 
 class Size(NamedTuple):
     """How much a part has to do: sequences, tokens of each, and earlier tokens of each."""
@@ -25,15 +29,35 @@ class Size(NamedTuple):
     sequences: int
     length: int
     context: int = 0
+    window: int = 0
+    """How many tokens see each other: 0 is all."""
+
+    @property
+    def reached(self) -> int:
+        """Earlier tokens that are seen."""
+        return tail(self.context, self.window)
+
+    @property
+    def own_pairs(self) -> int:
+        """Of the tokens themselves, as if each saw those after it too."""
+        return pairs(0, self.length, self.length, False, self.window)
+
+    @property
+    def earlier_pairs(self) -> int:
+        if not self.window:
+            return self.length * self.context
+        whole = self.context + self.length
+        both = pairs(self.context, whole, whole, True, self.window)
+        return both - pairs(0, self.length, self.length, True, self.window)
 
 
 TERMS: dict[str, Callable[[Size], float]] = {
     "start": lambda at: 1.0,
     "tokens": lambda at: at.sequences * at.length,
-    "own": lambda at: at.sequences * at.length * at.length,
-    "earlier": lambda at: at.sequences * at.length * at.context,
-    "gathered": lambda at: at.sequences * at.context,
-    "merged": lambda at: at.sequences * at.length * (at.context > 0),
+    "own": lambda at: at.sequences * at.own_pairs,
+    "earlier": lambda at: at.sequences * at.earlier_pairs,
+    "gathered": lambda at: at.sequences * at.reached,
+    "merged": lambda at: at.sequences * at.length * (at.reached > 0),
 }
 LINEAR = ("start", "tokens")
 ATTENTION = tuple(TERMS)

@@ -14,10 +14,10 @@ from functools import cached_property
 from typing import Any
 
 from helixpipe.errors import ConfigError
+from helixpipe.hub.folder import model_shape
 from helixpipe.mesh import MeshShape
 from helixpipe.parts.part import ends, layer_parts
 from helixpipe.parts.shape import ModelShape, Shaped, shape_of
-from helixpipe.parts.shapes import named_shape
 from helixpipe.parts.work import Batch, Keeping
 from helixpipe.predict.cost import Analytic, PartCosts, accelerator_bytes, action_seconds
 from helixpipe.predict.hardware import Accelerator, Link, named_accelerator, named_link
@@ -135,7 +135,8 @@ class Setting:
         """
         costs = self.profile or Analytic(self.shape, named_accelerator("ideal"))
         shape = self.shape
-        layers = shape.layers if shape.opaque else 1  # blocks may differ: the mean of all stands for one
+        # blocks may differ, and so may windows: the mean of all stands for one
+        layers = shape.layers if shape.opaque or len(shape.windows) > 1 else 1
         parts = [part for layer in range(layers) for part in layer_parts(layer, layer in shape.opaque)]
         forward = {part: costs.forward_s(part, self.whole, 0) for part in parts}
         layer = math.fsum(forward.values()) / layers
@@ -183,13 +184,14 @@ class Setting:
         return for_shape(self.shape, self.sequence_length, segments, self.segment_multiple, recompute, self.evenness)
 
     def _segment_s(self, length: int, context: int) -> float:
-        """Measured seconds of a layer, forward and backward, on `length` tokens behind `context` others."""
+        """Measured seconds of a layer, forward and backward, on `length` tokens behind `context` others; the mean of all."""
         batch = Batch(self.microbatch_size, (context, length) if context else (length,))
         segment = len(batch.segment_lengths) - 1
         costs, total = self.profile or self.costs, 0.0
-        for part in layer_parts(0):
-            total += costs.forward_s(part, batch, segment) * (2 if self.keeping.runs_again(part) else 1)
-            total += costs.input_s(part, batch, segment) + costs.weight_s(part, batch, segment)
+        for layer, share in self.shape.sorts().items():
+            for part in layer_parts(layer):
+                total += share * costs.forward_s(part, batch, segment) * (2 if self.keeping.runs_again(part) else 1)
+                total += share * (costs.input_s(part, batch, segment) + costs.weight_s(part, batch, segment))
         return total
 
     def build(self, family: str, ranks: int, microbatches: int, **options: Any) -> Schedule:
@@ -328,7 +330,7 @@ def simulate(
 
     Raises ConfigError for a model, accelerator or link that is not known, ScheduleError for a schedule that cannot run.
     """
-    shape = named_shape(model) if isinstance(model, str) else shape_of(model)
+    shape = model_shape(model) if isinstance(model, str) else shape_of(model)
     accelerator = named_accelerator(hardware) if isinstance(hardware, str) else hardware
     joined = named_link(link) if isinstance(link, str) else link
     keeping = more.pop("keeping", Keeping(recompute, 2, device=accelerator.device))

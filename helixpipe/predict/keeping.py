@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from helixpipe.parts.kind import Kept
 from helixpipe.parts.part import Part
+from helixpipe.parts.window import tail
 from helixpipe.parts.work import Work
 from helixpipe.schedule.chunks import Chunk
 
@@ -44,16 +45,26 @@ def graph(chunk: Chunk, work: Work) -> Kept:
 def key_values(part: Part, chunk: Chunk, work: Work) -> Kept:
     """Keys and values of a part that later segments read: there until the segment's own backward.
 
-    Where a recompute makes them anew, those of the forward stay beside the recomputed ones.
+    Where a recompute makes them anew, those of the forward stay beside the recomputed ones: the last of them, with a
+    window, as many as later segments see.
     """
     values = part.reads[1:] if part.about.attends else ()
-    twice = work.keeping.recomputes
-    return {
-        f"{value} of the forward" if twice and value not in chunk.reads else str(value): work.value_bytes(value)
-        for value in values
-    }
+    tokens, found = _tail(part, work), {}
+    for value in values:
+        apart = work.keeping.recomputes and (value not in chunk.reads or tokens < work.length)
+        nbytes = work.value_bytes(value)
+        found[f"{value} of the forward" if apart else str(value)] = nbytes * tokens // work.length if apart else nbytes
+    return found
 
 
-def owed(work: Work) -> int:
+def owed(part: Part, work: Work) -> int:
     """Bytes of gradients that later segments owe to a segment's keys and values, of one layer."""
-    return 2 * work.tokens * work.shape.kv_size * work.keeping.wide_bytes
+    tokens = work.batch.microbatch_size * _tail(part, work)
+    return 2 * tokens * work.shape.kv_size * work.keeping.wide_bytes
+
+
+def _tail(part: Part, work: Work) -> int:
+    """Tokens of a segment that later ones see; around a ring all ranks keep as many."""
+    keeping = work.keeping
+    context = keeping.processes // keeping.tensor_parallel
+    return min(tail(work.length, work.shape.window_of(part.layer)) * context, work.length)

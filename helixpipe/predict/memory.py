@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from helixpipe.parts.kind import Kept
-from helixpipe.parts.part import Value
+from helixpipe.parts.part import Part, Value
 from helixpipe.parts.shape import handed_on
+from helixpipe.parts.window import seen
 from helixpipe.parts.work import Keeping, Work
 from helixpipe.predict.keeping import kept, key_values, owed
 from helixpipe.schedule.action import Action, Pass
@@ -260,7 +261,8 @@ class _Step:
                 self.hold(chunk.saved(place, work), 1)
             elif selective:
                 self.hold(work.kept(part), 1)
-            self.needs(work.forward_workspace(part, graph))
+            if not (again and selective and part.about.attends):  # which is replayed, and attends to nothing
+                self.needs(work.forward_workspace(part, graph))
             if self.keeps_past and not again:
                 self.hold(key_values(part, chunk, work), 1)
             self.values((v for v in drops if not again or v not in chunk.reads), -1)
@@ -279,16 +281,19 @@ class _Step:
             self.needs(chunk.backward_bytes(place, work))
             self.hold(inputs, 1)
             if part.about.attends:
-                self._owe()
+                self._owe(part)
             self.hold(chunk.saved(place, work), -1)
             self.hold({name: size for name, size in left.items() if name not in inputs}, 1)
         self.values(chunk.reads, 1, GRADIENT)
         for part in chunk.parts if self.keeps_past else ():
             self.hold(key_values(part, chunk, work), -1)
 
-    def _owe(self) -> None:
-        """The last segment's backward is the first to owe anything to those before; each takes its own."""
-        segment = self.work.segment
-        mine, *before = (owed(replace(self.work, segment=s)) for s in (segment, *range(segment)))
-        is_last = segment == len(self.work.batch.segment_lengths) - 1
-        self.moves.append(Move({}, 1, sum(before)) if is_last else Move({}, -1, mine))
+    def _owe(self, part: Part) -> None:
+        """The last segment that sees an earlier one is the first whose backward owes it anything; each takes its own."""
+        work, segment = self.work, self.work.segment
+        lengths, window = work.batch.segment_lengths, work.shape.window_of(part.layer)
+        after = seen(lengths, segment + 1, window) if segment + 1 < len(lengths) else range(segment, segment)
+        first = [s for s in seen(lengths, segment, window) if s not in after]
+        for segments, by in ((first, 1), ([segment] if segment in after else [], -1)):
+            if segments:
+                self.moves.append(Move({}, by, sum(owed(part, replace(work, segment=s)) for s in segments)))

@@ -85,13 +85,13 @@ class Profile:
                 raise ConfigError(f"timings: {kind} {name} has fewer than two lengths; measure again: {self.command()}")
 
     def forward_s(self, part: Part, batch: Batch, segment: int) -> float:
-        return self._part_s(part, FORWARD, _size(batch, segment))
+        return self._part_s(part, FORWARD, self._size(batch, segment))
 
     def input_s(self, part: Part, batch: Batch, segment: int) -> float:
-        return self._part_s(part, INPUT, _size(batch, segment))
+        return self._part_s(part, INPUT, self._size(batch, segment))
 
     def weight_s(self, part: Part, batch: Batch, segment: int) -> float:
-        return self._part_s(part, WEIGHT, _size(batch, segment))
+        return self._part_s(part, WEIGHT, self._size(batch, segment))
 
     def partition_seconds(self, recompute: str = "selective", microbatch_size: int = 1) -> Callable[[int, int], float]:
         """(length, context) -> seconds of a layer's forward, recompute and backward: for `partition.from_costs`.
@@ -104,7 +104,7 @@ class Profile:
         runs += [(part.kind, FORWARD) for part in layer if keeping.runs_again(part)]
 
         def seconds(length: int, context: int) -> float:
-            size = Size(microbatch_size, length, context)
+            size = self.size(length, context, microbatch_size)
             return math.fsum(self._seconds(kind, name, size) for kind, name in runs)
 
         return seconds
@@ -136,10 +136,11 @@ class Profile:
 
     def points(self, kind: str, name: str) -> list[tuple[Size, float]]:
         """What a curve is fitted to."""
-        return [(Size(1, timing.length, timing.context), timing.seconds) for timing in self._of(kind, name)]
+        return [(self.size(timing.length, timing.context), timing.seconds) for timing in self._of(kind, name)]
 
     def check_fits(self, shape: ModelShape, device: str | None = None, dtype: str | None = None) -> None:
         """Raise ConfigError when this was measured for another shape, device or dtype. None is not compared."""
+        shape = of_one_window(shape)
         found = [(name, getattr(self.shape, name), getattr(shape, name)) for name in SIZES]
         found += [("device", self.device, device or self.device), ("dtype", self.dtype, dtype or self.dtype)]
         told = ", ".join(f"{name} {mine} where {theirs} is asked for" for name, mine, theirs in found if mine != theirs)
@@ -149,7 +150,7 @@ class Profile:
     def command(self, shape: ModelShape | None = None, dtype: str | None = None, sequence_length: int = 0) -> str:
         """The command that measures a shape (this one when not given)."""
         length = sequence_length or (self.longest if self.timings else 0)
-        flags = [_shape_flags(shape or self.shape), f"--dtype {dtype or self.dtype}"]
+        flags = [_shape_flags(of_one_window(shape or self.shape)), f"--dtype {dtype or self.dtype}"]
         flags += [f"--sequence-length {length}"] if length else []
         return f"helixpipe profile {' '.join(flags)}"
 
@@ -198,6 +199,13 @@ class Profile:
         """Written whole or not at all. Raises HelixpipeError."""
         write_text(path, self.to_json())
 
+    def size(self, length: int, context: int = 0, sequences: int = 1) -> Size:
+        """What a curve is asked for."""
+        return Size(sequences, length, context, self.shape.window)
+
+    def _size(self, batch: Batch, segment: int) -> Size:
+        return self.size(batch.segment_lengths[segment], batch.start(segment), batch.microbatch_size)
+
     def _of(self, kind: str, name: str) -> list[Timing]:
         return [timing for timing in self.timings if timing.kind == kind and timing.run is PASSES[name]]
 
@@ -215,8 +223,15 @@ def merged(profiles: Sequence[Profile], link: Link | None) -> Profile:
     return dataclasses.replace(profiles[0], ranks=len(profiles), timings=timings, link=link)
 
 
-def _size(batch: Batch, segment: int) -> Size:
-    return Size(batch.microbatch_size, batch.segment_lengths[segment], batch.start(segment))
+def of_one_window(shape: ModelShape) -> ModelShape:
+    """The same costs without a pattern. Raises ConfigError where layers have different windows."""
+    if len(shape.windows) > 1:
+        told = " and ".join(str(window) if window else "none" for window in shape.windows)
+        raise ConfigError(
+            f"profile: layers of this model have windows of different length ({told}), and a profile times one attention; "
+            "leave it away, and name an accelerator"
+        )
+    return dataclasses.replace(shape, window=shape.windows[0], window_pattern=()) if shape.window_pattern else shape
 
 
 def _shape_flags(shape: ModelShape) -> str:

@@ -7,27 +7,31 @@ With segments (Seq1F1B) every segment is spread over all ranks. Each rank keeps 
 earlier segments, and one round of the ring takes them along:
 
     segment 2, rank r    q2 . [k0 k1 k2] of every rank     k0 k1: all see all     k2: causal, by where the tokens are
+
+With a window only the segments that it reaches go along, and of each no more of its last tokens than any rank keeps.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from helixpipe.errors import ConfigError
-from helixpipe.model.attention import AttentionState, KeptAttention, KeyValues, attend
+from helixpipe.model.attention import AttentionState, KeptAttention, KeyValues, Rule, attend
 from helixpipe.model.attn import Attention
+from helixpipe.model.merging import ALL
+from helixpipe.model.tiles import Run, Tile, tiles
 from helixpipe.parts.part import Part
+from helixpipe.parts.window import tail
 from helixpipe.sequence.attention import to_heads, to_sequence
 from helixpipe.sequence.layout import Layout
 from helixpipe.sequence.mesh import SequenceMesh
-from helixpipe.sequence.spread import ALL, Plan, Spread
-from helixpipe.sequence.tiles import Tile, tiles
+from helixpipe.sequence.spread import Plan, Spread
 
 
 class Context:
@@ -53,72 +57,128 @@ class Context:
         for inner in found:
             inner.attend = self.attend
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, state: AttentionState) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule, state: AttentionState) -> Tensor:
         """As `model.attention.attend`, of this rank's tokens against those of all ranks."""
         if self.mesh.heads > 1:
             q, k, v = to_heads(q, k, v, self.mesh)
             if state.key_values is not None:  # they come as views of one storage, and k and v stay longer
                 q, k, v = q.clone(), k.clone(), v.clone()
-            here = attend(q, k, v, causal, replace(state, in_place=False)).unflatten(2, q.shape[2:])
+            here = attend(q, k, v, rule, replace(state, in_place=False)).unflatten(2, q.shape[2:])
             return to_sequence(here, self.mesh).flatten(2)
         out: Tensor
+        own = Piece(self.mesh.layout(q.shape[1] * self.mesh.size, self.kind), 0, q.shape[1])
         if state.key_values is None:
-            out = Spread.apply(q, k, v, self._plan(q.shape[1], 0, causal), state.kept)  # type: ignore[no-untyped-call]
+            out = Spread.apply(q, k, v, self._plan(own, (), rule), state.kept)  # type: ignore[no-untyped-call]
         else:
-            before = state.key_values.length(state.segment)
-            out = _Segment.apply(q, k, v, self._plan(q.shape[1], before, causal), state)  # type: ignore[no-untyped-call]
+            out = self._of_segment(q, k, v, own, rule, state)
         return out.flatten(2)
 
-    def _plan(self, length: int, before: int, causal: bool) -> Plan:
-        """`length` tokens of a segment on every rank, and `before` of earlier segments."""
-        layout = self.mesh.layout(length * self.mesh.size, self.kind)
+    def _of_segment(self, q: Tensor, k: Tensor, v: Tensor, own: Piece, rule: Rule, state: AttentionState) -> Tensor:
+        past, segment = state.key_values, state.segment
+        assert past is not None
+        past.add(segment, k, v, _local_tail(own.layout, rule.window), own.layout.length)
+        segments = past.seen(segment, rule.window)
+        earlier = tuple(
+            Piece(self.mesh.layout(past.lengths[s], self.kind), past.start(s) - past.start(segment), past.tails[s])
+            for s in segments
+        )
+        out: Tensor = _Segment.apply(q, k, v, self._plan(own, earlier, rule), segments, state)  # type: ignore[no-untyped-call]
+        return out
+
+    def _plan(self, own: Piece, earlier: tuple[Piece, ...], rule: Rule) -> Plan:
+        """A segment's tokens, and what is seen of earlier segments, on every rank."""
+        mesh = self.mesh
 
         def of(steps: tuple[int, ...]) -> list[tuple[slice, Tile]]:
-            return [(ALL, tile) for tile in _tiles(layout, self.mesh.place, self.mesh.place_of(steps), before, causal)]
+            found = _tiles(own, earlier, mesh.place, mesh.place_of(steps), rule.causal, rule.window)
+            return [(ALL, tile) for tile in found]
 
-        return Plan(self.mesh.rings, of)
+        def meets(place: int, source: int) -> bool:
+            return bool(_tiles(own, earlier, place, source, rule.causal, rule.window))
+
+        return Plan(mesh.rings, of, rule, (lambda before: mesh.last_step(before, meets)) if rule.window else None)
 
 
-@lru_cache(maxsize=256)
-def _tiles(layout: Layout, place: int, source: int, before: int, causal: bool) -> list[Tile]:
+class Piece(NamedTuple):
+    """What is here of a segment: the last `tokens` of those that a rank has of it."""
+
+    layout: Layout
+    start: int
+    """Its first position, counted from that of the segment that attends."""
+    tokens: int
+
+    def runs(self, place: int) -> tuple[Run, ...]:
+        """Where they are, rising."""
+        found: list[Run] = []
+        left = self.tokens
+        for run in reversed(self.layout.runs(place)):
+            count = min(run.count, left)
+            if count:
+                first = self.start + run.start + (run.count - count) * run.stride
+                found.insert(0, Run(first, run.stride, count))
+            left -= count
+        return tuple(found)
+
+
+@lru_cache(maxsize=1024)
+def _local_tail(layout: Layout, window: int) -> int:
+    """How many of its last tokens a rank keeps of a segment: as many as the rank that has most of those that are seen."""
+    unseen = layout.length - tail(layout.length, window)
+    return max(sum(run.count - _before(run, unseen) for run in layout.runs(place)) for place in range(layout.ring))
+
+
+def _before(run: Run, position: int) -> int:
+    """How many tokens of a run are before a position."""
+    return min(max(0, -((run.start - position) // run.stride)), run.count)
+
+
+@lru_cache(maxsize=1024)
+def _tiles(own: Piece, earlier: tuple[Piece, ...], place: int, source: int, causal: bool, window: int) -> list[Tile]:
     """Of this place's queries against the keys of `source`: those of earlier segments first, then of this one."""
-    own = tiles(layout.runs(place), layout.runs(source), causal)
-    found = [Tile(t.q_start, t.q_stop, before + t.k_start, before + t.k_stop, t.causal) for t in own]
-    return [Tile(0, layout.local_length, 0, before, False), *found] if before else found
+    before = sum(piece.tokens for piece in earlier)
+    found = [Tile(0, own.tokens, 0, before, False)] if before and not window else []
+    first = 0
+    for piece in (*(earlier if window else ()), own):
+        at = before if piece is own else first
+        keys = piece.runs(source)
+        cut = tiles(own.runs(place), keys, causal, window=window) if keys else []
+        found += [replace(t, k_start=at + t.k_start, k_stop=at + t.k_stop) for t in cut]
+        first += piece.tokens
+    return found
 
 
 class _Segment(torch.autograd.Function):
     """q of a segment against the keys and values so far. As `Spread`, but earlier ones are saved once for all."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, state: AttentionState) -> Tensor:
-        past = state.key_values
-        assert past is not None
-        past.add(state.segment, k, v)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, segments: range, state: AttentionState
+    ) -> Tensor:
         kept = state.kept or KeptAttention()
-        out: Tensor = Spread.apply(q, *_so_far(past, state.segment, k, v), plan, kept)  # type: ignore[no-untyped-call]
+        so_far = _so_far(state.key_values, segments, k, v)
+        out: Tensor = Spread.apply(q, *so_far, plan, kept)  # type: ignore[no-untyped-call]
         ctx.save_for_backward(q, k, v, kept.out, kept.lse)
-        ctx.plan, ctx.state = plan, state
+        ctx.plan, ctx.segments, ctx.state = plan, segments, state
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        past, segment = ctx.state.key_values, ctx.state.segment
-        whole = _so_far(past, segment, k, v)
+        past, segments = ctx.state.key_values, ctx.segments
+        whole = _so_far(past, segments, k, v)
         before = whole[0].shape[1] - k.shape[1]
         with torch.enable_grad():  # a replay: nothing is attended or sent
             leaves = [t.detach().requires_grad_() for t in (q, *whole)]
             replayed = Spread.apply(*leaves, ctx.plan, KeptAttention(out, lse))  # type: ignore[no-untyped-call]
         dq, dk, dv = torch.autograd.grad(replayed, leaves, grad)
-        if before:
-            past.owe(range(segment), dk[:, :before], dv[:, :before])
-        dk, dv = past.settle(segment, dk[:, before:], dv[:, before:])
-        return dq, dk, dv, None, None
+        if segments:
+            past.owe(segments, dk[:, :before], dv[:, :before])
+        dk, dv = past.settle(ctx.state.segment, dk[:, before:], dv[:, before:])
+        return dq, dk, dv, None, None, None
 
 
-def _so_far(past: KeyValues, segment: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    if not segment:
+def _so_far(past: KeyValues | None, segments: range, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    if not segments or past is None:
         return k, v
-    before_k, before_v = past.prefix(segment)
+    before_k, before_v = past.prefix(segments)
     return torch.cat((before_k, k), 1), torch.cat((before_v, v), 1)

@@ -21,7 +21,7 @@ from torch import nn
 
 from helixpipe.errors import ConfigError
 from helixpipe.model.attn import Attention
-from helixpipe.model.decoder import Model
+from helixpipe.model.decoder import Held, Holding, Model
 from helixpipe.model.kernels import check_head_dim
 from helixpipe.parts.part import Part
 from helixpipe.parts.shape import ModelShape
@@ -79,12 +79,14 @@ class Modules:
         """Full name of a parameter that the shape lists twice -> the one that it has here."""
         self.travelling = frozenset(name for visit in visits(schedule, self.shape) for name in visit.parameters)
         self._owners = parameter_owners(schedule, self.shape)
+        self._have: set[str] = set()  # parameters of parts taken in before: of another with the same, sizes are enough
         faults: list[str] = []
         for stage in range(len(schedule.stages)):
             if rank in self.ranks_with(stage):
                 for part in schedule.stages[stage].parts:
                     try:
                         faults += self._take(model, tensor, stage, part)
+                        self._have.update(named.name for named in self.parameters[part])
                     except ConfigError as error:
                         faults.append(str(error))
         faults += self._clashes()
@@ -105,9 +107,20 @@ class Modules:
         owner = self.schedule.owner(stage)
         return [owner, *(rank for rank in self.schedule.ranks_of[stage] if rank != owner)]
 
+    def _asked(self, model: Model, tensor: TensorParallel | None, stage: int, part: Part) -> nn.Module:
+        """A part's module, with no more of its parameters than this rank holds where the model can do so."""
+        if not isinstance(model, Holding):
+            return model.part(part)
+        owner = self.schedule.owner(stage)
+
+        def owns(name: str) -> bool:
+            return self._owners.get(name, owner) == self.rank and name not in self._have
+
+        return model.part_for(part, Held(self.shape, tensor.rank if tensor else 0, owns))
+
     def _take(self, model: Model, tensor: TensorParallel | None, stage: int, part: Part) -> Iterator[str]:
         """Take a part's module in; what is wrong with it."""
-        module = model.part(part)
+        module = self._asked(model, tensor, stage, part)
         if any(isinstance(inner, Attention) for inner in module.modules()):
             check_head_dim(self.shape.head_dim, self.device, self.dtype)
         if tensor is not None:
@@ -155,7 +168,7 @@ class Modules:
                 f"{', '.join(map(str, sorted(owners | set(ranks))))} need it: it would not travel; list it in "
                 "shape.parameters, or keep the part on one rank"
             )
-        if self.rank in owners and parameter.numel() > 1 and not any(parameter.stride()):
+        if self.rank in owners and name not in self._have and parameter.numel() > 1 and not any(parameter.stride()):
             yield f"{name}: its values in {whose} are with an earlier pipeline; hand out a new module"
         if not parameter.is_floating_point() and (parameter.requires_grad or name in self.travelling):
             kind, cannot = str(parameter.dtype).removeprefix("torch."), "train" if parameter.requires_grad else "travel"

@@ -278,7 +278,6 @@ class Pipeline:
             training,
             self._needs_of(batch),
             self._stream,
-            tokens.shape[1],
         )
         self._watch.doing = "the start of a step"
         self._buffers.begin(any(stale for (stale,) in self._gathered([self._buffers.stale()])))  # clocks start together

@@ -33,7 +33,7 @@ from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Batch
 from helixpipe.predict.curves import Size, fit
 from helixpipe.predict.hardware import Link
-from helixpipe.predict.profile import WITH_WEIGHTS, Profile, Timing, merged
+from helixpipe.predict.profile import WITH_WEIGHTS, Profile, Timing, merged, of_one_window
 from helixpipe.runtime.executor import execute
 from helixpipe.runtime.ledger import Ledger
 from helixpipe.runtime.modules import Modules
@@ -97,7 +97,7 @@ class Parts:
     """One layer, embed and head on this device, part by part."""
 
     def __init__(self, shape: ModelShape, device: torch.device | str, dtype: torch.dtype) -> None:
-        device, shape = torch.device(device), replace(shape, frozen=())  # every pass is timed
+        device, shape = torch.device(device), replace(of_one_window(shape), frozen=(), lora=None)  # every pass is timed
         self.asked, self.device, self.dtype = shape, device, dtype
         self.shape = replace(
             shape, layers=1, embed_norm=False

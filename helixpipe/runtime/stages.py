@@ -42,13 +42,11 @@ class Stages:
         training: bool,
         needs: Sequence[Needs] = (),
         streams: Callable[[int, int], Stream] | None = None,
-        length: int = 0,
     ) -> None:
-        """`needs`: of each segment. `streams`: where random numbers of a micro-batch and segment come from. `length`: tokens
-        of a whole sequence, which an evaluation asks for."""
+        """`needs`: of each segment. `streams`: where random numbers of a micro-batch and segment come from."""
         self.program, self.tapes, self.weights, self.ledger = program, tapes, weights, ledger
         self.feeds, self._needs, self._streams = feeds, needs, streams
-        self.scale, self.training, self.length = scale, training, length
+        self.scale, self.training = scale, training
         self.losses: dict[tuple[int, int], Tensor] = {}
         """By micro-batch and segment: a sum, or of an evaluation the sums by bucket of positions, where the head tells."""
         self._mailbox: dict[Slot, list[Kept]] = {}
@@ -102,7 +100,7 @@ class Stages:
             self.tapes[stage].evaluate(live, feed)
         if (loss := loss_of(schedule.layers)) in live:
             found = live.pop(loss).tensor
-            self.losses[mb, seg] = bucketed(found, feed.start, self.length) if found.dim() else found
+            self.losses[mb, seg] = bucketed(found, feed.start, feed.sequence_length) if found.dim() else found
         outputs = {value: live.pop(value) for value in list(live)}
         for edge in schedule.edges_out_of[stage]:
             meets = schedule.placement[edge.consumer, mb] == schedule.placement[stage, mb]
@@ -111,6 +109,10 @@ class Stages:
             for part in schedule.stages[stage].parts:
                 if part.about.attends and mb in self._key_values:
                     self._key_values[mb].pop(part.layer, None)
+        elif not self.training:  # and no later segment sees what is out of its window
+            for part in schedule.stages[stage].parts:
+                if part.about.attends and part.layer in self._key_values.get(mb, {}):
+                    self._key_values[mb][part.layer].forget(seg, self.program.shape.window_of(part.layer))
 
     def _backward(self, action: Action) -> None:
         stage, _, mb, seg = action

@@ -213,7 +213,8 @@ class Tape:
             with nullcontext() if lean is None else lean.keeping(place, live):
                 in_place = lean is not None and lean.in_place(place)
                 self._run_part(chunk, place, live, feed, kept, graph, in_place)
-            if feed.needs is not None:
+            is_replayed = part.about.attends and graph and kept is not None
+            if feed.needs is not None and not is_replayed:
                 self.ledger.works(feed.needs.forward_bytes(part, graph))
             live.drop(chunk.lifetimes.drops[place])
 

@@ -75,18 +75,19 @@ class TensorParallel:
             dim = next((d for d, (a, b) in enumerate(zip(shape, mine[name], strict=True)) if a != b), None)
             if dim is None:
                 continue
-            parameter = self._known(part, module, name, shape)
-            parameter.data = parameter.data.chunk(self.ranks, dim)[self.rank].clone()
+            parameter = self._known(part, module, name, (shape, mine[name]))
+            if parameter.shape == shape:  # else it was divided where it came from
+                parameter.data = parameter.data.chunk(self.ranks, dim)[self.rank].clone()
             self.cuts[self.whole.parameter_name(part, name)] = dim
         for inner in module.modules():
             if isinstance(inner, TensorDivided):
                 inner.divide(self.gather, self.scatter)
 
-    def _known(self, part: Part, module: nn.Module, name: str, shape: tuple[int, ...]) -> nn.Parameter:
-        """A parameter to be cut."""
+    def _known(self, part: Part, module: nn.Module, name: str, sizes: tuple[tuple[int, ...], ...]) -> nn.Parameter:
+        """A parameter to be cut, or one of a size after it."""
         parameter = dict(module.named_parameters()).get(name)
         homes = [path and f"{path}." for path, inner in module.named_modules() if isinstance(inner, TensorDivided)]
-        if parameter is None or parameter.shape != shape or not name.startswith(tuple(homes)):
+        if parameter is None or parameter.shape not in sizes or not name.startswith(tuple(homes)):
             raise ConfigError(
                 f"mesh.tp: {self.ranks}; {part} is {type(module).__name__}, whose {name} cannot be divided; "
                 "use tp 1, or QKV, Proj and MLP of helixpipe.model in it"

@@ -6,7 +6,7 @@ first, that sum to the sequence:
 
     even               as many tokens each
     computation_wise   as much computation each, from linear and quadratic cost, in closed form
-    for_shape          the same, with the costs of a model's layers in FLOPs
+    for_shape          the same, with the costs of a model's layers in FLOPs, each with its own window
     as_training        that, where nobody says how to cut
     from_costs         the dearest segment as cheap as can be, under measured costs
     pipelined          TeraPipe's: t_1 + ... + t_k + (p-1) max t least, and k is found too
@@ -81,6 +81,8 @@ def for_shape(
     """
 
     refuse_bidirectional(shape, segments)
+    if any(shape.windows):
+        return _equal(length, segments, lambda tokens: _prefix_flops(shape, tokens, recompute), multiple, evenness)
     batch = Batch(1, (length,))
     linear = quadratic = 0.0
     for part in layer_parts(0):
@@ -92,6 +94,26 @@ def for_shape(
         else:
             linear += flops / length
     return computation_wise(length, segments, linear, quadratic, multiple, evenness)
+
+
+def _prefix_flops(shape: ModelShape, tokens: int, recompute: str) -> float:
+    """Of a layer, the mean of all, on a sequence's first tokens."""
+    batch, total = Batch(1, (tokens,)), 0.0
+    for layer, share in shape.sorts().items():
+        for part in layer_parts(layer):
+            forward, backward = shape.forward_flops(part, batch, 0), shape.backward_flops(part, batch, 0)
+            total += share * (backward + forward * (2 if Keeping(recompute).runs_again(part) else 1))
+    return total
+
+
+def _equal(
+    length: int, segments: int, before: Callable[[int], float], multiple: int, evenness: float
+) -> tuple[int, ...]:
+    """Segments that cost the same, where everything before a boundary costs `before(boundary)`."""
+    _check_evenness(evenness)
+    whole = before(length)
+    bounds = [float(bisect.bisect_left(range(length), whole * i / segments, key=before)) for i in range(1, segments)]
+    return _rounded(_moved(bounds, length, evenness), length, segments, multiple)
 
 
 def as_training(

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from helixpipe.errors import ConfigError
-from helixpipe.model.attention import KeptAttention
+from helixpipe.model.attention import KeptAttention, Rule
+from helixpipe.model.merging import ALL
+from helixpipe.model.tiles import Span, Tile, tiles
 from helixpipe.sequence.documents import Documents
 from helixpipe.sequence.layout import Layout
 from helixpipe.sequence.mesh import SequenceMesh, mesh_of
-from helixpipe.sequence.spread import ALL, Plan, Spread
-from helixpipe.sequence.tiles import Span, Tile, tiles
+from helixpipe.sequence.spread import Plan, Spread
 from helixpipe.sequence.wire import Exchange, Group
 
 
@@ -35,6 +36,9 @@ def ring_attention(
     layout: str = "zigzag",
     documents: Documents | Tensor | Sequence[int] | None = None,
     kept: KeptAttention | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    scale: float = 0.0,
 ) -> Tensor:
     """Exact attention with keys and values passed around a ring (arXiv 2105.13120, blockwise as in 2310.01889).
 
@@ -47,8 +51,12 @@ def ring_attention(
     another. `kept`: filled with the output and log-sum-exp; when it comes filled, they are taken from it and
     nothing is computed or sent (`model.attention.KeptAttention`; with divided heads, [b, heads / n, n * s_local, d]).
 
+    `window`: a token at i sees j where |i - j| < window, and j <= i when causal; 0 is all. Nothing outside it is computed.
+    `softcap`: c of c * tanh(score / c); 0 is none. `scale`: what q.k is multiplied by; 0 is d ** -0.5.
+
     Sends 2 * b * s * kv_heads * d * (N-1) / N elements a rank in the forward, s the whole sequence, and twice as
-    many in the backward, of which the gradients are in float32 or wider. Raises ConfigError, RankError.
+    many in the backward, of which the gradients are in float32 or wider. With a causal window and plain shards it sends
+    to no more ranks than the window reaches back to. Raises ConfigError, RankError.
     """
     mesh = mesh_of(group)
     check_shapes(q, k, v)
@@ -56,7 +64,7 @@ def ring_attention(
     packed = None if documents is None else Documents.of(documents, lay.length, q.shape[0])
     if mesh.heads > 1:
         q, k, v = to_heads(q, k, v, mesh)
-    out: Tensor = Spread.apply(q, k, v, _plan(mesh, lay, causal, packed), kept)  # type: ignore[no-untyped-call]
+    out: Tensor = Spread.apply(q, k, v, _plan(mesh, lay, Rule(causal, window, softcap, scale), packed), kept)  # type: ignore[no-untyped-call]
     return to_sequence(out, mesh) if mesh.heads > 1 else out
 
 
@@ -68,6 +76,9 @@ def ulysses_attention(
     causal: bool = True,
     documents: Documents | Tensor | Sequence[int] | None = None,
     kept: KeptAttention | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    scale: float = 0.0,
 ) -> Tensor:
     """Exact attention with tokens exchanged for heads and back (DeepSpeed Ulysses, arXiv 2309.14509).
 
@@ -79,22 +90,31 @@ def ulysses_attention(
     if not isinstance(mesh, SequenceMesh):
         mesh = mesh_of(group)
         mesh = SequenceMesh(mesh.group, rings=1, heads=mesh.size)
-    return ring_attention(q, k, v, mesh, causal, "plain", documents, kept)
+    return ring_attention(q, k, v, mesh, causal, "plain", documents, kept, window, softcap, scale)
 
 
-def _plan(mesh: SequenceMesh, layout: Layout, causal: bool, documents: Documents | None) -> Plan:
+def _plan(mesh: SequenceMesh, layout: Layout, rule: Rule, documents: Documents | None) -> Plan:
     def of(steps: tuple[int, ...]) -> list[tuple[slice, Tile]]:
         places = mesh.place, mesh.place_of(steps)
         if documents is None:
-            return [(ALL, tile) for tile in _tiles(layout, *places, causal, None)]
-        return [(row.batch, tile) for row in documents.rows for tile in _tiles(layout, *places, causal, row.spans)]
+            return [(ALL, tile) for tile in _tiles(layout, *places, rule.causal, rule.window, None)]
+        return [
+            (row.batch, tile)
+            for row in documents.rows
+            for tile in _tiles(layout, *places, rule.causal, rule.window, row.spans)
+        ]
 
-    return Plan(mesh.rings, of)
+    def meets(place: int, source: int) -> bool:
+        return bool(_tiles(layout, place, source, rule.causal, rule.window, None))
+
+    return Plan(mesh.rings, of, rule, (lambda before: mesh.last_step(before, meets)) if rule.window else None)
 
 
-@lru_cache(maxsize=256)
-def _tiles(layout: Layout, place: int, source: int, causal: bool, spans: tuple[Span, ...] | None) -> list[Tile]:
-    return tiles(layout.runs(place), layout.runs(source), causal, spans)
+@lru_cache(maxsize=1024)
+def _tiles(
+    layout: Layout, place: int, source: int, causal: bool, window: int, spans: tuple[Span, ...] | None
+) -> list[Tile]:
+    return tiles(layout.runs(place), layout.runs(source), causal, spans, window)
 
 
 def to_heads(q: Tensor, k: Tensor, v: Tensor, mesh: SequenceMesh) -> tuple[Tensor, ...]:

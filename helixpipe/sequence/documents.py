@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from helixpipe.errors import ConfigError
-from helixpipe.sequence.tiles import Span
+from helixpipe.model.tiles import Span
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from helixpipe.errors import ConfigError, nearest
-from helixpipe.sequence.tiles import Run
+from helixpipe.model.tiles import Run
 
 KINDS = ("plain", "zigzag", "striped")
 

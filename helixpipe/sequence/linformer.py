@@ -15,11 +15,12 @@ from torch import Tensor
 
 from helixpipe.errors import ConfigError
 from helixpipe.model.attention import KeptAttention
+from helixpipe.model.merging import ALL
+from helixpipe.model.tiles import Tile
 from helixpipe.sequence.attention import check_shapes
 from helixpipe.sequence.documents import Documents
 from helixpipe.sequence.mesh import SequenceMesh, mesh_of
-from helixpipe.sequence.spread import ALL, Plan, Spread
-from helixpipe.sequence.tiles import Tile
+from helixpipe.sequence.spread import Plan, Spread
 from helixpipe.sequence.wire import Group, Sum
 
 

@@ -12,7 +12,9 @@ arithmetic over one group and makes no other, so it costs nothing and ranks need
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 
 import torch.distributed as dist
 
@@ -57,10 +59,27 @@ class SequenceMesh:
 
     def place_of(self, steps: tuple[int, ...]) -> int:
         """The place whose keys are here after so many steps of each ring, from the outer to the inner."""
-        place = 0
+        return self.source(self.place, steps)
+
+    def source(self, place: int, steps: tuple[int, ...]) -> int:
+        """The same at another place around the rings."""
+        found, inner = 0, self.ring_size
         for ring, step in zip(self.rings, steps, strict=True):
-            place = place * ring.size + (ring.index - step) % ring.size
-        return place
+            inner //= ring.size
+            found = found * ring.size + (place // inner % ring.size - step) % ring.size
+        return found
+
+    def last_step(self, before: tuple[int, ...], meets: Callable[[int, int], bool]) -> int:
+        """Of the ring inside those that went so many steps, the last at which any place needs what is there.
+
+        `meets(place, source)`: whether a place sees any key of a source.
+        """
+        sizes = [ring.size for ring in self.rings[len(before) :]]
+        for step in reversed(range(sizes[0])):
+            after = [(*before, step, *inner) for inner in itertools.product(*map(range, sizes[1:]))]
+            if any(meets(place, self.source(place, steps)) for steps in after for place in range(self.ring_size)):
+                return step
+        return 0
 
     def _along(self, axis: int, sizes: tuple[int, ...]) -> Peers:
         """The ranks that differ from this one in one coordinate only."""

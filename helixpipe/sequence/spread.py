@@ -10,25 +10,24 @@ One ring of three; `01` is rank 0's block being attended by rank 1, and blocks m
 K,V and dK,dV each take N-1 hops. A double ring is a ring whose every step is a whole inner ring; a block's
 gradients come home on the inner ring first and then on the outer one. Outputs are merged by log-sum-exp and
 gradients are summed in float32 or wider, so the error does not grow with the ring.
+
+A ring may end early: with a window, and contiguous shards, nobody needs a block beyond some step. There the hops end
+too, and the gradients go home from where they are, in one message.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from helixpipe.model.attention import KeptAttention, merge, narrow
-from helixpipe.model.kernels import attention_backward, attention_forward
-from helixpipe.sequence.tiles import Tile
+from helixpipe.model.attention import KeptAttention, Rule
+from helixpipe.model.merging import ALL, Merged, Total, heads, tile_backward, tile_forward
+from helixpipe.model.tiles import Tile
 from helixpipe.sequence.wire import Passing, Peers
-
-Index = tuple[slice, slice, slice]
-"""batch, heads, tokens"""
-ALL = slice(None)
 
 KEYS, GRADIENTS = 0, 2  # tags
 
@@ -41,6 +40,15 @@ class Plan:
     """From the outer to the inner; none: the keys and values here are all there are."""
     tiles: Callable[[tuple[int, ...]], list[tuple[slice, Tile]]]
     """The tiles of the block that is here after so many steps of each ring, with the sequences of the batch."""
+    rule: Rule = field(default_factory=Rule)
+    """What becomes of scores; `tiles` know who sees whom."""
+    last: Callable[[tuple[int, ...]], int] | None = None
+    """After so many steps of the outer rings, the last step of the next one at which any rank needs its block; None is
+    the ring's last."""
+
+    def steps(self, ring: Peers, before: tuple[int, ...]) -> int:
+        """How many steps of a ring there are, after so many of the outer ones."""
+        return ring.size if self.last is None else self.last(before) + 1
 
 
 class Spread(torch.autograd.Function):
@@ -54,39 +62,40 @@ class Spread(torch.autograd.Function):
         if kept is not None and kept.out is not None and kept.lse is not None:
             out, lse = kept.out, kept.lse
         else:
-            out, lse = _forward(_heads(q), k, v, plan)
+            out, lse = _forward(heads(q), k, v, plan)
             if kept is not None:
                 kept.out, kept.lse = out, lse
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan = plan
-        return _heads(out)
+        return heads(out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = _Backward(ctx.plan, _heads(grad), _heads(q), out, lse).run(k, v)
-        return _heads(dq).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+        dq, dk, dv = _Backward(ctx.plan, heads(grad), heads(q), out, lse).run(k, v)
+        return heads(dq).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    merged = _Merged(q)
+    merged = Merged(q)
     _visit(plan, q, merged, plan.rings, (), (k, v))
     return merged.result()
 
 
 def _visit(
-    plan: Plan, q: Tensor, merged: _Merged, rings: Sequence[Peers], steps: tuple[int, ...], block: Sequence[Tensor]
+    plan: Plan, q: Tensor, merged: Merged, rings: Sequence[Peers], steps: tuple[int, ...], block: Sequence[Tensor]
 ) -> None:
     """Attend to the block that is here, and to those that come around these rings."""
     if not rings:
-        k, v = map(_heads, block)
+        k, v = map(heads, block)
         for batch, tile in plan.tiles(steps):
-            rows, keys = (batch, ALL, tile.queries), (batch, ALL, tile.keys)
-            merged.add(rows, *attention_forward(q[rows], k[keys], v[keys], tile.causal))
+            rows = batch, ALL, tile.queries
+            merged.add(rows, *tile_forward(q, k, v, tile, plan.rule.softcap, plan.rule.scale, batch))
         return
     ring, *inner = rings
-    for step in range(ring.size):
-        coming = ring.pass_on(block, "keys and values", KEYS) if step + 1 < ring.size else None
+    count = plan.steps(ring, steps)
+    for step in range(count):
+        coming = ring.pass_on(block, "keys and values", KEYS) if step + 1 < count else None
         _visit(plan, q, merged, inner, (*steps, step), block)
         if coming is not None:
             block = coming.wait()
@@ -97,7 +106,7 @@ class _Backward:
 
     def __init__(self, plan: Plan, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> None:
         self.plan, self.grad, self.q, self.out, self.lse = plan, grad, q, out, lse
-        self.dq = _Total(q)
+        self.dq = Total(q)
 
     def run(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dq [b, heads, s, d]; dk and dv [b, s_keys, kv_heads, d]; in float32 or wider."""
@@ -107,89 +116,40 @@ class _Backward:
     def _visit(self, rings: Sequence[Peers], steps: tuple[int, ...], block: Sequence[Tensor]) -> list[Tensor]:
         """dk and dv of the block, from all ranks of these rings, on the rank where the block was first."""
         if not rings:
-            return self._differentiate(steps, *map(_heads, block))
+            return self._differentiate(steps, *map(heads, block))
         ring, *inner = rings
         own: list[Tensor] = []
         riding: Passing | None = None
-        for step in range(ring.size):
-            coming = ring.pass_on(block, "keys and values", KEYS) if step + 1 < ring.size else None
+        count = self.plan.steps(ring, steps)
+        for step in range(count):
+            coming = ring.pass_on(block, "keys and values", KEYS) if step + 1 < count else None
             mine = self._visit(inner, (*steps, step), block)
             if step == 0:
                 own = mine
             else:
                 _add(mine, riding)
-                riding = ring.pass_on(mine, "gradients of keys and values", GRADIENTS)
+                hops = 1 if step + 1 < count else -step  # from the last step on they go home, which may be one hop more
+                riding = ring.pass_on(mine, "gradients of keys and values", GRADIENTS, hops)
             if coming is not None:
                 block = coming.wait()
         _add(own, riding)
         return own
 
     def _differentiate(self, steps: tuple[int, ...], k: Tensor, v: Tensor) -> list[Tensor]:
-        dk, dv = _Total(k), _Total(v)
+        dk, dv, rule = Total(k), Total(v), self.plan.rule
+        wide = torch.promote_types(k.dtype, torch.float32)
         for batch, tile in self.plan.tiles(steps):
             rows, keys = (batch, ALL, tile.queries), (batch, ALL, tile.keys)
-            dq_tile, dk_tile, dv_tile = attention_backward(
-                self.grad[rows], self.q[rows], k[keys], v[keys], self.out[rows], self.lse[rows], tile.causal
+            dq_tile, dk_tile, dv_tile = tile_backward(
+                self.grad, self.q, k, v, self.out, self.lse, tile, rule.softcap, rule.scale, batch
             )
             self.dq.add(rows, dq_tile)
             dk.add(keys, dk_tile)
             dv.add(keys, dv_tile)
-        return [_heads(dk.result()), _heads(dv.result())]
-
-
-class _Merged:
-    """Attention over the tiles so far, in float32 or wider: (out, lse), [b, heads, s, d] and [b, heads, s]."""
-
-    def __init__(self, q: Tensor) -> None:
-        self._q = q
-        self._wide = torch.promote_types(q.dtype, torch.float32)
-        self._out: Tensor | None = None
-        self._lse = q.new_empty(0)
-
-    def add(self, rows: Index, out: Tensor, lse: Tensor) -> None:
-        if self._out is None:
-            if out.shape == self._q.shape:
-                self._out, self._lse = out.to(self._wide), lse.contiguous()
-                return
-            self._out = _zeros(self._q, self._wide)
-            self._lse = torch.full(self._q.shape[:3], float("-inf"), dtype=lse.dtype, device=lse.device)
-        _, self._lse[rows] = merge(self._out[rows], self._lse[rows], out, lse)  # into `_out`, which is wide
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        assert self._out is not None, "every token attends to itself"
-        return narrow(self._out, self._q.dtype), self._lse
-
-
-class _Total:
-    """A sum of gradients of slices of a tensor [b, heads, s, d], in float32 or wider."""
-
-    def __init__(self, like: Tensor) -> None:
-        self._like, self._wide = like, torch.promote_types(like.dtype, torch.float32)
-        self._sum: Tensor | None = None
-
-    def add(self, index: Index, gradient: Tensor) -> None:
-        if self._sum is None:
-            if gradient.shape == self._like.shape:
-                self._sum = gradient.to(self._wide)
-                return
-            self._sum = _zeros(self._like, self._wide)
-        self._sum[index] += gradient
-
-    def result(self) -> Tensor:
-        return self._sum if self._sum is not None else _zeros(self._like, self._wide)
+        return [heads(total.result()).to(wide) for total in (dk, dv)]
 
 
 def _add(mine: Sequence[Tensor], riding: Passing | None) -> None:
     if riding is not None:
         for ours, theirs in zip(mine, riding.wait(), strict=True):
             ours.add_(theirs)
-
-
-def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """[b, heads, s, d], in memory [b, s, heads, d]"""
-    return _heads(torch.zeros(_heads(like).shape, dtype=dtype, device=like.device))
-
-
-def _heads(t: Tensor) -> Tensor:
-    """[b, s, heads, d] <-> [b, heads, s, d]"""
-    return t.transpose(1, 2)

@@ -53,12 +53,12 @@ class Peers:
         self.group, self.members, self.size = group, tuple(members), len(members)
         self.index = self.members.index(rank_of(group))
 
-    def pass_on(self, tensors: Sequence[Tensor], what: str, tag: int = 0) -> Passing:
+    def pass_on(self, tensors: Sequence[Tensor], what: str, tag: int = 0, hops: int = 1) -> Passing:
         """Ours to the next in the ring, those of the one before to us. They travel while this rank computes.
 
-        Several may be under way, with tags of their own.
+        Several may be under way, with tags of their own. `hops`: to whom, and from whom; below 0 is back.
         """
-        after, before = self.members[(self.index + 1) % self.size], self.members[self.index - 1]
+        after, before = (self.members[(self.index + way) % self.size] for way in (hops, -hops))
         sent = [_wired(tensor, self.group) for tensor in tensors]
         coming = [torch.empty_like(tensor) for tensor in sent]
         exchange = Passing(self.group, coming, tensors[0].device, f"{what} from rank {before}")

@@ -64,7 +64,7 @@ class Checkpoints:
 
     def _save(self, temporary: Path, state: dict[str, Tensor], step: int, config: Config) -> Path:
         self._together(lambda: self._prepare(temporary) if self.rank == 0 else None)
-        with _quiet(), self._lost():
+        with quiet(), self._lost():
             try:
                 save(
                     dict(state), storage_writer=_Writer(temporary), process_group=self.group, no_dist=self.group is None
@@ -169,7 +169,7 @@ def _blame(rank: int, doing: str, error: BaseException) -> str:
 
 def _read(checkpoint: Path, state: dict[str, Tensor]) -> None:
     # without collectives: ranks need not ask for the same names
-    with _quiet():
+    with quiet():
         try:
             load(state, storage_reader=FileSystemReader(checkpoint), no_dist=True)
         except CheckpointException as error:
@@ -178,7 +178,7 @@ def _read(checkpoint: Path, state: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep torch's remarks about processes and formats off the user's screen."""
     logger = logging.getLogger("torch.distributed.checkpoint")
     before = logger.level

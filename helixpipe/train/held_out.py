@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,20 +26,23 @@ from helixpipe.train.start import check_same_data, make_pipeline
 
 
 def evaluate(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
-    """Tell the held-out losses of the job's checkpoint, on rank 0: a table or a JSON object on standard output.
+    """Tell the held-out losses of the job's checkpoint, or of its folder, on rank 0: a table or a JSON object on standard output.
 
     `group` carries objects between the ranks' CPUs, None with one rank. Nothing is written anywhere.
     """
     config, checkpoint = job.config, job.checkpoint
-    assert checkpoint is not None
-    corpus, pipeline = open_corpus(config), make_pipeline(config, device)
+    corpus, pipeline = open_corpus(config), make_pipeline(config, device, checkpoint)
     check_same_data(corpus.fingerprint(), pipeline, group)
-    Checkpoints(checkpoint.parent, 1, group).load(checkpoint, _weights(pipeline))
+    if checkpoint is not None:
+        Checkpoints(checkpoint.parent, 1, group).load(checkpoint, _weights(pipeline))
+    weights = shortened(checkpoint or Path(config.model.path or ""))
+    if config.model.adapter and not checkpoint:
+        weights += f" with {shortened(Path(config.model.adapter))}"
     asked, speaks = config.train.evaluate_sequences, pipeline.mesh.rank == 0
     count = corpus.windows(asked)
     if speaks:
         print(described(config, device), file=sys.stderr)
-        print(f"weights of {shortened(checkpoint)}, step {job.step}", file=sys.stderr, flush=True)
+        print(f"weights of {weights}" + (f", step {job.step}" if checkpoint else ""), file=sys.stderr, flush=True)
     with Progress(
         TextColumn("held-out sequences"), MofNCompleteColumn(), BarColumn(16), TimeRemainingColumn(compact=True),
         console=Console(stderr=True), disable=not speaks or not sys.stderr.isatty(), transient=True,
@@ -47,7 +51,7 @@ def evaluate(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
         losses = held_out_losses(pipeline, corpus, asked, lambda done: progress.update(bar, completed=done))
     pipeline.close()
     if speaks:
-        found = Evaluation(losses, shortened(checkpoint), job.step, count, config.train.sequence_length)
+        found = Evaluation(losses, weights, job.step, count, config.train.sequence_length)
         print(found.to_json() if job.as_json else found.table(), flush=True)
 
 

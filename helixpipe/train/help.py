@@ -28,7 +28,7 @@ under [section]; options on the command line go before it. Starts its ranks itse
 checkpoint of it. {_OF_RESUME}""",
     "evaluate": f"""\
 Tell the loss of a checkpoint on held-out data, in all and by position in the sequence, under any schedule and mesh: \
---resume PATH is a run folder or one of its checkpoints, --resume alone the newest run's. {_OF_RESUME} --json prints one JSON \
+--resume PATH is a run folder or one of its checkpoints, --resume alone the newest run's; without it, --model.path is a Hugging Face folder. {_OF_RESUME} --json prints one JSON \
 object and nothing else. The same weights give the same loss under any layout: train.evaluate_sequences of \
 train.sequence_length tokens are evaluated, spread evenly over the data held out. Nothing is written. Keys of training have no \
 effect.""",

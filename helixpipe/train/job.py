@@ -17,6 +17,7 @@ from helixpipe.errors import CheckpointError, ConfigError
 from helixpipe.files import fault
 from helixpipe.train import manifest as manifests
 from helixpipe.train.data import Corpus, open_corpus
+from helixpipe.train.initial import check_model
 from helixpipe.train.manifest import Manifest
 
 _RUNS = Path("runs")
@@ -68,6 +69,7 @@ def prepare(arguments: Sequence[str], warn: Callable[[str], None], ranks: int | 
     """A job of training."""
     given = parse_arguments(arguments)
     config, checkpoint, manifest = _read(given, warn, ranks)
+    check_model(config, checkpoint)
     corpus = open_corpus(config)
     data = corpus.fingerprint()
     config = _resolved(config, given, checkpoint)
@@ -87,15 +89,21 @@ def prepare_evaluation(arguments: Sequence[str], warn: Callable[[str], None], ra
     """A job of evaluating: `--json` among the arguments of a training run."""
     given = parse_arguments([word for word in arguments if word != "--json"])
     config, checkpoint, manifest = _read(given, warn, ranks)
-    if checkpoint is None or manifest is None:
-        raise ConfigError("--resume: missing, and random weights tell nothing; give --resume RUN_OR_CHECKPOINT")
-    manifests.check_shape(manifest, config.shape(), checkpoint)
+    if manifest is not None and checkpoint is not None:
+        manifests.check_shape(manifest, config.shape(), checkpoint, weights_alone=True)
+    elif not config.model.path:
+        raise ConfigError(
+            "--resume: missing, and random weights tell nothing; give --resume RUN_OR_CHECKPOINT, or --model.path FOLDER"
+        )
+    check_model(config, checkpoint)
     corpus = open_corpus(config)
     if not len(corpus.held_out):
         raise ConfigError("data.held_out: 0, so there is nothing to evaluate on; give a share of the data, such as 0.1")
-    _tell_other_data(manifest.data, corpus.fingerprint(), warn, "evaluating")
+    if manifest is not None:
+        _tell_changes(renewed(manifest.config), config, warn, "evaluating", ("model", "runtime"))
+        _tell_other_data(manifest.data, corpus.fingerprint(), warn, "evaluating")
     _tell_remarks(corpus, config, warn)
-    return Job(_anywhere(config), checkpoint, manifest.step, "evaluate", "--json" in arguments)
+    return Job(_anywhere(config), checkpoint, manifest.step if manifest else 0, "evaluate", "--json" in arguments)
 
 
 def _read(
@@ -173,6 +181,11 @@ def _anywhere(config: Config) -> Config:
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, path=_absolute(config.data.path)),
+        model=dataclasses.replace(
+            config.model,
+            path=_absolute(config.model.path or "") or None,
+            adapter=_absolute(config.model.adapter or "") or None,
+        ),
         schedule=dataclasses.replace(config.schedule, profile=_absolute(config.schedule.profile)),
     )
 
@@ -211,9 +224,15 @@ def _numbers(name: str) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
-def _tell_changes(before: Table, config: Config, warn: Callable[[str], None]) -> None:
-    """One line for what a continued run does otherwise than the one that wrote the checkpoint."""
-    now = to_table(config)
+def _tell_changes(
+    before: Table,
+    config: Config,
+    warn: Callable[[str], None],
+    doing: str = "continuing",
+    sections: tuple[str, ...] = tuple(to_table(Config())),
+) -> None:
+    """One line for what is otherwise than in the run that wrote the checkpoint."""
+    now = {section: keys for section, keys in to_table(config).items() if section in sections}
     changes = [
         f"{section}.{key} {before.get(section, {}).get(key, 'unset')} -> {keys.get(key, 'unset')}"
         for section, keys in now.items()
@@ -222,7 +241,7 @@ def _tell_changes(before: Table, config: Config, warn: Callable[[str], None]) ->
         if (section not in ("run", "runtime") or key == "dtype") and keys.get(key) != before.get(section, {}).get(key)
     ]
     if changes:
-        warn(f"continuing with changes: {', '.join(changes)}")
+        warn(f"{doing} with changes: {', '.join(changes)}")
 
 
 def _tell_remarks(corpus: Corpus, config: Config, warn: Callable[[str], None]) -> None:

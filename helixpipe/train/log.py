@@ -200,7 +200,8 @@ def _parameters(shape: ModelShape) -> str:
     """How many, and of how many the run trains some."""
     sizes = shape.parameter_elements(shape.chain())
     trained = sum(size for name, size in sizes.items() if shape.trains(name))
-    return f"{sum(sizes.values()):,} parameters" + (f" ({trained:,} trained)" if shape.frozen else "")
+    total = sum(sizes.values())
+    return f"{total:,} parameters" + (f" ({trained:,} trained)" if trained < total else "")
 
 
 def described(config: Config, device: str) -> str:
@@ -208,7 +209,7 @@ def described(config: Config, device: str) -> str:
     schedule, train, shape, mesh = config.schedule, config.train, config.shape(), config.mesh_shape()
     ranks = f"{mesh.size} ranks" + (f" ({mesh})" if mesh.size > mesh.pp else "")
     return (
-        f"{config.model.name}: {_parameters(shape)}, {shape.layers} layers; "
+        f"{config.model_title}: {_parameters(shape)}, {shape.layers} layers; "
         f"{schedule.family} on {ranks} ({device.split(':')[0]}), {schedule.microbatches} micro-batches "
         f"of {train.microbatch_size} x {train.sequence_length} tokens"
     )

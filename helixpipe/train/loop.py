@@ -31,7 +31,7 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
     settings, run = config.train, config.run
 
     # what is trained, and how it is spread
-    corpus, pipeline = open_corpus(config), make_pipeline(config, device)
+    corpus, pipeline = open_corpus(config), make_pipeline(config, device, job.checkpoint)
     shards = pipeline.shards() if config.mesh.optimizer == "sharded" else None
     optimizer = Optimizer(pipeline.parameters, settings, pipeline.as_whole, shards, pipeline.buffers)
 

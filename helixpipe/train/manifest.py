@@ -90,8 +90,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
         if digest != _digest(body):
             raise ValueError
         files = {name: FileSeal(**seal) for name, seal in body["files"].items()}
-        shape = {name: tuple(value) if isinstance(value, list) else value for name, value in body["shape"].items()}
-        return Manifest(body["step"], shape, body["config"], files, tuple(body.get("data", ())))
+        return Manifest(body["step"], _with_tuples(body["shape"]), body["config"], files, tuple(body.get("data", ())))
     except OSError as error:
         raise CheckpointError(f"{path}: {_reason(error)}; this is no whole checkpoint, choose another") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -116,16 +115,29 @@ def verify(checkpoint: Path) -> Manifest:
     return manifest
 
 
-def check_shape(manifest: Manifest, shape: ModelShape, checkpoint: Path) -> None:
-    """Raise CheckpointError when the checkpoint is of another model. Rotary positions have no weights: they may change."""
+def check_shape(manifest: Manifest, shape: ModelShape, checkpoint: Path, weights_alone: bool = False) -> None:
+    """Raise CheckpointError when the checkpoint is of another model. Rotary positions have no weights: they may change.
+
+    `weights_alone`: the optimizer's moments are not needed, so that anything may have been frozen.
+    """
     for name, value in dataclasses.asdict(shape).items():
+        if name == "frozen" and weights_alone:
+            continue
         if name == "frozen" and manifest.shape.get(name, value) != value:  # of what was frozen it has no moments
             was = manifest.config.get("train", {}).get("freeze", [])
             raise CheckpointError(f"{checkpoint}: its train.freeze is {json.dumps(was)}; freeze the same parameters")
         if name in manifest.shape and manifest.shape[name] != value and name not in _MAY_CHANGE:
+            if name == "lora":
+                was, now = (_lora(each) for each in (manifest.shape[name], value))
+                raise CheckpointError(f"{checkpoint}: its train.lora is {was}, and the config's {now}; use the same")
             raise CheckpointError(
                 f"{checkpoint}: its model.{name} is {manifest.shape[name]}, and the config's {value}; use the same model"
             )
+
+
+def _lora(keys: dict[str, Any] | None) -> str:
+    """What adapters a model has."""
+    return "none" if keys is None else ", ".join(f"{key} {json.dumps(value)}" for key, value in keys.items())
 
 
 def find_newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, Manifest] | None:
@@ -216,6 +228,13 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _with_tuples(value: Any) -> Any:
+    """As a shape has it, which JSON knows no tuples of."""
+    if isinstance(value, dict):
+        return {name: _with_tuples(each) for name, each in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def _digest(body: dict[str, Any]) -> str:

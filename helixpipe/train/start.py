@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 
 from helixpipe.config import Config
 from helixpipe.errors import DataError
-from helixpipe.model.decoder import Decoder
 from helixpipe.runtime.mesh import make_device_mesh
 from helixpipe.runtime.pipeline import Pipeline
+from helixpipe.train.initial import initial_model
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-def make_pipeline(config: Config, device: str) -> Pipeline:
-    """The config's model under its schedule and mesh, with initial weights. Collective."""
+def make_pipeline(config: Config, device: str, checkpoint: Path | None) -> Pipeline:
+    """The config's model under its schedule and mesh. Collective. Its weights are the initial ones; those of a folder are not
+    read where a `checkpoint` is to fill them.
+    """
     runtime, schedule = config.runtime, config.build_schedule()
-    return Pipeline(
-        Decoder(config.shape(), config.train.seed, runtime.mlp_chunk, runtime.head_chunk, config.train.z_loss),
-        schedule,
-        make_device_mesh(config.mesh_shape(), device, runtime.timeout_s),
-        device=device,
-        dtype=_DTYPES[runtime.dtype],
-        recompute=runtime.recompute,
-        timeout_s=runtime.timeout_s,
-        segment_lengths=config.segment_lengths(schedule),
-        context_method=config.mesh.context_method,
-        layout=config.mesh.layout,
-    )
+    with initial_model(config, schedule, checkpoint) as model:
+        return Pipeline(
+            model,
+            schedule,
+            make_device_mesh(config.mesh_shape(), device, runtime.timeout_s),
+            device=device,
+            dtype=_DTYPES[runtime.dtype],
+            recompute=runtime.recompute,
+            timeout_s=runtime.timeout_s,
+            segment_lengths=config.segment_lengths(schedule),
+            context_method=config.mesh.context_method,
+            layout=config.mesh.layout,
+        )
 
 
 def check_same_data(mine: tuple[int, ...], pipeline: Pipeline, group: dist.ProcessGroup | None) -> None:

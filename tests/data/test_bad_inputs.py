@@ -178,9 +178,9 @@ def test_tables_are_looked_at_before_anything_is_done(
         ("a.jsonl", GOOD.decode().encode("utf-16"), "is UTF-16 text; convert it to UTF-8: iconv -f UTF-16 -t UTF-8"),
         ("a.jsonl", GOOD.decode().encode("utf-16-le"), "has a NUL byte at 1: it is not text, or not in UTF-8; "
          "give UTF-8 text, or tokens named .npy or .bin"),
-        ("a.jsonl", gzip.compress(GOOD), "is gzip-compressed; name it by what it is, as in .jsonl.gz"),
-        ("a.gz", gzip.compress(GOOD), "is gzip-compressed; name it .jsonl.gz if it holds JSON lines, or unpack it"),
-        ("a.txt", gzip.compress(GOOD), "is gzip-compressed; unpack it"),
+        ("a.jsonl", gzip.compress(GOOD, mtime=0), "is gzip-compressed; name it by what it is, as in .jsonl.gz"),
+        ("a.gz", gzip.compress(GOOD, mtime=0), "is gzip-compressed; name it .jsonl.gz if it holds JSON lines, or unpack it"),
+        ("a.txt", gzip.compress(GOOD, mtime=0), "is gzip-compressed; unpack it"),
         ("a.txt", GOOD * 2, "is JSON lines; name it .jsonl"),
         ("a.json", b' [ {"text": "a"}]', "is a list of JSON records; write one a line (jq -c '.[]') and name it .jsonl"),
         ("a.pdf", b"%PDF-1.7", "is a PDF; write its text to text files, or its tokens to .npy or .bin"),

@@ -86,6 +86,18 @@ def test_turns_are_compared_where_the_template_does_not_say(tmp_path: Path) -> N
     assert [one.mask(i).tolist() for i in range(len(CHATS))] == [other.mask(i).tolist() for i in range(len(CHATS))]
 
 
+def test_a_last_letter_of_several_tokens_counts_whole(tmp_path: Path) -> None:
+    """transformers' own mask ends with the first of them."""
+    template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}|{% endfor %}"
+    folder = write_tokenizer(tmp_path / "tokenizer", template=template)
+    messages = [{"role": "assistant", "content": "a\U000fbcde"}]
+    found = prepare(tmp_path / "out", folder, write_lines(tmp_path / "a.jsonl", [{"m": messages}]), "--messages", "m")
+    assert found.mask(0).tolist() == [True] * 5 + [False]
+    theirs = library(folder).apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
+    assert theirs["input_ids"] == found.tokens(0).tolist()
+    assert theirs["assistant_masks"] == [1, 1, 0, 0, 0, 0]
+
+
 def test_trimmed_offsets_take_nothing_from_the_mask(tmp_path: Path) -> None:
     """A post-processor that trims offsets makes blanks belong to no letter: they count all the same."""
     made = byte_level()

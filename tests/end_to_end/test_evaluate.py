@@ -117,7 +117,7 @@ def test_ctrl_c_ends_every_rank_and_leaves_nothing(reference: Path, start: Calla
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--resume: missing, and random weights tell nothing; give --resume RUN_OR_CHECKPOINT"),
+        ([], "--resume: missing, and random weights tell nothing; give --resume RUN_OR_CHECKPOINT, or --model.path FOLDER"),
         (["small.toml", "--resume", "nowhere"], "--resume nowhere: no such folder; give a run folder or one of its checkpoints"),
         (["--resume", "{}", "--data.held_out", "0", "--json"], "data.held_out: 0, so there is nothing to evaluate on; give a share of the data, such as 0.1"),
         (["--resume", "{}", "--model.hidden", "64"], "{}/checkpoints/step-00000006: its model.hidden is 32, and the config's 64; use the same model"),

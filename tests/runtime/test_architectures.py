@@ -112,16 +112,22 @@ GPT2 = {
 
 ARCHITECTURES = {
     "gemma2": Architecture(
-        "Gemma2Config", GEMMA | {"rope_base": 1e4, "head_softcap": 3.0},
-        {"num_key_value_heads": 2, "head_dim": 6, "query_pre_attn_scalar": 6, "attn_logit_softcapping": None,
-         "final_logit_softcapping": 3.0, "rope_parameters": rope(1e4), "hidden_activation": "gelu_pytorch_tanh"},
-        AFTER,
+        "Gemma2Config",
+        GEMMA | {"rope_base": 1e4, "head_softcap": 3.0, "softcap": 0.5, "attention_scale": 3**-0.5, "window": 5,
+                 "window_pattern": (True, False)},
+        {"num_key_value_heads": 2, "head_dim": 6, "query_pre_attn_scalar": 3, "attn_logit_softcapping": 0.5,
+         "final_logit_softcapping": 3.0, "rope_parameters": rope(1e4), "hidden_activation": "gelu_pytorch_tanh",
+         "sliding_window": 5},
+        AFTER, of_layers=lambda layers: {},
     ),
     "gemma3": Architecture(
-        "Gemma3TextConfig", GEMMA | {"rope_base": 1e6, "qk_norm": True},
-        {"num_key_value_heads": 2, "head_dim": 6, "query_pre_attn_scalar": 6,
+        "Gemma3TextConfig",
+        GEMMA | {"rope_base": 1e6, "qk_norm": True, "window": 4, "window_pattern": (True, True, False),
+                 "window_rope_base": 1e4},
+        {"num_key_value_heads": 2, "head_dim": 6, "query_pre_attn_scalar": 6, "sliding_window": 4,
          "rope_parameters": {"full_attention": rope(1e6), "sliding_attention": rope(1e4)}},
         AFTER,
+        of_layers=lambda layers: {"layer_types": [f"{'full' if i % 3 == 2 else 'sliding'}_attention" for i in range(layers)]},
     ),
     "olmo2": Architecture(
         "Olmo2Config",
@@ -140,12 +146,28 @@ ARCHITECTURES = {
     "modernbert": Architecture(
         "ModernBertConfig",
         {"hidden": 16, "head_dim": 0, "norm": "layer", "norm_bias": False, "embed_norm": True, "rope_base": 16e4,
-         "mlp": "geglu", "head_transform": True, "tied": True, "causal": False},
+         "mlp": "geglu", "head_transform": True, "tied": True, "causal": False, "window": 4,
+         "window_pattern": (False, True, True), "window_rope_base": 1e4},
         {"hidden_size": 16, "hidden_activation": "gelu", "cls_token_id": None, "sep_token_id": None,
+         "local_attention": 6,  # half of it both ways
          "rope_parameters": {"full_attention": rope(16e4), "sliding_attention": rope(1e4)}},
         MODERNBERT,
         {"qkv": fused("q", "k", "v", sizes=(16, 16, 16)), "mlp": fused("gate", "up", sizes=(20, 20))},
-        head="AutoModelForMaskedLM",
+        of_layers=lambda layers: {}, head="AutoModelForMaskedLM",
+    ),
+    "mistral": Architecture(
+        "MistralConfig", {"kv_heads": 2, "rope_base": 1e4, "window": 5},
+        {"num_key_value_heads": 2, "head_dim": 6, "rope_parameters": rope(1e4), "tie_word_embeddings": False,
+         "sliding_window": 5},
+        BEFORE, of_layers=lambda layers: {},
+    ),
+    "qwen2": Architecture(
+        "Qwen2Config",
+        {"hidden": 16, "head_dim": 0, "kv_heads": 2, "rope_base": 1e6, "qkv_bias": True, "tied": True, "window": 3,
+         "window_pattern": (False, False, *[True] * 6)},
+        {"hidden_size": 16, "num_key_value_heads": 2, "rope_parameters": rope(1e6), "tie_word_embeddings": True,
+         "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2},
+        BEFORE, of_layers=lambda layers: {},
     ),
     "llama with biases": Architecture(
         "LlamaConfig", {"kv_heads": 2, "rope_base": 5e5, "norm_eps": 1e-6, "qkv_bias": True, "o_bias": True},

@@ -12,6 +12,8 @@ import heap
 import pytest
 from memory.measure import Case, Peak, peaks
 
+from helixpipe.parts.lora import Lora
+
 WITHIN = 0.10  # of what a timeline says
 CHUNK = 256
 SIZES: dict[str, Any] = {"layers": 4, "hidden": 128, "length": 2048, "microbatches": 2}
@@ -25,6 +27,12 @@ CASES = [
     Case("seq1f1b_interleaved", "selective", CHUNK, SEGMENTS, **SIZES),
     Case("helix", "selective", CHUNK, {"travel": "none"}, **SIZES),
     Case("helix", "selective", CHUNK, {"travel": "attention"}, **SIZES),
+]
+WINDOWS = [
+    Case("1f1b", "full", CHUNK, model={"window": 256}, **SIZES),
+    Case("1f1b", model={"window": 200, "window_pattern": (True, False)}, **SIZES),
+    Case("seq1f1b_interleaved", "selective", CHUNK, SEGMENTS, model={"window": 300}, **SIZES),
+    Case("1f1b", "selective", CHUNK, model={"softcap": 20.0}, **SIZES),
 ]
 ALONE = [Case("1f1b", "full", CHUNK, ranks=1, **SIZES)]
 GEMMA = {
@@ -40,6 +48,8 @@ BERT = {"norm_bias": False, "embed_norm": True, "mlp": "geglu", "head_transform"
 SMALL: dict[str, Any] = {"ranks": 1, "layers": 2, "hidden": 128, "length": 1024, "microbatches": 2}
 ALONE += [Case("1f1b", "none", model=GEMMA, **SMALL), Case("1f1b", "full", CHUNK, model=OLMO, **SMALL)]
 ALONE += [Case("1f1b", "selective", model=BERT, **SMALL)]
+LORA = {"norm": "rms", "mlp": "swiglu", "lora": Lora(16, targets=("q", "v", "up", "down"))}
+ALONE += [Case("1f1b", "none", model=LORA, **SMALL)]
 DEPTHS = [Case("1f1b", chunk=CHUNK, ranks=1, evaluates=True, **(SIZES | {"layers": layers})) for layers in (2, 6)]
 
 
@@ -52,17 +62,17 @@ def meter() -> None:
 @pytest.fixture(scope="module")
 def found(meter: None) -> dict[str, list[Peak]]:
     """Of each case, each rank's peak."""
-    cases = [CASES, [*ALONE, *DEPTHS]]
+    cases = [[*CASES, *WINDOWS], [*ALONE, *DEPTHS]]
     return {str(case): peak for some in cases for case, peak in zip(some, peaks(some, 120), strict=True)}
 
 
-@pytest.mark.parametrize("case", [*CASES, *ALONE], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *WINDOWS, *ALONE], ids=str)
 def test_the_heap_holds_what_the_timeline_counts(found: dict[str, list[Peak]], case: Case) -> None:
     ratios = [peak.heap_over_timeline for peak in found[str(case)]]
     assert ratios == pytest.approx([1.0] * len(ratios), abs=WITHIN), told(found[str(case)])
 
 
-@pytest.mark.parametrize("case", [*CASES, *ALONE], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *WINDOWS, *ALONE], ids=str)
 def test_the_heap_holds_what_was_predicted(found: dict[str, list[Peak]], case: Case) -> None:
     ratios = [peak.predicted_over_heap for peak in found[str(case)]]
     assert ratios == pytest.approx([1.0] * len(ratios), abs=WITHIN), told(found[str(case)])

@@ -9,10 +9,11 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import batch
+from oracle import batch, plain_logits
 from others import Others
 from ranks import Ranks
 from torch import Tensor, nn
+from values import initial_values
 
 import helixpipe as hp
 from helixpipe.model.head import Head
@@ -106,6 +107,20 @@ def test_losses_are_evaluate_s_and_change_nothing() -> None:
     assert losses.mean == pytest.approx(pipeline.step(tokens, targets), abs=1e-12)
     assert pipeline.steps == 1
     pipeline.close()
+
+
+@pytest.mark.parametrize("chunk", [0, 3])
+def test_every_kind_of_head_tells_by_position_without_the_z_loss(chunk: int) -> None:
+    shape = dataclasses.replace(SHAPE, head_softcap=0.2, head_transform=True, bias=True)
+    pipeline = pipeline_of(hp.Decoder(shape, head_chunk=chunk, z_loss=10.0))
+    tokens, targets = batch(shape, 2, 8)
+    losses = pipeline.losses(tokens, targets)
+    pipeline.close()
+    weights = {name: value.double() for name, value in initial_values(shape).items()}
+    each = F.cross_entropy(plain_logits(shape, weights, tokens).mT, targets, ignore_index=-100, reduction="none")
+    expected = [float(each[:, first:stop].sum()) for first, stop in ((0, 1), (1, 2), (2, 4), (4, 8))]
+    assert [b.total for b in losses.by_position] == pytest.approx(expected, rel=1e-12)
+    assert losses.total == pytest.approx(sum(expected), rel=1e-12)
 
 
 def test_where_nothing_counts_there_is_no_mean_and_no_warning() -> None:

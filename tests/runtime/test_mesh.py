@@ -27,6 +27,10 @@ SHAPES: list[dict[str, Any]] = [
     {"mlp": "gelu", "norm": "layer", "bias": True, "qkv_bias": True},
     {"tied": True, "positions": "learned", "context": 24, "mlp": "gelu", "bias": True, "kv_heads": 2, "qk_norm": True},
     {"causal": False, "qk_norm": True},
+    {"kv_heads": 2, "window": 5, "window_pattern": (True, False)},
+    {"window": 9, "window_pattern": (False, True, True), "softcap": 0.05, "attention_scale": 0.4},
+    {"causal": False, "window": 4, "kv_heads": 2},
+    {"window": 2},
 ]
 LENGTH = 24
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -181,6 +185,27 @@ def test_data_parallel(four_ranks: Ranks, case: Case) -> None:
 
 @pytest.mark.parametrize("case", list(context_cases()), ids=str)
 def test_context_parallel(four_ranks: Ranks, case: Case) -> None:
+    holds(four_ranks, case)
+
+
+def window_cases() -> Iterator[Case]:
+    """Windows shorter and longer than a segment and than a rank's share of it; pure and mixed; both ways."""
+    ways = [("ring", "zigzag"), ("ring", "striped"), ("ring", "plain"), ("ulysses", "plain")]
+    for i, (family, (method, layout)) in enumerate(itertools.product(("1f1b", "seq1f1b"), ways)):
+        yield Case(sized(pp=2, cp=2), family, 4 + i % 2, RECOMPUTE[i % 3], method, layout)
+        yield Case(sized(pp=2, cp=2), family, 5 - i % 2, RECOMPUTE[(i + 1) % 3], method, layout)
+    yield Case(sized(pp=2, cp=2), "helix", 6, "selective", "ring", "zigzag")
+    yield Case(sized(pp=2, cp=2), "seq1f1b_zb", 4, "full", "ring", "plain")
+    yield Case(sized(cp=4), "seq1f1b", 7, layout="plain")
+    yield Case(sized(cp=4), "seq1f1b", 5, layout="plain")
+    yield Case(sized(cp=4), "1f1b", 6, layout="striped")
+    yield Case(sized(pp=2, tp=2), "seq1f1b", 4, "full")
+    yield Case(sized(pp=2, tp=2), "helix", 5, "none")
+    yield Case(sized(cp=2, tp=2), "seq1f1b", 5)
+
+
+@pytest.mark.parametrize("case", list(window_cases()), ids=str)
+def test_windows(four_ranks: Ranks, case: Case) -> None:
     holds(four_ranks, case)
 
 

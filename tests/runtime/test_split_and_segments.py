@@ -14,9 +14,9 @@ from ranks import Ranks
 from test_gradients import mesh_of
 
 from helixpipe.errors import ConfigError
-from helixpipe.model.attention import merge
 from helixpipe.model.decoder import Decoder
 from helixpipe.model.kernels import attention_forward
+from helixpipe.model.merging import merge
 from helixpipe.parts.shape import ModelShape
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.schedule.action import Action, Pass

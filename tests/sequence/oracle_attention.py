@@ -13,14 +13,21 @@ from torch import Tensor
 from helixpipe.sequence import SequenceMesh, gather, ring_attention, shard, ulysses_attention
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, documents: Sequence[int] | Tensor | None) -> Tensor:
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, documents: Sequence[int] | Tensor | None, window: int = 0,
+    softcap: float = 0.0, scale: float = 0.0,
+) -> Tensor:  # fmt: skip
     """softmax(QKᵀ/√d)V with an explicit mask; [b, s, heads, d]."""
     b, s, heads, d = q.shape
     k, v = (t.repeat_interleave(heads // k.shape[2], dim=2) for t in (k, v))
-    scores = torch.einsum("bihd,bjhd->bhij", q, k) * d**-0.5
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * (scale or d**-0.5)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     may = ids_of(documents, b, s).unsqueeze(2) == ids_of(documents, b, s).unsqueeze(1)
     if causal:
         may = may & torch.ones(s, s).tril().bool()
+    if window:
+        may = may & ((torch.arange(s) - torch.arange(s).unsqueeze(1)).abs() < window)
     return torch.einsum("bhij,bjhd->bihd", scores.masked_fill(~may.unsqueeze(1), float("-inf")).softmax(-1), v)
 
 
@@ -49,6 +56,13 @@ class Case:
     batch: int = 2
     head_dim: int = 8
     dtype: torch.dtype = torch.float64
+    window: int = 0
+    softcap: float = 0.0
+    scale: float = 0.0
+
+    @property
+    def scoring(self) -> dict[str, Any]:
+        return {"window": self.window, "softcap": self.softcap, "scale": self.scale}
 
     @property
     def ranks(self) -> int:
@@ -81,7 +95,7 @@ def expected(case: Case) -> list[Tensor]:
     """out, dq, dk, dv"""
     q, k, v, grad = case.inputs()
     leaves = [t.requires_grad_() for t in (q, k, v)]
-    out = plain_attention(q, k, v, case.causal, case.packed())
+    out = plain_attention(q, k, v, case.causal, case.packed(), **case.scoring)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
@@ -102,8 +116,8 @@ def mesh_for(rings: tuple[int, ...], heads: int) -> SequenceMesh | None:
 
 def attend(case: Case, mesh: SequenceMesh, q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Tensor:
     if case.method == "ulysses":
-        return ulysses_attention(q, k, v, mesh, case.causal, case.packed(), **more)
-    return ring_attention(q, k, v, mesh, case.causal, case.layout, case.packed(), **more)
+        return ulysses_attention(q, k, v, mesh, case.causal, case.packed(), **case.scoring, **more)
+    return ring_attention(q, k, v, mesh, case.causal, case.layout, case.packed(), **case.scoring, **more)
 
 
 def spread(case: Case) -> list[Tensor] | None:

@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 
+from helixpipe.model import tiles as tiles_module
+from helixpipe.model.tiles import Run, Span, Tile, tiles
 from helixpipe.sequence.layout import KINDS, Layout
-from helixpipe.sequence.tiles import Span, Tile, tiles
 
 DOCUMENTS: dict[str, tuple[Span, ...] | None] = {
     "one": None,
@@ -17,6 +18,23 @@ DOCUMENTS: dict[str, tuple[Span, ...] | None] = {
 }
 
 
+def seen_by(layout: Layout, causal: bool, spans: tuple[Span, ...] | None, window: int) -> list[tuple[int, int]]:
+    """(query, key), by position, of all tiles of all ranks."""
+    seen: list[tuple[int, int]] = []
+    for rank, source in itertools.product(range(layout.ranks), repeat=2):
+        rows, columns = layout.positions(rank).tolist(), layout.positions(source).tolist()
+        for tile in tiles(layout.runs(rank), layout.runs(source), causal, spans, window):
+            height, width = tile.q_stop - tile.q_start, tile.k_stop - tile.k_start
+            assert height > 0
+            assert width > 0  # kernels crash on no keys
+            assert height == width or not tile.causal  # the same however a kernel aligns it
+            assert tile.causal or not tile.flipped
+            for i, j in itertools.product(range(height), range(width)):
+                if not tile.causal or (j >= i if tile.flipped else j <= i):
+                    seen.append((rows[tile.q_start + i], columns[tile.k_start + j]))
+    return seen
+
+
 @pytest.mark.parametrize("documents", DOCUMENTS)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 12])
@@ -24,24 +42,43 @@ DOCUMENTS: dict[str, tuple[Span, ...] | None] = {
 def test_tiles_are_the_mask(kind: str, ranks: int, causal: bool, documents: str) -> None:
     layout, spans = Layout(kind, 24, ranks), DOCUMENTS[documents]
     document = [0] * 24 if spans is None else [s.document for s in spans for _ in range(s.stop - s.start)]
-    seen: list[tuple[int, int]] = []
-    for rank, source in itertools.product(range(ranks), repeat=2):
-        rows, columns = layout.positions(rank).tolist(), layout.positions(source).tolist()
-        for tile in tiles(layout.runs(rank), layout.runs(source), causal, spans):
-            height, width = tile.q_stop - tile.q_start, tile.k_stop - tile.k_start
-            assert height > 0
-            assert width > 0  # kernels crash on no keys
-            assert height == width or not tile.causal  # the same however a kernel aligns it
-            for i, j in itertools.product(range(height), range(width)):
-                if j <= i or not tile.causal:
-                    seen.append((rows[tile.q_start + i], columns[tile.k_start + j]))
-    may = {
-        (i, j)
-        for i, j in itertools.product(range(24), repeat=2)
-        if document[i] == document[j] and (j <= i or not causal)
-    }
-    assert len(seen) == len(may)
-    assert set(seen) == may
+    for window in (0, 1, 2, 3, 5, 8, 12, 23, 24, 40):
+        seen = seen_by(layout, causal, spans, window)
+        may = {
+            (i, j)
+            for i, j in itertools.product(range(24), repeat=2)
+            if document[i] == document[j] and (j <= i or not causal) and (not window or abs(i - j) < window)
+        }
+        assert len(seen) == len(may), window
+        assert set(seen) == may, window
+
+
+def test_a_window_is_the_drawing() -> None:
+    """Of the file: a window of 4 over 8 tokens."""
+    drawing = tiles_module.__doc__.split("reversed order:\n\n")[1].split("\n\n")[0]
+    rows = [line.replace("queries", " " * 7)[13:] for line in drawing.splitlines()]
+    drawn = [["."] * 8 for _ in range(8)]
+    for tile in tiles((Run(0, 1, 8),), (Run(0, 1, 8),), True, window=4):
+        for i, j in itertools.product(range(tile.q_start, tile.q_stop), range(tile.k_start, tile.k_stop)):
+            row, column = i - tile.q_start, j - tile.k_start
+            if tile.causal and (column >= row if tile.flipped else column <= row):
+                drawn[i][j] = "r" if tile.flipped else "c"
+    assert [" ".join(row).replace(".", " ").rstrip() for row in drawn] == rows
+
+
+def test_a_band_takes_two_kernel_calls_for_as_many_rows_as_it_is_wide() -> None:
+    """So what kernels compute is what the window shows."""
+    for causal, wide in ((True, 16), (False, 31)):
+        found = tiles((Run(0, 1, 1600),), (Run(0, 1, 1600),), causal, window=16)
+        assert len(found) <= 2 * (-(-1600 // wide) + 2)
+        area = sum((t.q_stop - t.q_start) * (t.q_stop - t.q_start + 1) // 2 for t in found if t.causal)
+        area += sum((t.q_stop - t.q_start) * (t.k_stop - t.k_start) for t in found if not t.causal)
+        assert area == sum(
+            abs(i - j) < 16 and (j <= i or not causal)
+            for i in range(1600)
+            for j in range(i - 16, i + 17)
+            if 0 <= j < 1600
+        )
 
 
 def drawn(kind: str, rank: int, source: int, causal: bool = True) -> list[tuple[int, int, int, int, bool]]:

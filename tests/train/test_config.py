@@ -38,8 +38,12 @@ def test_the_written_config_reads_back_the_same() -> None:
 
 def test_every_field_of_a_shape_can_be_changed() -> None:
     keys = {field.name for field in dataclasses.fields(ModelConfig)}
-    # what is frozen is no shape of a model: it is given with the model, not by a key
-    assert keys == {field.name for field in dataclasses.fields(ModelShape)} - {"frozen"} | {"name"}
+    # what is frozen, and what stands beside it, is no shape of a model: train.freeze and train.lora say it
+    assert keys == {field.name for field in dataclasses.fields(ModelShape)} - {"frozen", "lora"} | {
+        "name",
+        "path",
+        "adapter",
+    }
 
 
 def test_the_model_is_the_named_shape_with_changes() -> None:
@@ -51,7 +55,9 @@ def test_the_model_is_the_named_shape_with_changes() -> None:
 def test_the_example_spells_out_the_defaults() -> None:
     table = read_toml(EXAMPLES / "tiny.toml")
     assert build_config(table) == dataclasses.replace(
-        Config(), schedule=dataclasses.replace(Config().schedule, folds=2, travel="none", groups="sequential")
+        Config(),
+        model=dataclasses.replace(Config().model, name="tiny"),
+        schedule=dataclasses.replace(Config().schedule, folds=2, travel="none", groups="sequential"),
     )
     for section, keys in to_table(Config()).items():
         assert keys.items() <= table[section].items(), section

@@ -73,7 +73,7 @@ def test_the_nearest_name_is_the_one_that_was_meant() -> None:
 TRAINING = [
     "--schedule.family", "1f1b", "--schedule.ranks", "1", "--schedule.microbatches", "2", "--model.layers", "2",
     "--model.hidden", "16", "--model.heads", "2", "--model.ffn", "16", "--train.sequence_length", "16", "--train.steps", "4",
-    "--train.warmup_steps", "0", "--run.checkpoint_every", "2", "--run.timeline_step", "0", "--train.evaluate_batches", "1",
+    "--train.warmup_steps", "0", "--run.checkpoint_every", "2", "--run.timeline_step", "0", "--train.evaluate_sequences", "2",
     "--train.schedule", "wsd", "--train.decay_steps", "2", "--train.z_loss", "1e-3", "--runtime.device", "cpu",
 ]  # fmt: skip
 FREEZE = ["--train.freeze", "embed*,layers.0-0.*"]

@@ -78,7 +78,7 @@ def oracle() -> tuple[float, list[tuple[float, int]]]:
 def evaluated(case: Case, path: str) -> Losses:
     """On a rank."""
     config = case.config(path)
-    corpus, pipeline = open_corpus(config), make_pipeline(config, "cpu")
+    corpus, pipeline = open_corpus(config), make_pipeline(config, "cpu", None)
     told: list[int] = []
     losses = held_out_losses(pipeline, corpus, ASKED, told.append)
     pipeline.close()

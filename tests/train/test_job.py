@@ -327,7 +327,10 @@ def test_an_evaluation_is_of_a_checkpoint_under_any_layout_and_writes_nothing(el
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--resume: missing, and random weights tell nothing; give --resume RUN_OR_CHECKPOINT"),
+        (
+            [],
+            "--resume: missing, and random weights tell nothing; give --resume RUN_OR_CHECKPOINT, or --model.path FOLDER",
+        ),
         (["--resume", "b"], "--resume b: no such folder; give a run folder or one of its checkpoints"),
         (["--resume"], "--resume: no run runs/default-<number> here; give --resume PATH or --run.folder"),
         (
@@ -366,8 +369,19 @@ def test_an_evaluation_on_other_data_than_the_run_s_is_said(elsewhere: Path) -> 
     assert evaluation("--resume", "a", "--data.held_out", "0.2")[1] == [
         "evaluating with other data: 92,160 tokens and 10,240 held out -> 81,920 tokens and 20,480 held out"
     ]
+    assert evaluation(
+        "--resume", "a", "--runtime.dtype", "float64", "--model.rope_base", "5e5", "--runtime.threads", "2"
+    )[1] == ["evaluating with changes: model.rope_base unset -> 500000.0, runtime.dtype float32 -> float64"]
     with pytest.raises(ConfigError, match=r"^schedule.ranks"):
         prepare_evaluation(["--resume", "a"], print, 3)
+
+
+def test_what_was_frozen_in_training_does_not_matter() -> None:
+    path = made("a", 50, {"train": {"freeze": ["embed*"]}})
+    Path("plain.toml").write_text("")
+    assert evaluation("plain.toml", "--resume", "a")[0].checkpoint == path
+    with pytest.raises(CheckpointError, match="freeze the same parameters"):
+        run("plain.toml", "--resume", "a")
 
 
 def test_checkpoints_of_an_earlier_version_go_on_with_as_many_held_out_sequences() -> None:
