@@ -38,10 +38,13 @@ class Index(NamedTuple):
 
 def paired(prefix: Path) -> Path | None:
     """The .bin of a pair that is named by its prefix; None where there is none."""
-    if os.path.lexists(prefix):
+    try:
+        if not prefix.name or os.path.lexists(prefix):
+            return None
+        beside = (prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".BIN"))
+        return next((path for path in beside if path.is_file()), None)
+    except (OSError, ValueError):  # a name that no file can have, or a folder that may not be looked into
         return None
-    beside = (prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".BIN"))
-    return next((path for path in beside if path.is_file()), None)
 
 
 def read_index(index: Path, tokens: Path, size_bytes: int) -> Index:

@@ -87,7 +87,6 @@ def test_turns_are_compared_where_the_template_does_not_say(tmp_path: Path) -> N
 
 
 def test_a_last_letter_of_several_tokens_counts_whole(tmp_path: Path) -> None:
-    """transformers' own mask ends with the first of them."""
     template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}|{% endfor %}"
     folder = write_tokenizer(tmp_path / "tokenizer", template=template)
     messages = [{"role": "assistant", "content": "a\U000fbcde"}]
@@ -95,7 +94,7 @@ def test_a_last_letter_of_several_tokens_counts_whole(tmp_path: Path) -> None:
     assert found.mask(0).tolist() == [True] * 5 + [False]
     theirs = library(folder).apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
     assert theirs["input_ids"] == found.tokens(0).tolist()
-    assert theirs["assistant_masks"] == [1, 1, 0, 0, 0, 0]
+    assert theirs["assistant_masks"] == [1, 1, 1, 1, 1, 0]
 
 
 def test_trimmed_offsets_take_nothing_from_the_mask(tmp_path: Path) -> None:
