@@ -230,9 +230,9 @@ class Tape:
             made = [each if each.requires_grad else each.detach().requires_grad_() for each in made]
         if feed.needs is not None:
             feed.needs.check(part, module, made, feed.targets.shape if feed.by_token else ())
-            if graph and made[0].requires_grad:
+            if graph and made[-1].requires_grad:
                 nbytes = feed.needs.backward_bytes(chunk, place)
-                made[0].register_hook(lambda _: self.ledger.works(nbytes))
+                made[-1].register_hook(lambda _: self.ledger.works(nbytes))
         for value, tensor in zip(part.makes, made, strict=True):
             live.put(value, tensor)
 

@@ -24,6 +24,7 @@ CASES = [
     Case("1f1b", "full", CHUNK, **SIZES),
     Case("1f1b", "selective", CHUNK, **SIZES),
     Case("zb_v", **SIZES),
+    Case("zb_h2", "full", CHUNK, **SIZES),
     Case("seq1f1b_interleaved", "selective", CHUNK, SEGMENTS, **SIZES),
     Case("helix", "selective", CHUNK, {"travel": "none"}, **SIZES),
     Case("helix", "selective", CHUNK, {"travel": "attention"}, **SIZES),
