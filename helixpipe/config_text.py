@@ -48,7 +48,7 @@ def write_toml(config: Config) -> str:
 
 def to_table(config: Config) -> Table:
     """The config's keys that are set."""
-    return {section: _set_keys(keys) for section, keys in dataclasses.asdict(config).items()}
+    return {section: given for section, keys in dataclasses.asdict(config).items() if (given := _set_keys(keys))}
 
 
 def read_saved(path: str | Path) -> Table:

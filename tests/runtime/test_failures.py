@@ -28,7 +28,7 @@ from helixpipe.parts.shape import ModelShape
 from helixpipe.runtime.mesh import Mesh, make_device_mesh
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.schedule.families import build_schedule
-from helixpipe.train.loop import _check_same_data
+from helixpipe.train.start import check_same_data
 
 SHAPE = ModelShape(layers=2, hidden=16, heads=2, ffn=32, vocabulary=17)
 
@@ -116,7 +116,7 @@ def _between(rank: int, port: int, at: str, fate: str, results: Any) -> None:
             pipeline = Pipeline(Decoder(SHAPE), build_schedule("1f1b", ranks=2, layers=2, microbatches=4), timeout_s=4)
             if at == "data":
                 together()
-                _check_same_data((3, 2, 1), pipeline, dist.group.WORLD)
+                check_same_data((3, 2, 1), pipeline, dist.group.WORLD)
             else:
                 pipeline.step(*batch(SHAPE, 4, 8))
                 together()

@@ -11,8 +11,8 @@ import torch
 from oracle import batch, plain_step
 from torch import Tensor, nn
 
-from helixpipe.model import attention
-from helixpipe.model.attention import AttentionState, attend
+from helixpipe.model import merging
+from helixpipe.model.attention import AttentionState, Rule, attend
 from helixpipe.model.decoder import Decoder
 from helixpipe.model.qkv import QKV
 from helixpipe.parts import attn
@@ -60,13 +60,13 @@ def step(shape: ModelShape, recompute: str, model: Decoder | None = None, family
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     """How often attention's backward runs, by the number of query heads at a time."""
     counts: Counter[int] = Counter()
-    kernel = attention.attention_backward
+    kernel = merging.attention_backward
 
     def counted(grad: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
         counts[grad.shape[1]] += 1
         return kernel(grad, *given)
 
-    monkeypatch.setattr(attention, "attention_backward", counted)
+    monkeypatch.setattr(merging, "attention_backward", counted)
     return counts
 
 
@@ -147,7 +147,7 @@ def test_gradients_take_the_places_of_what_they_are_of(kv_heads: int, threads: i
     found = []
     for in_place in (False, True):
         leaves = [t.clone().requires_grad_() for t in given]
-        made = torch.autograd.grad(attend(*leaves, True, AttentionState(in_place=in_place)), leaves, gradient)
+        made = torch.autograd.grad(attend(*leaves, Rule(), AttentionState(in_place=in_place)), leaves, gradient)
         is_there = [grad.data_ptr() == leaf.data_ptr() for grad, leaf in zip(made, leaves, strict=True)]
         assert is_there == [in_place and kv_heads >= 2 * threads] * 3
         found.append(made)

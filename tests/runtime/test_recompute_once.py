@@ -9,7 +9,7 @@ import torch
 from oracle import batch
 from test_split_and_segments import BACKWARDS, LENGTHS, SHAPE, Case, schedule_of
 
-from helixpipe.model import attention
+from helixpipe.model import merging
 from helixpipe.model.attn import Attention
 from helixpipe.model.decoder import Decoder
 from helixpipe.model.mlp import MLP
@@ -22,7 +22,7 @@ MICROBATCHES = 2
 def ran(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts "mlp", each run of an MLP, and "attention", each run of an attention that attends and is no replay."""
     counts: Counter[str] = Counter()
-    kernel, attend, whole = attention.attention_forward, Attention.forward, MLP.whole
+    kernel, attend, whole = merging.attention_forward, Attention.forward, MLP.whole
 
     def counted_kernel(*given: object) -> object:
         counts["kernel"] += 1
@@ -38,7 +38,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         counts["mlp"] += 1
         return whole(self, *given)
 
-    monkeypatch.setattr(attention, "attention_forward", counted_kernel)
+    monkeypatch.setattr(merging, "attention_forward", counted_kernel)
     monkeypatch.setattr(Attention, "forward", counted_attend)
     monkeypatch.setattr(MLP, "whole", counted_whole)
     return counts
