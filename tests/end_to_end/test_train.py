@@ -235,7 +235,7 @@ def test_a_port_in_use_is_one_line_and_nothing_is_written(tmp_path: Path, start:
         (["nowhere.toml"], "nowhere.toml: cannot be read: No such file or directory; give the path of a TOML file"),
         (["--model.heads", "5"], "model.heads: 5 heads do not divide hidden size 128; choose a divisor or set model.head_dim"),
         (["--data.path", "/nowhere"], "data.path: '/nowhere' does not exist; give a text file, a folder of them, or .npy/.bin tokens"),
-        (["--data.path", "chat.jsonl"], "data.path: 'chat.jsonl' is JSON lines, neither text nor tokens; write its text to text files, or its tokens to .npy or .bin"),
+        (["--data.path", "chat.jsonl"], "data.path: 'chat.jsonl' is JSON lines, neither text nor tokens; make tokens of it: helixpipe prepare"),
         (["--resume", "runs/none"], "--resume runs/none: no such folder; give a run folder or one of its checkpoints"),
     ],
 )  # fmt: skip
