@@ -1,7 +1,7 @@
 """One step of a schedule, measured: the most bytes on the heap of each rank, beside what its timeline says.
 
 Heap bytes are those beyond what stood before the step: weights, gradients and tables made lazily are there since a step
-before it. A timeline's bytes, measured or predicted, are the most of all that it counts at one time, and weights that visit.
+before it. A timeline's bytes, measured or predicted, are the most of all that it counts at one time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Keeping
 from helixpipe.predict.estimate import Setting, estimate
 from helixpipe.predict.hardware import named_accelerator, named_link
-from helixpipe.predict.standing import owned_and_visiting
 from helixpipe.predict.timeline import Timeline
 from helixpipe.runtime.forked import run_forked
 from helixpipe.schedule.families import build_schedule
@@ -118,26 +117,9 @@ def peaks(cases: Sequence[Case], limit_s: float = LIMIT_S) -> list[list[Peak]]:
         by_rank = run_forked(Steps(tuple(cases), limit_s))
     found = []
     for case, *measured in zip(cases, *by_rank, strict=True):
-        each = zip(measured, predicted(case), visiting(case), strict=True)
-        found.append([_beside(peak, foreseen, visits) for peak, foreseen, visits in each])
+        each = zip(measured, predicted(case), strict=True)
+        found.append([replace(peak, predicted_bytes=foreseen) for peak, foreseen in each])
     return found
-
-
-def _beside(measured: Peak, foreseen: int | None, visits: int) -> Peak:
-    if measured.timeline_bytes is None or foreseen is None:
-        return measured
-    return replace(measured, timeline_bytes=measured.timeline_bytes + visits, predicted_bytes=foreseen + visits)
-
-
-def visiting(case: Case) -> list[int]:
-    """Of each rank, bytes of weights that only visit it, and of their gradients: a timeline has them among what stands
-    all step long, and they do not stand before it.
-    """
-    if case.is_torch:
-        return [0] * case.ranks
-    keeping = case.keeping
-    _, visits = owned_and_visiting(case.schedule, case.shape)
-    return [sum(each.values()) * (keeping.element_bytes + keeping.wide_bytes) for each in visits]
 
 
 def predicted(case: Case) -> Sequence[int | None]:

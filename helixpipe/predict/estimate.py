@@ -295,7 +295,7 @@ def priced(program: Program, setting: Setting) -> Estimate:
     def travel(message: Message) -> float:
         return travels[message.number]
 
-    timeline = simulate_program(program, seconds, travel, lambda message: sizes[message.number], keeping)
+    timeline = simulate_program(program, seconds, travel, lambda message: sizes[message.number], keeping, setting.share)
     timeline = per_accelerator(timeline, setting.group)
     shards = setting.data_parallel * setting.context_parallel if setting.optimizer == "sharded" else 1
     standing = standing_bytes(schedule, setting.share, keeping, shards)

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 from helixpipe.parts.kind import Kept
 from helixpipe.parts.part import Part, Value
-from helixpipe.parts.shape import handed_on
+from helixpipe.parts.shape import ModelShape, handed_on
 from helixpipe.parts.window import seen
 from helixpipe.parts.work import Keeping, Work
+from helixpipe.predict.guests import Guest, guests
 from helixpipe.predict.keeping import kept, key_values, owed
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.chunks import Chunk, chunks
@@ -31,9 +32,10 @@ class Held(NamedTuple):
     left_bytes: int
 
 
-def held_bytes(program: Program, keeping: Keeping) -> tuple[tuple[Held, ...], ...]:
-    """Per rank, of each action in order."""
-    return tuple(tuple(_walk(program, rank, keeping)) for rank in range(len(program.ranks)))
+def held_bytes(program: Program, keeping: Keeping, share: ModelShape | None = None) -> tuple[tuple[Held, ...], ...]:
+    """Per rank, of each action in order. `share`: what one accelerator holds of the parameters, where tp says it not all."""
+    share = program.shape.tensor_share(keeping.tensor_parallel) if share is None else share
+    return tuple(tuple(_walk(program, rank, keeping, share)) for rank in range(len(program.ranks)))
 
 
 def peak_activation_bytes(program: Program, keeping: Keeping) -> tuple[int, ...]:
@@ -50,7 +52,7 @@ class Move(NamedTuple):
     held: Kept
     by: int
     unnamed_bytes: int = 0
-    """Beside tensors with names: those that one segment's action makes and another's lets go of."""
+    """Beside tensors with names: those that one action makes or takes in and another lets go of."""
     workspace_bytes: int = 0
 
 
@@ -87,16 +89,15 @@ class _Live:
 
 Moves = list[Move]
 """Those of an action, in order. The same for every micro-batch that meets the same stages on its rank."""
-_Key = tuple[
-    int, Pass, int, bool, Meets
-]  # stage, pass, segment, whether an R has recomputed the last chunk, neighbours
+# stage, pass, segment, whether an R has recomputed the last chunk, neighbours, weights that visit
+_Key = tuple[int, Pass, int, bool, Meets, Guest]
 _Unit = tuple[int, int, int]  # stage, micro-batch, segment
 _Highs = dict[_Key, tuple[int, int, int]]
 """An action -> (kept and workspace at most, kept when it has ended), beyond what was held before."""
 
 
-def _walk(program: Program, rank: int, keeping: Keeping) -> Iterator[Held]:
-    schedule = program.schedule
+def _walk(program: Program, rank: int, keeping: Keeping, share: ModelShape) -> Iterator[Held]:
+    schedule, visiting = program.schedule, guests(program, rank, keeping, share)
     has_recompute = keeping.recomputes and any(action.kind is Pass.R for action in schedule.placed)
     meets: dict[tuple[int, int], Meets] = {}
     order: list[tuple[Action, _Key]] = []
@@ -105,7 +106,7 @@ def _walk(program: Program, rank: int, keeping: Keeping) -> Iterator[Held]:
         if (stage, mb) not in meets:
             meets[stage, mb] = _meets(schedule, rank, stage, mb)
         ahead = has_recompute and action.sibling(Pass.R) in schedule.placed
-        order.append((action, (stage, kind, segment, ahead, meets[stage, mb])))
+        order.append((action, (stage, kind, segment, ahead, meets[stage, mb], visiting.get(action, NOBODY))))
     moves = {key: _moves(program, keeping, *key) for key in dict.fromkeys(key for _, key in order)}
     sharing = _sharing(moves)
     alone = _alone(order, moves, sharing)
@@ -167,7 +168,7 @@ def _highs(keys: list[_Key], moves: dict[_Key, Moves]) -> _Highs:
 
 
 def _moves(
-    program: Program, keeping: Keeping, stage: int, kind: Pass, segment: int, ahead: bool, meets: Meets
+    program: Program, keeping: Keeping, stage: int, kind: Pass, segment: int, ahead: bool, meets: Meets, guest: Guest
 ) -> Moves:
     """`ahead`: an R of its own recomputes the last chunk. `meets`: which neighbours are on the same rank."""
     schedule = program.schedule
@@ -177,7 +178,8 @@ def _moves(
     # what another rank's part handed on came as a tensor of its own
     here = [stage, *(edge.producer for edge, met in zip(into, meets.before, strict=True) if met)]
     same = handed_on((part for each in here for part in schedule.stages[each].parts), program.shape)
-    step = _Step([], work, schedule.segments > 1, same)
+    step = _Step([], work, schedule.segments > 1, same, dict(guest.made_bytes))
+    step.visits(guest.came_bytes, 1)
     if kind is Pass.F:
         step.arrive(into, meets.before)
         for chunk in cut:
@@ -188,6 +190,7 @@ def _moves(
             step.recompute(cut[-1])
     elif kind is Pass.W:
         for part in schedule.stages[stage].parts:
+            step.visits(step.made_bytes.get(part, 0), 1)
             step.hold(work.put_off(part), -1)
     else:
         step.arrive(out, meets.after, GRADIENT)
@@ -196,10 +199,12 @@ def _moves(
                 step.recompute(chunk)
             step.backward(chunk, puts_off=kind is Pass.I)
         step.leave((v for edge in into for v in edge.values), into, meets.before, GRADIENT)
+    step.visits(guest.leaves_bytes, -1)
     return step.moves
 
 
 GRADIENT = "d "
+NOBODY = Guest()
 
 
 @dataclass(frozen=True)
@@ -212,6 +217,8 @@ class _Step:
     """Whether keys and values wait for later segments."""
     same: dict[str, str]
     """Names of values that are other values' tensors here -> theirs."""
+    made_bytes: dict[Part, int]
+    """Gradients of visiting weights that are first made here."""
 
     def hold(self, held: Kept, by: int) -> None:
         alone = {name: size for name, size in held.items() if name not in self.same} if self.same else held
@@ -222,6 +229,10 @@ class _Step:
 
     def needs(self, workspace_bytes: int) -> None:
         self.moves.append(Move({}, 0, 0, workspace_bytes))
+
+    def visits(self, nbytes: int, by: int) -> None:
+        if nbytes:
+            self.moves.append(Move({}, by, nbytes))
 
     def values(self, values: Iterable[Value], by: int, prefix: str = "") -> None:
         self.hold({f"{prefix}{name}": size for name, size in self.work.values(values).items()}, by)
@@ -283,6 +294,7 @@ class _Step:
             if part.about.attends:
                 self._owe(part)
             self.hold(chunk.saved(place, work), -1)
+            self.visits(self.made_bytes.get(part, 0), 1)
             self.hold({name: size for name, size in left.items() if name not in inputs}, 1)
         self.values(chunk.reads, 1, GRADIENT)
         for part in chunk.parts if self.keeps_past else ():

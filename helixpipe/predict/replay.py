@@ -30,4 +30,6 @@ def replayed(schedule: Schedule, measured: Timeline, setting: Setting) -> Timeli
         return medians.get((action.stage, action.kind, action.segment), 0.0)
 
     program = lower(schedule, setting.shape, setting.batch(schedule.segments))
-    return per_accelerator(simulate_program(program, seconds, keeping=setting.keeping), setting.group)
+    return per_accelerator(
+        simulate_program(program, seconds, keeping=setting.keeping, share=setting.share), setting.group
+    )

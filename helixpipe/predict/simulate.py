@@ -13,6 +13,7 @@ import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Keeping
 from helixpipe.predict.memory import Held, held_bytes
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
@@ -34,13 +35,14 @@ def simulate_program(
     message_seconds: Callable[[Message], float] = lambda message: 0.0,
     message_bytes: Callable[[Message], int] = lambda message: 0,
     keeping: Keeping | None = None,
+    share: ModelShape | None = None,
 ) -> Timeline:
     """A program, messages and all: linear in its instructions.
 
     A message takes `message_seconds` of its sender's link out and of its receiver's link in. An action starts when
     its rank has come to it and the messages it waits for are here. With `keeping` the timeline has live bytes:
     activations, and `message_bytes` of what is under way (from a send's posting to its end, from a receive's posting
-    until the action that reads it).
+    until the action that reads it). `share` is what one accelerator of a rank holds of the parameters, see `held_bytes`.
     """
     run = _Run(program, message_seconds, message_bytes, counts=keeping is not None)
     while run.ready:
@@ -52,7 +54,7 @@ def simulate_program(
     spans = tuple(map(tuple, run.spans))
     if keeping is None:
         return Timeline(spans, settled_s=run.settled_s)
-    kept = held_bytes(program, keeping)
+    kept = held_bytes(program, keeping, share)
     memory = tuple(_memory(*each) for each in zip(spans, kept, run.buffers, strict=True))
     return Timeline(spans, memory, settled_s=run.settled_s)
 

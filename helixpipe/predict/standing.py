@@ -5,8 +5,8 @@
     bfloat16  4 + 4               2               8
     float64   8 + 8               (the master)    16
 
-A rank where a stage visits holds its weights in the run's precision and their gradients in the masters' beside what it owns.
-A frozen parameter stands in the run's precision alone, where it is owned and where it visits.
+A frozen parameter stands in the run's precision alone. Weights that visit a rank, and their gradients, come and go: they are
+among the bytes of a timeline's points (`predict.guests`).
 
 With tensor parallelism these are of one accelerator, which holds its share of some matrices and all of the rest.
 """
@@ -27,19 +27,18 @@ Elements = dict[str, int]
 def standing_bytes(
     schedule: Schedule, share: ModelShape, keeping: Keeping, optimizer_shards: int = 1
 ) -> tuple[Standing, ...]:
-    """Of each rank's accelerators, which hold the parameters of `share`. Visiting weights count all step long.
+    """Of each rank's accelerators, which hold the parameters of `share`.
 
     `optimizer_shards`: replicas that keep the optimizer's state together (ZeRO-1); bytes are of the one with most.
     """
     narrow, wide = keeping.element_bytes, keeping.wide_bytes
     copy = narrow if narrow != wide else 0
     found = []
-    for owned, visiting in zip(*owned_and_visiting(schedule, share), strict=True):
-        own, visits = sum(owned.values()), sum(visiting.values())
+    for owned in owned_and_visiting(schedule, share)[0]:
         updated = trained(owned, share)
-        masters, gradients = sum(updated.values()), sum(updated.values()) + sum(trained(visiting, share).values())
-        weights = masters * (wide + copy) + (own - masters + visits) * narrow
-        found.append(Standing(weights, gradients * wide, max(dealt(updated, optimizer_shards)) * 2 * wide))
+        masters = sum(updated.values())
+        weights = masters * (wide + copy) + (sum(owned.values()) - masters) * narrow
+        found.append(Standing(weights, masters * wide, max(dealt(updated, optimizer_shards)) * 2 * wide))
     return tuple(found)
 
 

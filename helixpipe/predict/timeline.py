@@ -24,7 +24,8 @@ class Span(NamedTuple):
 class MemoryPoint(NamedTuple):
     """From `time_s` on, a rank holds so many bytes of activations: kept, in transit, and workspace of what runs.
 
-    Kept is what forwards leave for their backwards, and values and gradients that wait for their reader.
+    Kept is what forwards leave for their backwards, values and gradients that wait for their reader, and weights that visit
+    the rank with their gradients.
     """
 
     time_s: float
@@ -39,7 +40,7 @@ class MemoryPoint(NamedTuple):
 
 
 class Standing(NamedTuple):
-    """Bytes that a rank holds all step long. Weights of stages that only visit it count here too."""
+    """Bytes that a rank holds all step long."""
 
     weights_bytes: int
     gradients_bytes: int

@@ -200,6 +200,9 @@ class EmulatedWeights(Weights):
     def arrive(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
         """Nothing reads them."""
 
+    def pack(self, names: Sequence[str]) -> None:
+        """Nothing counts them."""
+
     def leave(self, names: Sequence[str]) -> list[Tensor]:
         return _elements(names)
 

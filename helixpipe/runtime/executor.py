@@ -20,7 +20,7 @@ from helixpipe.runtime.stages import Stages
 from helixpipe.runtime.transport import Transport
 from helixpipe.runtime.watch import Watch
 from helixpipe.runtime.weights import Weights
-from helixpipe.schedule.program import Accumulate, Instruction, Kind, Message, Receive, Run, Send
+from helixpipe.schedule.program import Accumulate, Instruction, Kind, Message, Receive, Run, Send, leaving
 
 # a message that takes longer than this to be had was waited for
 LATE_S = 1e-3
@@ -36,6 +36,7 @@ def execute(
 ) -> None:
     """One step of one rank, in the program's order. Returns when its last send is complete."""
     weights.begin()
+    leaves = leaving(instructions)
     recorder.start()
     for instruction in instructions:
         watch.doing = instruction
@@ -52,6 +53,8 @@ def execute(
                 begun = recorder.now()
                 stages.ledger.reset_high()
                 stages.run(action)  # 3
+                for message in leaves.get(action, ()):
+                    weights.pack(message.names)
                 ended = recorder.now()
                 recorder.ran(action, begun, ended, awaited)
                 recorder.holds(begun, stages.ledger.high)

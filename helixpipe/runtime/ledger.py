@@ -1,6 +1,7 @@
 """Ledger: the bytes of activations on a rank, counted by storage as they come and go.
 
-    kept         what forwards keep for their backwards; values and gradients that wait for their reader
+    kept         what forwards keep for their backwards; values and gradients that wait for their reader; weights that
+                 visit, and their gradients
     in transit   messages: from a send's posting to its end, from a receive's posting until its tensors are taken
     workspace    what a part needs only while it runs, as `parts` describes it
 
@@ -50,7 +51,7 @@ class _Storage:
 
 
 class Ledger:
-    """Counts each storage once, however many graphs, values or messages hold it. Parameters do not count."""
+    """Counts each storage once, however many graphs, values or messages hold it. Parameters that a rank owns do not count."""
 
     def __init__(self, is_parameter: Callable[[int], bool]) -> None:
         self._is_parameter = is_parameter

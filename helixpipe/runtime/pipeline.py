@@ -23,7 +23,6 @@ from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
 from helixpipe.runtime.buffers import Buffers
 from helixpipe.runtime.context import Context
 from helixpipe.runtime.executor import execute
-from helixpipe.runtime.ledger import Ledger
 from helixpipe.runtime.live import Needs
 from helixpipe.runtime.losses import Losses, divisor, of_rank, of_ranks
 from helixpipe.runtime.mesh import Mesh
@@ -114,7 +113,7 @@ class Pipeline:
         check_same(model, self.mesh, self.device, self._watch)
         self._buffers = Buffers(modules, self.mesh, self._watch, recompute)
         self._reduction = Reduction(self.parameters, self._tensor.cuts if self._tensor else (), self.mesh, self._watch)
-        self._ledger = Ledger(self._weights.is_parameter)
+        self._ledger = self._weights.ledger
         self._transport = Transport(
             self.group, self.device, dtype, self._weights.master_dtype, timeout_s, self._watch, self._ledger
         )

@@ -35,7 +35,6 @@ from helixpipe.predict.curves import Size, fit
 from helixpipe.predict.hardware import Link
 from helixpipe.predict.profile import WITH_WEIGHTS, Profile, Timing, merged, of_one_window
 from helixpipe.runtime.executor import execute
-from helixpipe.runtime.ledger import Ledger
 from helixpipe.runtime.modules import Modules
 from helixpipe.runtime.oom import out_of_memory
 from helixpipe.runtime.recorder import Recorder
@@ -104,7 +103,7 @@ class Parts:
         )  # a norm is timed as that of the layer, which has one then
         self.stages = tuple(Stage((part,)) for part in chain(1))
         self.weights = Weights(Modules(Decoder(self.shape), self._schedule(1), 0, device, dtype))
-        self.ledger = Ledger(self.weights.is_parameter)
+        self.ledger = self.weights.ledger
         outputs = self._schedule(1).outputs
         self.tapes = {
             s: Tape(stage, self.weights.modules, "none", self.ledger, outputs[s]) for s, stage in enumerate(self.stages)

@@ -5,7 +5,8 @@
               anew each step; on a rank where the stage visits, what came from the owner this step
 
 A module keeps its own Parameter objects wherever that can be, so that whoever holds one holds what is trained.
-Gradients collect in the masters' precision. Those of a visiting stage go home as one message.
+Gradients collect in the masters' precision. Those of a visiting stage go home as one message. What visits is on the
+ledger for as long as it is here, and its gradients are; what is owned stands, and is not.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from helixpipe.model.linear import add_product
+from helixpipe.runtime.ledger import Kept, Ledger
 from helixpipe.runtime.modules import Modules, Named
 
 
@@ -31,6 +33,9 @@ class Weights:
         self._found = modules
         self._working: dict[str, nn.Parameter] = {}
         self._collected: dict[str, Tensor] = {}  # gradients of working copies, in the masters' precision
+        self.ledger = Ledger(self.is_parameter)
+        self._guests: dict[str, Kept] = {}  # weights that visit
+        self._leaving: dict[str, Kept] = {}  # and their gradients
         self._visits: Counter[str] = Counter()  # stages here that a visiting weight came for and that need it still
         self._used: set[str] = set()  # parameters that travel and had a gradient here this step
         self._bare: set[str] = set()  # masters without a gradient at the step's start
@@ -76,6 +81,8 @@ class Weights:
             self._collected[name].add_(working.grad)
         else:
             self._collected[name] = working.grad.to(self.master_dtype)
+            if name in self._guests:
+                self._leaving[name] = self.ledger.keep(self._collected[name])
         working.grad = None
 
     @torch.no_grad()
@@ -105,7 +112,16 @@ class Weights:
         for name, tensor in zip(self._here(names), tensors, strict=True):
             self._visits[name] += 1
             if self._visits[name] == 1:
+                self._guests[name] = self.ledger.keep(tensor)
                 self._swap(self._working[name], tensor)
+
+    def pack(self, names: Sequence[str]) -> None:
+        """These leave before the next action: their gradients are in transit from here on."""
+        for name in self._here(names):
+            if name in self._leaving:
+                self._leaving[name] = self.ledger.carry(self._collected[name])
+            if self._visits[name] == 1:
+                self._guests.pop(name, None)
 
     def leave(self, names: Sequence[str]) -> list[Tensor]:
         """Gradients to send home; the weights they are of are let go, unless another stage shares them."""
@@ -113,9 +129,11 @@ class Weights:
         for name in self._here(names):
             working = self._working[name]
             gradient = self._collected.pop(name, None)
+            self._leaving.pop(name, None)
             gradients.append(torch.zeros_like(working, dtype=self.master_dtype) if gradient is None else gradient)
             self._visits[name] -= 1
             if not self._visits[name]:
+                self._guests.pop(name, None)
                 self._swap(working, _nothing(working, self.dtype))
         return gradients
 
@@ -130,8 +148,8 @@ class Weights:
         """End of a step: what was collected goes to the masters; what visited is let go."""
         for name, gradient in self._collected.items():
             self._add(self.masters[name], gradient)
-        self._collected.clear()
-        self._visits.clear()
+        for each in (self._collected, self._visits, self._guests, self._leaving):
+            each.clear()
         for name, working in self._working.items():
             if name not in self.masters:
                 self._swap(working, _nothing(working, self.dtype))

@@ -6,6 +6,7 @@ The simulator and the executor both read it: what is predicted is what runs.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -116,6 +117,19 @@ class Program:
         """Parameters whose gradients come home from other ranks."""
         home = [message.names for message in self.messages if message.kind is Kind.WEIGHT_GRADIENTS]
         return tuple(dict.fromkeys(name for names in home for name in names))
+
+
+def leaving(instructions: Iterable[Instruction]) -> dict[Action, list[Message]]:
+    """Of one rank: an action -> weight gradients that leave it right after."""
+    found: dict[Action, list[Message]] = {}
+    last: Action | None = None
+    for instruction in instructions:
+        if isinstance(instruction, Run):
+            last = instruction.action
+        elif isinstance(instruction, Send) and instruction.message.kind is Kind.WEIGHT_GRADIENTS:
+            assert last is not None  # the action that made them, or a later one
+            found.setdefault(last, []).append(instruction.message)
+    return found
 
 
 def parameter_owners(schedule: Schedule, shape: ModelShape) -> dict[str, int]:

@@ -90,6 +90,12 @@ CASES += [
     for j, shape in enumerate((GEMMA, OLMO, BERT))
     for recompute in ("none", ("full", "selective")[(i + j) % 2])
 ]
+# a table that visits the head's rank: its gradient comes with the backward, or with the W
+CASES += [
+    Case(2, 4, family, {}, recompute, chunk, {"tied": True, "vocabulary": 640})
+    for family in ("1f1b", "zb_h1")
+    for recompute, chunk in (("none", 0), ("none", 16), ("selective", 0))
+]
 # here x and what no norm made of it wait on the same rank: one tensor
 CASES += [
     Case(1, 4, "helix", {"travel": "qkv", "folds": 1}, recompute, 16, OLMO) for recompute in ("full", "selective")
@@ -109,6 +115,17 @@ def test_bytes_kept_equal_the_formula(four_ranks: Ranks, case: Case) -> None:
         assert held == pytest.approx(ended, abs=0.05 * largest)
         high = max(each.kept_bytes + each.workspace_bytes for each in expected)
         assert most(timeline, rank) == pytest.approx(high, rel=0.05)
+
+
+@pytest.mark.parametrize("frozen", [("*.qkv.*",), ("*.proj.*", "*.qkv.k.*")], ids=str)
+def test_frozen_weights_that_visit_stay_until_the_step_ends(four_ranks: Ranks, frozen: tuple[str, ...]) -> None:
+    """Nothing of theirs goes home, so nothing says earlier that they are not needed any more."""
+    case = Case(2, 4, "helix", {"travel": "attention"}, "selective", 0, {"frozen": frozen})
+    timeline = four_ranks.run(measured, case)[0]
+    for rank, expected in enumerate(predicted(case)):
+        held, ended = [p.kept_bytes for p in timeline.memory[rank][1::2]], [each.left_bytes for each in expected]
+        assert held == pytest.approx(ended, abs=0.05 * max(ended))
+        assert held[-1] == ended[-1] > 0
 
 
 def most(timeline: Timeline, rank: int) -> int:

@@ -119,3 +119,30 @@ def test_weights_that_left_are_no_parameters_any_more() -> None:
     assert weights.is_parameter(pointer)
     weights.leave([name])
     assert not weights.is_parameter(pointer)
+
+
+def test_what_visits_is_on_the_ledger_while_it_is_here() -> None:
+    """Weights from their arrival, a gradient from the first that is made; right before it leaves it is in transit."""
+    schedule = build_schedule("helix", ranks=2, layers=3, microbatches=2, travel="attention")
+    weights = Weights(Modules(Decoder(SHAPE), schedule, 0, torch.device("cpu"), torch.float32))
+    name, nbytes = "layers.1.qkv.q.weight", 16 * 16 * 4
+    working, ledger = weights._working[name], weights.ledger
+    weights.arrive([name], [torch.randn(16, 16)])
+    weights.arrive([name], [torch.randn(16, 16)])  # for another stage: the same weights
+    assert ledger.held == (nbytes, 0, 0)
+    for _ in range(2):  # the second is added to the first
+        working.grad = torch.ones(16, 16)
+        weights.came(name, working)
+        assert ledger.held == (2 * nbytes, 0, 0)
+    weights.pack([name])
+    assert ledger.held == (nbytes, nbytes, 0)  # the other stage needs the weights still
+    (gradient,) = weights.leave([name])
+    assert gradient.unique().tolist() == [2.0]
+    assert ledger.held == (nbytes, 0, 0)
+    weights.pack([name])
+    assert ledger.held == (0, 0, 0)
+    weights.leave([name])
+    owned = next(iter(weights.masters))
+    weights._working[owned].grad = torch.ones_like(weights._working[owned])
+    weights.came(owned, weights._working[owned])
+    assert ledger.held == (0, 0, 0)  # what is owned stands, and is not counted here
