@@ -14,7 +14,8 @@ from typing import Any, Literal, NamedTuple
 
 import tomli_w
 
-from helixpipe.config import FAMILY_OPTIONS, Config, ScheduleConfig, check_config
+from helixpipe.config import FAMILY_OPTIONS, Config, ScheduleConfig
+from helixpipe.config_check import check_config
 from helixpipe.errors import ConfigError, nearest
 
 Table = dict[str, dict[str, Any]]

@@ -50,6 +50,7 @@ def test_what_describes_predicts_and_draws_needs_no_torch() -> None:
     light += [
         "helixpipe.cli",
         "helixpipe.config",
+        "helixpipe.config_check",
         "helixpipe.config_text",
         "helixpipe.errors",
         "helixpipe.files",

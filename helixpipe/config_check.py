@@ -1,0 +1,75 @@
+"""What a config's values must be: each by itself, and together. Every fault is one line that names its key."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from helixpipe.config import Config, TrainConfig
+from helixpipe.errors import ConfigError
+
+# key -> the least it may be
+_AT_LEAST = {
+    "data.held_out": 0, "train.steps": 1, "train.microbatch_size": 1, "train.sequence_length": 1, "train.seed": 0,
+    "train.learning_rate": 0, "train.min_learning_rate": 0, "train.warmup_steps": 0, "train.decay_steps": 1, "train.z_loss": 0, "train.weight_decay": 0,
+    "train.clip_norm": 0, "train.evaluate_every": 0, "train.evaluate_sequences": 1, "runtime.mlp_chunk": 0,
+    "runtime.head_chunk": 0, "runtime.port": 0, "runtime.threads": 1, "run.checkpoint_every": 0, "run.keep": 1,
+    "run.timeline_step": 0, "schedule.segment_multiple": 1, "mesh.dp": 1, "mesh.cp": 1, "mesh.tp": 1,
+}  # fmt: skip
+_AT_MOST = {"train.seed": 2**63 - 1, "runtime.port": 65535, "runtime.timeout_s": 10**8}
+
+
+def check_config(config: Config) -> None:
+    """Raise ConfigError for a value, or a combination of values, that cannot be."""
+    _check_values(config)
+    _check_together(config)
+
+
+def _check_values(config: Config) -> None:
+    sections = dataclasses.asdict(config).items()
+    values = {f"{name}.{key}": value for name, keys in sections for key, value in keys.items() if value is not None}
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name}: {value} will not do; give a finite number")
+        if name in _AT_LEAST and value < _AT_LEAST[name]:
+            raise ConfigError(f"{name}: {value}; give at least {_AT_LEAST[name]}")
+        if name in _AT_MOST and value > _AT_MOST[name]:
+            raise ConfigError(f"{name}: {value}; give at most {_AT_MOST[name]}")
+    if not config.data.held_out < 1:
+        raise ConfigError(f"data.held_out: {config.data.held_out}; give a share below 1, such as 0.1")
+    if not config.runtime.timeout_s > 0:
+        raise ConfigError(f"runtime.timeout_s: {config.runtime.timeout_s}; give more than 0")
+    if not 0 <= config.schedule.evenness <= 1:
+        raise ConfigError(f"schedule.evenness: {config.schedule.evenness:g}; give 0 (computation-wise) to 1 (even)")
+    for beta in config.train.betas:
+        if not 0 <= beta < 1:
+            raise ConfigError(f"train.betas: {beta}; give two numbers from 0 to below 1")
+
+
+def _check_together(config: Config) -> None:
+    """What no single key can be blamed for without the others."""
+    if config.model.name and config.model.path:
+        raise ConfigError(
+            f"model.path: '{config.model.path}', and model.name is '{config.model.name}'; leave one of them out"
+        )
+    train, shape = config.train, config.shape()
+    lengths = config.segment_lengths(config.build_schedule()) or (train.sequence_length,)
+    config.mesh_shape().check(shape, lengths)
+    if not shape.causal:  # it would see the token it is asked for
+        raise ConfigError("model.causal: next-token training needs a causal model; set it to true")
+    shape.check_length(train.sequence_length)
+    _check_rates(train)
+
+
+def _check_rates(train: TrainConfig) -> None:
+    lowest, decay = train.min_learning_rate, train.decay_steps
+    if (lowest or 0) > train.learning_rate:
+        raise ConfigError(
+            f"train.min_learning_rate: {lowest} is above train.learning_rate {train.learning_rate}; lower it"
+        )
+    if lowest is not None and train.schedule == "constant":
+        raise ConfigError("train.min_learning_rate: a constant schedule never falls; remove the key")
+    if decay is not None and train.schedule != "wsd":
+        raise ConfigError(f"train.decay_steps: {train.schedule} has no such key, wsd has; remove it")
+    if decay is not None and decay > train.steps:
+        raise ConfigError(f"train.decay_steps: {decay} are more than train.steps {train.steps}; lower it")
