@@ -7,10 +7,13 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
 from helixpipe.config import Config, ModelConfig
+from helixpipe.config_lora import LoraConfig
+from helixpipe.config_rope import RopeConfig
 from helixpipe.config_text import (
     build_config,
     merged,
@@ -22,6 +25,8 @@ from helixpipe.config_text import (
     write_toml,
 )
 from helixpipe.errors import ConfigError
+from helixpipe.parts.lora import Lora
+from helixpipe.parts.rotary import TYPES, Rotary
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.shapes import SHAPES
 from helixpipe.schedule.partition import even
@@ -44,6 +49,12 @@ def test_every_field_of_a_shape_can_be_changed() -> None:
         "path",
         "adapter",
     }
+
+
+def test_every_key_of_a_rotary_scaling_and_of_adapters_can_be_given() -> None:
+    for kind, config in ((Rotary, RopeConfig), (Lora, LoraConfig)):
+        assert {f.name for f in dataclasses.fields(config)} == {f.name for f in dataclasses.fields(kind)}
+    assert set(get_args(get_args(get_type_hints(RopeConfig)["type"])[0])) == set(TYPES)
 
 
 def test_the_model_is_the_named_shape_with_changes() -> None:
