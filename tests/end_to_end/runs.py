@@ -28,6 +28,9 @@ checkpoint_every = 5
 timeline_step = 2
 """
 MODULE = [sys.executable, "-m", "helixpipe", "train"]
+TORCHRUN = [
+    sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "helixpipe",
+]  # fmt: skip
 
 
 class Run:

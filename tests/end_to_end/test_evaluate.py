@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import Run, alive, metrics
+from runs import TORCHRUN, Run, alive, metrics
 
 pytestmark = pytest.mark.timeout(290)
 
@@ -83,17 +83,7 @@ def test_another_layout_gives_the_same_loss(reference: Path, start: Callable[...
 
 
 def test_under_torchrun_ranks_join(reference: Path, start: Callable[..., Run]) -> None:
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--standalone",
-        "-m",
-        "helixpipe",
-    ]
-    run = start("evaluate", "--resume", str(reference), "--json", command=torchrun)
+    run = start("evaluate", "--resume", str(reference), "--json", command=TORCHRUN)
     assert run.wait() == 0, run.err
     assert json.loads(run.out)["loss"] == metrics(reference)[-1]["held_out_loss"]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import STEPS, Run, alive, losses, metrics
+from runs import STEPS, TORCHRUN, Run, alive, losses, metrics
 
 from helixpipe.train import manifest
 
@@ -149,17 +149,7 @@ def test_a_mesh_trains_as_one_pipeline_does_and_its_checkpoint_moves_to_another(
 def test_under_torchrun_ranks_join_and_losses_are_the_same(
     reference: Path, tmp_path: Path, start: Callable[..., Run]
 ) -> None:
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--standalone",
-        "-m",
-        "helixpipe",
-    ]
-    run = start("train", "small.toml", "--run.checkpoint_every", "0", command=torchrun)
+    run = start("train", "small.toml", "--run.checkpoint_every", "0", command=TORCHRUN)
     assert run.wait() == 0, run.err
     assert losses(tmp_path / "runs" / "small-1") == losses(reference)
     assert run.out.count(f"trained to step {STEPS}") == 1

@@ -21,7 +21,7 @@ from oracle import batch, plain_gradients
 from ranks import Ranks
 from test_gradients import mesh_of
 from test_mesh import device_mesh
-from test_transformers import EXACT, Named, Truth, Wide, equal, hugging_face
+from test_transformers import EXACT, GPT2_NAMES, Named, Truth, Wide, equal, hugging_face, with_random_values
 from torch import Tensor
 from values import Given, initial_values
 
@@ -98,17 +98,6 @@ MODERNBERT = {
     r"head\.norm": "head.dense_norm",
     r"decoder": "head",
 }
-GPT2 = {
-    r"transformer\.wte": "embed.tokens",
-    r"transformer\.wpe": "embed.positions",
-    r"transformer\.h\.(\d+)\.ln_1": r"layers.\1.norm",
-    r"transformer\.h\.(\d+)\.attn\.c_attn": r"layers.\1.qkv",
-    r"transformer\.h\.(\d+)\.attn\.c_proj": r"layers.\1.proj.o",
-    r"transformer\.h\.(\d+)\.ln_2": r"layers.\1.mlp.norm",
-    r"transformer\.h\.(\d+)\.mlp\.c_fc": r"layers.\1.mlp.up",
-    r"transformer\.h\.(\d+)\.mlp\.c_proj": r"layers.\1.mlp.down",
-    r"transformer\.ln_f": "head.norm",
-}
 
 ARCHITECTURES = {
     "gemma2": Architecture(
@@ -180,7 +169,7 @@ ARCHITECTURES = {
         {"head_dim": 0, "norm": "layer", "positions": "learned", "context": 16, "mlp": "gelu_tanh", "qkv_bias": True,
          "bias": True, "tied": True},
         {"n_embd": 12, "n_head": 4, "n_inner": 20, "n_positions": 16, "activation_function": "gelu_new"},
-        GPT2, {"qkv": fused("q", "k", "v", sizes=(12, 12, 12))}, lambda layers: {}, transposed=True,
+        GPT2_NAMES, {"qkv": fused("q", "k", "v", sizes=(12, 12, 12))}, lambda layers: {}, transposed=True,
     ),
 }  # fmt: skip
 BIDIRECTIONAL = ("modernbert",)
@@ -200,12 +189,7 @@ def transformer(name: str, layers: int) -> Any:
         eps = {"norm_eps": shape.norm_eps}
     config = getattr(transformers, which.config)(**given, **eps)
     model = getattr(transformers, which.head).from_config(config, attn_implementation="eager", dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            drawn = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.1 * drawn if parameter.dim() == 1 else 0.2 * drawn)
-    return model.eval()  # some drop out otherwise
+    return with_random_values(model)
 
 
 def ours(name: str, theirs: Named) -> Named:

@@ -20,7 +20,7 @@ from oracle import batch
 from ranks import Ranks
 from test_gradients import mesh_of
 from test_mesh import Found, assembled, device_mesh, sized
-from test_transformers import EXACT, FLOAT32, Named, Truth, equal, hugging_face, ours
+from test_transformers import EXACT, FLOAT32, Named, Truth, equal, hugging_face, ours, with_random_values
 from values import Given
 from wide import Wide
 
@@ -74,12 +74,7 @@ def transformer(name: str) -> Any:
         eos_token_id=None, **more,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            drawn = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.1 * drawn if parameter.dim() == 1 else 0.3 * drawn)
-    return model.eval()
+    return with_random_values(model, 0.3)
 
 
 def under_our_names(shape: hp.ModelShape, theirs: Named) -> Named:

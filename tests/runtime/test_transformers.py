@@ -85,8 +85,18 @@ def hugging_face() -> Any:
     return transformers
 
 
+def with_random_values(model: Any, spread: float = 0.2) -> Any:
+    """The model, evaluating: some drop out otherwise. No norm is 1 and no bias 0."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            drawn = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.1 * drawn if parameter.dim() == 1 else spread * drawn)
+    return model.eval()
+
+
 def transformer(architecture: str, layers: int) -> Any:
-    """Its own model of our shape in float64. Random values: no norm is 1 and no bias 0."""
+    """Its own model of our shape in float64, with random values."""
     transformers, shape = hugging_face(), shape_of(architecture, layers)
     if architecture == "gpt2":
         config: Any = transformers.GPT2Config(
@@ -104,12 +114,7 @@ def transformer(architecture: str, layers: int) -> Any:
             bos_token_id=None, eos_token_id=None,
         )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            drawn = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.1 * drawn if parameter.dim() == 1 else 0.2 * drawn)
-    return model.eval()  # GPT-2 drops out otherwise
+    return with_random_values(model)
 
 
 # its name -> ours
