@@ -10,7 +10,6 @@ import math
 
 from helixpipe.parts.kind import Kept, Kind, register
 from helixpipe.parts.part import Part
-from helixpipe.parts.window import pairs, seen, tail
 from helixpipe.parts.work import Work
 
 # torch's CPU kernel: from so many queries on, so many rows of a tile; and its columns
@@ -49,15 +48,9 @@ class AttnKind(Kind):
         return (*work.lead, work.shape.q_size)
 
     def forward_flops(self, part: Part, work: Work) -> float:
-        """Causal attention counts the half that kernels compute, a window what it shows."""
-        shape, length = work.shape, work.batch.sequence_length
-        start = work.batch.start(work.segment)
-        end = start + work.length
-        if window := shape.window_of(part.layer):
-            seen_pairs: float = pairs(start, end, length, shape.causal, window)
-        else:
-            seen_pairs = (end**2 - start**2) / 2 if shape.causal else (end - start) * length
-        return 4.0 * work.batch.microbatch_size * shape.q_size * seen_pairs
+        """Causal attention counts the half that kernels compute, a window and documents what they show."""
+        seen_pairs = work.batch.pairs(work.segment, work.shape.causal, work.shape.window_of(part.layer))
+        return 4.0 * work.shape.q_size * seen_pairs
 
     def backward_flops(self, part: Part, work: Work) -> float:
         """2.5 times the forward: a fused kernel computes the scores again."""
@@ -155,13 +148,13 @@ class AttnKind(Kind):
 
     @staticmethod
     def _seen(part: Part, work: Work) -> range:
-        return seen(work.batch.segment_lengths, work.segment, work.shape.window_of(part.layer))
+        return work.batch.seen(work.segment, work.shape.window_of(part.layer))
 
     @staticmethod
     def _tail(part: Part, work: Work, segment: int) -> int:
         """Tokens of a segment that later ones see, of all sequences."""
         batch = work.batch
-        return batch.microbatch_size * tail(batch.segment_lengths[segment], work.shape.window_of(part.layer))
+        return batch.microbatch_size * batch.tail(segment, work.shape.window_of(part.layer))
 
     def _earlier(self, part: Part, work: Work) -> int:
         return sum(self._tail(part, work, s) for s in self._seen(part, work))

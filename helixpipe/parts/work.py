@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from helixpipe.errors import ConfigError
 from helixpipe.parts.kind import Kept
 from helixpipe.parts.part import Part, Value
+from helixpipe.parts.window import pairs, seen, tail
 
 if TYPE_CHECKING:
     from helixpipe.parts.kind import Kind
@@ -17,10 +20,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one micro-batch looks like: `microbatch_size` sequences, cut into segments of these lengths (tokens)."""
+    """What one micro-batch looks like: `microbatch_size` sequences, cut into segments of these lengths (tokens).
+
+    Raises ConfigError for documents that do not cover its sequences.
+    """
 
     microbatch_size: int
     segment_lengths: tuple[int, ...]
+    documents: tuple[tuple[int, ...], ...] = ()
+    """Of each sequence the lengths of its documents (tokens), in order; none: a sequence is one document."""
+
+    def __post_init__(self) -> None:
+        if self.documents and len(self.documents) != self.microbatch_size:
+            raise ConfigError(
+                f"documents: of {len(self.documents)} sequences, and a micro-batch has {self.microbatch_size}; give those of each"
+            )
+        for lengths in self.documents:
+            if sum(lengths) != self.sequence_length or min(lengths) < 1:
+                raise ConfigError(
+                    f"documents: their lengths add up to {sum(lengths)} and a sequence has {self.sequence_length} tokens; "
+                    "give the lengths of all its documents, none 0"
+                )
 
     @property
     def sequence_length(self) -> int:
@@ -32,6 +52,61 @@ class Batch:
 
     def tokens(self, segment: int) -> int:
         return self.microbatch_size * self.segment_lengths[segment]
+
+    def pairs(self, segment: int, causal: bool, window: int = 0) -> float:
+        """(query, key) that the queries of a segment see, of all sequences. Causal without a window: the half."""
+        start = self.start(segment)
+        stop = start + self.segment_lengths[segment]
+        if not self.documents:
+            return self.microbatch_size * _pairs(start, stop, self.sequence_length, causal, window)
+        found = 0.0
+        for lengths in self.documents:
+            begin = 0
+            for length in lengths:
+                first, last = max(start - begin, 0), min(stop - begin, length)
+                if first < last:
+                    found += _pairs(first, last, length, causal, window)
+                begin += length
+        return found
+
+    def seen(self, segment: int, window: int = 0) -> range:
+        """Earlier segments of which some token of a segment sees some key."""
+        of_window = seen(self.segment_lengths, segment, window)
+        if not self.documents:
+            return of_window
+        start = self.start(segment)
+        begin = min(_document_at(lengths, start) for lengths in self.documents)
+        return range(min(max(of_window.start, self._segment_at(begin)), segment), segment)
+
+    def tail(self, segment: int, window: int = 0) -> int:
+        """Of a segment's tokens, how many at its end later segments see: of the sequence of which they see most."""
+        length = self.segment_lengths[segment]
+        of_window = tail(length, window)
+        if not self.documents:
+            return of_window
+        stop = self.start(segment) + length
+        return min(of_window, max(stop - _document_at(lengths, stop) for lengths in self.documents))
+
+    def _segment_at(self, position: int) -> int:
+        """The segment that has a position."""
+        ends = itertools.accumulate(self.segment_lengths)
+        return next(segment for segment, end in enumerate(ends) if position < end)
+
+
+def _pairs(start: int, stop: int, length: int, causal: bool, window: int) -> float:
+    if window:
+        return pairs(start, stop, length, causal, window)
+    return (stop**2 - start**2) / 2 if causal else float((stop - start) * length)
+
+
+def _document_at(lengths: tuple[int, ...], position: int) -> int:
+    """Where the document begins that goes on at a position; the position itself where one begins there, or nothing does."""
+    begin = 0
+    for length in lengths:
+        if begin + length > position:
+            return begin
+        begin += length
+    return position
 
 
 @dataclass(frozen=True)

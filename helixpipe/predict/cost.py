@@ -24,7 +24,6 @@ from typing import Protocol
 
 from helixpipe.parts.part import Part
 from helixpipe.parts.shape import ModelShape
-from helixpipe.parts.window import seen, tail
 from helixpipe.parts.work import Batch, Keeping, Work
 from helixpipe.predict.hardware import Accelerator, Link
 from helixpipe.schedule.action import Action, Pass
@@ -113,9 +112,9 @@ class Analytic:
         ranks = self.context_parallel
         if ranks == 1 or self.context_link is None:
             return 0.0
-        lengths, window = batch.segment_lengths, self.shape.window_of(part.layer)
-        earlier = sum(tail(lengths[s], window) for s in seen(lengths, segment, window))
-        tokens = batch.microbatch_size * (earlier + lengths[segment])
+        window = self.shape.window_of(part.layer)
+        earlier = sum(batch.tail(s, window) for s in batch.seen(segment, window))
+        tokens = batch.microbatch_size * (earlier + batch.segment_lengths[segment])
         elements = 2 * tokens * self.shape.kv_size / self.tensor_parallel * (ranks - 1) / ranks
         size = self.element_bytes + (max(4, self.element_bytes) if backward else 0)
         return (ranks - 1) * self.context_link.latency_s + elements * size / self.context_link.bytes_per_s

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from helixpipe.parts.kind import Kept
 from helixpipe.parts.part import Part
-from helixpipe.parts.window import tail
 from helixpipe.parts.work import Work
 from helixpipe.schedule.chunks import Chunk
 
@@ -67,4 +66,4 @@ def _tail(part: Part, work: Work) -> int:
     """Tokens of a segment that later ones see; around a ring all ranks keep as many."""
     keeping = work.keeping
     context = keeping.processes // keeping.tensor_parallel
-    return min(tail(work.length, work.shape.window_of(part.layer)) * context, work.length)
+    return min(work.batch.tail(work.segment, work.shape.window_of(part.layer)) * context, work.length)

@@ -13,7 +13,6 @@ from typing import NamedTuple
 from helixpipe.parts.kind import Kept
 from helixpipe.parts.part import Part, Value
 from helixpipe.parts.shape import ModelShape, handed_on
-from helixpipe.parts.window import seen
 from helixpipe.parts.work import Keeping, Work
 from helixpipe.predict.guests import Guest, guests
 from helixpipe.predict.keeping import kept, key_values, owed
@@ -303,9 +302,10 @@ class _Step:
     def _owe(self, part: Part) -> None:
         """The last segment that sees an earlier one is the first whose backward owes it anything; each takes its own."""
         work, segment = self.work, self.work.segment
-        lengths, window = work.batch.segment_lengths, work.shape.window_of(part.layer)
-        after = seen(lengths, segment + 1, window) if segment + 1 < len(lengths) else range(segment, segment)
-        first = [s for s in seen(lengths, segment, window) if s not in after]
+        batch, window = work.batch, work.shape.window_of(part.layer)
+        is_last = segment + 1 == len(batch.segment_lengths)
+        after = range(segment, segment) if is_last else batch.seen(segment + 1, window)
+        first = [s for s in batch.seen(segment, window) if s not in after]
         for segments, by in ((first, 1), ([segment] if segment in after else [], -1)):
             if segments:
                 self.moves.append(Move({}, by, sum(owed(part, replace(work, segment=s)) for s in segments)))
