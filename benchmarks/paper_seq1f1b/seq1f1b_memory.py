@@ -48,7 +48,7 @@ def kept_twice_bytes(found: Estimate) -> tuple[int, ...]:
     backward, and beside them keeps those of all segments so far in one tensor: one a layer and sequence, from its second
     segment on.
     """
-    schedule, setting, batch = found.schedule, found.setting, found.program.batch
+    schedule, setting, batch = found.schedule, found.setting, found.program.batches[0]
     layers = [sum(part.kind == "attn" for part in stage.parts) for stage in schedule.stages]
     token_bytes = 2 * setting.shape.kv_size * setting.keeping.element_bytes // setting.tensor_parallel
     most = []

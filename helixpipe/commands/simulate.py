@@ -77,7 +77,7 @@ def as_json(estimate: Estimate) -> dict[str, Any]:
         "hardware": setting.machine,
         "only_ratios": setting.only_ratios,
         "link": setting.link.name,
-        "segment_lengths": list(estimate.program.batch.segment_lengths),
+        "segment_lengths": list(estimate.program.batches[0].segment_lengths),
         "ranks": ranks,
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,11 @@ class Batch:
                 )
 
     @property
+    def whole(self) -> Batch:
+        """The same sequences and documents, not cut."""
+        return replace(self, segment_lengths=(self.sequence_length,))
+
+    @property
     def sequence_length(self) -> int:
         return sum(self.segment_lengths)
 
@@ -53,21 +58,26 @@ class Batch:
     def tokens(self, segment: int) -> int:
         return self.microbatch_size * self.segment_lengths[segment]
 
+    def runs(self, segment: int) -> Iterator[tuple[int, int, int]]:
+        """Runs of one document in a segment, of all sequences: first and stop in their document, and its length."""
+        start = self.start(segment)
+        stop = start + self.segment_lengths[segment]
+        for lengths in self.documents or ((self.sequence_length,),) * self.microbatch_size:
+            begin = 0
+            for length in lengths:
+                if begin >= stop:
+                    break
+                if begin + length > start:
+                    yield max(start - begin, 0), min(stop - begin, length), length
+                begin += length
+
     def pairs(self, segment: int, causal: bool, window: int = 0) -> float:
         """(query, key) that the queries of a segment see, of all sequences. Causal without a window: the half."""
         start = self.start(segment)
         stop = start + self.segment_lengths[segment]
         if not self.documents:
             return self.microbatch_size * _pairs(start, stop, self.sequence_length, causal, window)
-        found = 0.0
-        for lengths in self.documents:
-            begin = 0
-            for length in lengths:
-                first, last = max(start - begin, 0), min(stop - begin, length)
-                if first < last:
-                    found += _pairs(first, last, length, causal, window)
-                begin += length
-        return found
+        return sum(_pairs(first, last, length, causal, window) for first, last, length in self.runs(segment))
 
     def seen(self, segment: int, window: int = 0) -> range:
         """Earlier segments of which some token of a segment sees some key."""
@@ -91,6 +101,12 @@ class Batch:
         """The segment that has a position."""
         ends = itertools.accumulate(self.segment_lengths)
         return next(segment for segment, end in enumerate(ends) if position < end)
+
+
+def first_alike(batches: Sequence[Batch]) -> tuple[int, ...]:
+    """Of each micro-batch the first one that equals it: what is asked of that one holds of both."""
+    known: dict[Batch, int] = {}
+    return tuple(known.setdefault(batch, number) for number, batch in enumerate(batches))
 
 
 def _pairs(start: int, stop: int, length: int, causal: bool, window: int) -> float:

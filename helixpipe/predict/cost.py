@@ -17,17 +17,18 @@ context parallelism for a ring of keys and values in every attention, which the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
 from helixpipe.parts.part import Part
 from helixpipe.parts.shape import ModelShape
-from helixpipe.parts.work import Batch, Keeping, Work
+from helixpipe.parts.work import Batch, Keeping, Work, first_alike
 from helixpipe.predict.hardware import Accelerator, Link
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.chunks import chunks
+from helixpipe.schedule.lower import of_each
 from helixpipe.schedule.program import Kind, Message, Program
 from helixpipe.schedule.schedule import Schedule
 
@@ -121,51 +122,59 @@ class Analytic:
 
 
 def action_seconds(
-    schedule: Schedule, shape: ModelShape, batch: Batch, costs: PartCosts, keeping: Keeping
+    schedule: Schedule, shape: ModelShape, batches: Batch | Sequence[Batch], costs: PartCosts, keeping: Keeping
 ) -> Callable[[Action], float]:
-    """Seconds of each action of a schedule. Priced once a stage, pass and segment."""
+    """Seconds of each action of a schedule. `batches`: one for all micro-batches, or of each its own.
+
+    Priced once a stage, pass and segment of all micro-batches that are alike.
+    """
     recomputes = keeping.recomputes
     cut = [chunks(stage, whole=not recomputes) for stage in schedule.stages]
-    works = [Work(shape, batch, segment, keeping) for segment in range(len(batch.segment_lengths))]
-    known: dict[tuple[Hashable, str, int], float] = {}
-
-    def priced(part: Part, pass_name: str, segment: int) -> float:
-        """Of parts that are alike, one is priced."""
-        key = shape.alike(part), pass_name, segment
-        if key not in known:
-            known[key] = getattr(costs, pass_name)(part, batch, segment)
-        return known[key]
-
-    def total(parts: Iterable[Part], pass_name: str, segment: int) -> float:
-        return math.fsum(priced(part, pass_name, segment) for part in parts)
-
-    def again(parts: Collection[Part], segment: int) -> float:
-        """Forward seconds that a recompute of a chunk runs: what it ends in is not computed where that is in slices."""
-        *_, last = parts
-        unread = works[segment].slices(last)
-        runs = (part for part in parts if keeping.runs_again(part) and not (part is last and unread))
-        return total(runs, "forward_s", segment)
-
-    def in_slices(parts: Iterable[Part], segment: int) -> list[Part]:
-        """Those that run so, of opaque layers too."""
-        return [p for part in parts for p in shape.about(part).inside(part) if works[segment].slices(p)]
+    each = of_each(schedule, batches)
+    alike = first_alike(each)
+    known: dict[tuple[Hashable, str, int, int], float] = {}
 
     @cache
-    def seconds(stage: int, kind: Pass, segment: int, ahead: bool) -> float:
+    def work(like: int, segment: int) -> Work:
+        return Work(shape, each[like], segment, keeping)
+
+    def priced(part: Part, pass_name: str, at: Work, like: int) -> float:
+        """Of parts that are alike, one is priced."""
+        key = shape.alike(part), pass_name, like, at.segment
+        if key not in known:
+            known[key] = getattr(costs, pass_name)(part, at.batch, at.segment)
+        return known[key]
+
+    @cache
+    def seconds(stage: int, kind: Pass, like: int, segment: int, ahead: bool) -> float:
+        at = work(like, segment)
+
+        def total(parts: Iterable[Part], pass_name: str) -> float:
+            return math.fsum(priced(part, pass_name, at, like) for part in parts)
+
+        def again(parts: Collection[Part]) -> float:
+            """Forward seconds that a recompute of a chunk runs: what it ends in is not computed where that is in slices."""
+            *_, last = parts
+            unread = at.slices(last)
+            runs = (part for part in parts if keeping.runs_again(part) and not (part is last and unread))
+            return total(runs, "forward_s")
+
         parts = schedule.stages[stage].parts
         if kind is Pass.F:
-            return total(parts, "forward_s", segment)
+            return total(parts, "forward_s")
         if kind is Pass.R:
-            return again(cut[stage][-1].parts, segment) if recomputes else 0.0
+            return again(cut[stage][-1].parts) if recomputes else 0.0
+        # those that run so, of opaque layers too
+        in_slices = [p for part in parts for p in shape.about(part).inside(part) if at.slices(p)]
         if kind is Pass.W:
-            return total(parts, "weight_s", segment) - total(in_slices(parts, segment), "weight_s", segment)
+            return total(parts, "weight_s") - total(in_slices, "weight_s")
         # the backward of what runs in slices runs its forward once more
-        taken = total(parts, "input_s", segment) + total(in_slices(parts, segment), "forward_s", segment)
+        taken = total(parts, "input_s") + total(in_slices, "forward_s")
         # and its weight gradients cannot wait for a W
-        taken += total(parts if kind is Pass.B else in_slices(parts, segment), "weight_s", segment)
+        taken += total(parts if kind is Pass.B else in_slices, "weight_s")
         if recomputes:
             left = cut[stage][:-1] if ahead else cut[stage]
-            taken += math.fsum(again(chunk.parts, segment) for chunk in left)
+            taken += math.fsum(again(chunk.parts) for chunk in left)
         return taken
 
     placed = schedule.placed
@@ -173,7 +182,7 @@ def action_seconds(
 
     def of(action: Action) -> float:
         ahead = has_recompute and action.sibling(Pass.R) in placed
-        return seconds(action.stage, action.kind, action.segment, ahead)
+        return seconds(action.stage, action.kind, alike[action.microbatch], action.segment, ahead)
 
     return of
 

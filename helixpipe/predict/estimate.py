@@ -8,9 +8,9 @@ family, options ──► build ──► Schedule ──► lower ──► Pro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from helixpipe.errors import ConfigError
@@ -28,7 +28,7 @@ from helixpipe.schedule import families
 from helixpipe.schedule.action import Action
 from helixpipe.schedule.check import check
 from helixpipe.schedule.lower import lower
-from helixpipe.schedule.partition import MULTIPLE, even, for_shape, from_costs, refuse_bidirectional
+from helixpipe.schedule.partition import MULTIPLE, Documents, even, for_shape, from_costs, refuse_bidirectional
 from helixpipe.schedule.program import Message, Program
 from helixpipe.schedule.schedule import Schedule
 
@@ -155,11 +155,15 @@ class Setting:
         """With the family's own partition, unless one was asked for."""
         return self if self.partition != "auto" else replace(self, partition=families.default_partition(family))
 
-    def batch(self, segments: int) -> Batch:
-        """A micro-batch whose sequences are cut into so many segments, of equal cost unless asked otherwise."""
-        lengths = self.segment_lengths(segments)
+    def batch(self, segments: int, documents: Documents = ()) -> Batch:
+        """A micro-batch whose sequences are cut into so many segments, of equal cost unless asked otherwise.
+
+        `documents`: of each sequence its documents' lengths (tokens), by whose cost it is cut.
+        """
+        rows = tuple(map(tuple, documents))
+        lengths = self.segment_lengths(segments, Batch(self.microbatch_size, (self.sequence_length,), rows).documents)
         self._check(lengths)
-        return Batch(self.microbatch_size, lengths)
+        return Batch(self.microbatch_size, lengths, rows)
 
     def _check(self, lengths: tuple[int, ...]) -> None:
         """Whether the mesh divides this model and such segments."""
@@ -168,7 +172,7 @@ class Setting:
         )
         shape.check(self.shape, lengths)
 
-    def segment_lengths(self, segments: int) -> tuple[int, ...]:
+    def segment_lengths(self, segments: int, documents: Documents = ()) -> tuple[int, ...]:
         refuse_bidirectional(self.shape, segments)
         if segments == 1:
             return (self.sequence_length,)
@@ -179,14 +183,17 @@ class Setting:
                 )
             return even(self.sequence_length, segments, self.segment_multiple)
         if self.profile is not None:
-            return from_costs(self.sequence_length, segments, self._segment_s, self.segment_multiple, self.evenness)
-        recompute = self.keeping.recompute
-        return for_shape(self.shape, self.sequence_length, segments, self.segment_multiple, recompute, self.evenness)
+            seconds = partial(self._segment_s, documents)
+            return from_costs(self.sequence_length, segments, seconds, self.segment_multiple, self.evenness)
+        return for_shape(
+            self.shape, self.sequence_length, segments, self.segment_multiple, self.keeping.recompute, self.evenness, documents
+        )  # fmt: skip
 
-    def _segment_s(self, length: int, context: int) -> float:
+    def _segment_s(self, documents: Documents, length: int, context: int) -> float:
         """Measured seconds of a layer, forward and backward, on `length` tokens behind `context` others; the mean of all."""
-        batch = Batch(self.microbatch_size, (context, length) if context else (length,))
-        segment = len(batch.segment_lengths) - 1
+        segment, after = int(context > 0), self.sequence_length - context - length if documents else 0
+        lengths = tuple(tokens for tokens in (context, length, after) if tokens)
+        batch = Batch(self.microbatch_size, lengths, tuple(map(tuple, documents)))
         costs, total = self.profile or self.costs, 0.0
         for layer, share in self.shape.sorts().items():
             for part in layer_parts(layer):
@@ -204,11 +211,15 @@ class Setting:
     @cached_property
     def microbatch_s(self) -> float:
         """Seconds of one whole micro-batch, forward and backward, on one rank: nothing recomputed, nothing sent."""
+        return self.batch_s(self.whole)
+
+    def batch_s(self, batch: Batch) -> float:
+        """The same of a micro-batch with documents of its own."""
         names = ("forward_s", "input_s", "weight_s")
         parts = self.shape.chain()
         one = {self.shape.alike(part): part for part in parts}
         priced = {
-            like: math.fsum(getattr(self.costs, name)(part, self.whole, 0) for name in names)
+            like: math.fsum(getattr(self.costs, name)(part, batch.whole, 0) for name in names)
             for like, part in one.items()
         }
         return math.fsum(priced[self.shape.alike(part)] for part in parts)
@@ -228,7 +239,9 @@ class Estimate:
     @property
     def ideal_s(self) -> float:
         """The step if ranks shared the work evenly, never waited and recomputed nothing."""
-        return self.setting.microbatch_s * self.schedule.microbatches / len(self.schedule.ranks)
+        alike, batches = self.program.alike, self.program.batches
+        each = {first: self.setting.batch_s(batches[first]) for first in dict.fromkeys(alike)}
+        return math.fsum(each[first] for first in alike) / len(self.schedule.ranks)
 
     @property
     def reduction_s(self) -> float:
@@ -272,10 +285,13 @@ class Estimate:
         return max(self.timeline.peak_bytes)
 
 
-def estimate(schedule: Schedule, setting: Setting) -> Estimate:
-    """Price a schedule. Raises ConfigError where it does not suit the setting, ScheduleError where it cannot run."""
+def estimate(schedule: Schedule, setting: Setting, batches: Batch | Sequence[Batch] | None = None) -> Estimate:
+    """Price a schedule; `batches`: of each micro-batch its own (`Setting.batch`), and None is the same for all.
+
+    Raises ConfigError where it does not suit the setting, ScheduleError where it cannot run.
+    """
     check(schedule)
-    return priced(lower(schedule, setting.shape, setting.batch(schedule.segments)), setting)
+    return priced(lower(schedule, setting.shape, batches or setting.batch(schedule.segments)), setting)
 
 
 def estimate_family(setting: Setting, family: str, ranks: int, microbatches: int, **options: Any) -> Estimate:
@@ -286,9 +302,9 @@ def estimate_family(setting: Setting, family: str, ranks: int, microbatches: int
 
 
 def priced(program: Program, setting: Setting) -> Estimate:
-    """A program under a setting: that of its schedule and batch."""
+    """A program under a setting: that of its schedule and batches."""
     keeping, schedule = setting.keeping, program.schedule
-    seconds = action_seconds(schedule, setting.shape, program.batch, setting.costs, keeping)
+    seconds = action_seconds(schedule, setting.shape, program.batches, setting.costs, keeping)
     sizes = accelerator_bytes(program, keeping, setting.share, setting.group)
     travels = [setting.link.seconds(size) for size in sizes]
 

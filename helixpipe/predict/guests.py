@@ -69,7 +69,7 @@ def _gradients(part: Part, action: Action, program: Program, keeping: Keeping) -
         return []
     shape, split = program.shape, action.kind is not Pass.B
     if split:
-        split = bool(Work(shape, program.batch, action.segment, keeping).put_off(part))
+        split = bool(Work(shape, program.batches[action.microbatch], action.segment, keeping).put_off(part))
     found = []
     for name, size in shape.parameters(part).items():
         late = split and len(size) > 1

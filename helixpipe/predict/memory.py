@@ -87,9 +87,10 @@ class _Live:
 
 
 Moves = list[Move]
-"""Those of an action, in order. The same for every micro-batch that meets the same stages on its rank."""
-# stage, pass, segment, whether an R has recomputed the last chunk, neighbours, weights that visit
-_Key = tuple[int, Pass, int, bool, Meets, Guest]
+"""Those of an action, in order. The same for every micro-batch like it that meets the same stages on its rank."""
+# stage, pass, the first micro-batch that is alike, segment, whether an R has recomputed the last chunk, neighbours, weights
+# that visit
+_Key = tuple[int, Pass, int, int, bool, Meets, Guest]
 _Unit = tuple[int, int, int]  # stage, micro-batch, segment
 _Highs = dict[_Key, tuple[int, int, int]]
 """An action -> (kept and workspace at most, kept when it has ended), beyond what was held before."""
@@ -105,7 +106,8 @@ def _walk(program: Program, rank: int, keeping: Keeping, share: ModelShape) -> I
         if (stage, mb) not in meets:
             meets[stage, mb] = _meets(schedule, rank, stage, mb)
         ahead = has_recompute and action.sibling(Pass.R) in schedule.placed
-        order.append((action, (stage, kind, segment, ahead, meets[stage, mb], visiting.get(action, NOBODY))))
+        guest = visiting.get(action, NOBODY)
+        order.append((action, (stage, kind, program.alike[mb], segment, ahead, meets[stage, mb], guest)))
     moves = {key: _moves(program, keeping, *key) for key in dict.fromkeys(key for _, key in order)}
     sharing = _sharing(moves)
     alone = _alone(order, moves, sharing)
@@ -167,12 +169,20 @@ def _highs(keys: list[_Key], moves: dict[_Key, Moves]) -> _Highs:
 
 
 def _moves(
-    program: Program, keeping: Keeping, stage: int, kind: Pass, segment: int, ahead: bool, meets: Meets, guest: Guest
+    program: Program,
+    keeping: Keeping,
+    stage: int,
+    kind: Pass,
+    microbatch: int,
+    segment: int,
+    ahead: bool,
+    meets: Meets,
+    guest: Guest,
 ) -> Moves:
     """`ahead`: an R of its own recomputes the last chunk. `meets`: which neighbours are on the same rank."""
     schedule = program.schedule
     cut = chunks(schedule.stages[stage], not keeping.recomputes, schedule.outputs[stage])
-    work = Work(program.shape, program.batch, segment, keeping)
+    work = Work(program.shape, program.batches[microbatch], segment, keeping)
     into, out = schedule.edges_into[stage], schedule.edges_out_of[stage]
     # what another rank's part handed on came as a tensor of its own
     here = [stage, *(edge.producer for edge, met in zip(into, meets.before, strict=True) if met)]

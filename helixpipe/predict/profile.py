@@ -85,13 +85,13 @@ class Profile:
                 raise ConfigError(f"timings: {kind} {name} has fewer than two lengths; measure again: {self.command()}")
 
     def forward_s(self, part: Part, batch: Batch, segment: int) -> float:
-        return self._part_s(part, FORWARD, self._size(batch, segment))
+        return self._part_s(part, FORWARD, batch, segment)
 
     def input_s(self, part: Part, batch: Batch, segment: int) -> float:
-        return self._part_s(part, INPUT, self._size(batch, segment))
+        return self._part_s(part, INPUT, batch, segment)
 
     def weight_s(self, part: Part, batch: Batch, segment: int) -> float:
-        return self._part_s(part, WEIGHT, self._size(batch, segment))
+        return self._part_s(part, WEIGHT, batch, segment)
 
     def partition_seconds(self, recompute: str = "selective", microbatch_size: int = 1) -> Callable[[int, int], float]:
         """(length, context) -> seconds of a layer's forward, recompute and backward: for `partition.from_costs`.
@@ -203,14 +203,21 @@ class Profile:
         """What a curve is asked for."""
         return Size(sequences, length, context, self.shape.window)
 
-    def _size(self, batch: Batch, segment: int) -> Size:
-        return self.size(batch.segment_lengths[segment], batch.start(segment), batch.microbatch_size)
+    def _sizes(self, part: Part, batch: Batch, segment: int) -> list[Size]:
+        """What a part does at once: attention a document at a time, all others the segment."""
+        if part.about.attends and batch.documents:
+            return [self.size(stop - first, first) for first, stop, _ in batch.runs(segment)]
+        return [self.size(batch.segment_lengths[segment], batch.start(segment), batch.microbatch_size)]
 
     def _of(self, kind: str, name: str) -> list[Timing]:
         return [timing for timing in self.timings if timing.kind == kind and timing.run is PASSES[name]]
 
-    def _part_s(self, part: Part, name: str, size: Size) -> float:
-        return math.fsum(self._seconds(inner.kind, name, size) for inner in part.about.inside(part))
+    def _part_s(self, part: Part, name: str, batch: Batch, segment: int) -> float:
+        return math.fsum(
+            self._seconds(inner.kind, name, size)
+            for inner in part.about.inside(part)
+            for size in self._sizes(inner, batch, segment)
+        )
 
     def _seconds(self, kind: str, name: str, size: Size) -> float:
         curve = self.curves.get((kind, name))

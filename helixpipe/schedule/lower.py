@@ -19,11 +19,12 @@ How messages are ordered, and why that cannot deadlock:
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from helixpipe.errors import ConfigError
 from helixpipe.parts.part import Part
+from helixpipe.parts.work import Batch, first_alike
 from helixpipe.schedule.action import BACKWARD, Action, Pass
 from helixpipe.schedule.order import Times, times
 from helixpipe.schedule.program import (
@@ -42,7 +43,6 @@ from helixpipe.schedule.schedule import Schedule
 if TYPE_CHECKING:
     from helixpipe.parts.kind import Shapes
     from helixpipe.parts.shape import ModelShape
-    from helixpipe.parts.work import Batch
 
 # a message is received so many actions before it can leave: buffers against jitter
 LOOKAHEAD = 1
@@ -63,76 +63,106 @@ class _Draft(NamedTuple):
 
 
 def lower(
-    schedule: Schedule, shape: ModelShape, batch: Batch, duration: Callable[[Action], float] | None = None
+    schedule: Schedule,
+    shape: ModelShape,
+    batches: Batch | Sequence[Batch],
+    duration: Callable[[Action], float] | None = None,
 ) -> Program:
-    """The program of a checked schedule. `duration` (any unit) orders messages; FLOPs when not given."""
+    """The program of a checked schedule. `batches`: one for all micro-batches, or of each its own. `duration` (any unit)
+    orders messages; FLOPs when not given. Raises ConfigError for batches that are not the schedule's.
+    """
     if schedule.layers != shape.layers:
         raise ConfigError(
             f"schedule.layers: the schedule has {schedule.layers} layers and the model {shape.layers}; build it for the model"
         )
-    if schedule.segments != len(batch.segment_lengths):
-        raise ConfigError(
-            f"schedule.segments: the schedule has {schedule.segments} segments and the batch {len(batch.segment_lengths)}"
-        )
-    clock = times(schedule, duration or flops(schedule, shape, batch))
-    drafts = [*_values(schedule, shape, batch, clock), *_parameters(schedule, shape, clock)]
+    each = of_each(schedule, batches)
+    clock = times(schedule, duration or flops(schedule, shape, each))
+    drafts = [*_values(schedule, shape, each, clock), *_parameters(schedule, shape, clock)]
     drafts.sort(key=lambda draft: draft[:2])
     messages = tuple(Message(number, *draft[2:]) for number, draft in enumerate(drafts))
     when = [draft[:2] for draft in drafts]
     ranks = tuple(_place(rank, schedule, clock, messages, when) for rank in range(len(schedule.ranks)))
-    return Program(schedule, shape, batch, messages, ranks)
+    return Program(schedule, shape, each, messages, ranks)
 
 
-def flops(schedule: Schedule, shape: ModelShape, batch: Batch) -> Callable[[Action], float]:
+def of_each(schedule: Schedule, batches: Batch | Sequence[Batch]) -> tuple[Batch, ...]:
+    """A batch for each micro-batch of a schedule. Raises ConfigError where they do not suit it, or one another."""
+    each = (batches,) * schedule.microbatches if isinstance(batches, Batch) else tuple(batches)
+    if len(each) != schedule.microbatches:
+        raise ConfigError(
+            f"batches: {len(each)}, and the schedule has {schedule.microbatches} micro-batches; give one for all, or of each its own"
+        )
+    for batch in each:
+        if schedule.segments != len(batch.segment_lengths):
+            raise ConfigError(
+                f"schedule.segments: the schedule has {schedule.segments} segments and the batch {len(batch.segment_lengths)}"
+            )
+    sizes = dict.fromkeys((batch.microbatch_size, batch.sequence_length) for batch in each)
+    if len(sizes) > 1:
+        told = ", ".join(f"{size} of {length} tokens" for size, length in sizes)
+        raise ConfigError(f"batches: micro-batches of different sequences, {told}; give all as many of one length")
+    return each
+
+
+def flops(schedule: Schedule, shape: ModelShape, batches: Batch | Sequence[Batch]) -> Callable[[Action], float]:
     """FLOPs of each action, as a duration: enough to order messages by."""
-    segments = range(len(batch.segment_lengths))
+    each = of_each(schedule, batches)
+    alike, segments = first_alike(each), range(schedule.segments)
+    one = {shape.alike(part): part for stage in schedule.stages for part in stage.parts}
+    stages = [[shape.alike(part) for part in stage.parts] for stage in schedule.stages]
 
-    def total(of: Callable[[Part, Batch, int], float]) -> list[list[float]]:
-        """By stage and segment; of parts that are alike, one is priced."""
-        one = {shape.alike(part): part for stage in schedule.stages for part in stage.parts}
-        prices = {like: [of(part, batch, s) for s in segments] for like, part in one.items()}
-        return [[sum(prices[shape.alike(p)][s] for p in stage.parts) for s in segments] for stage in schedule.stages]
+    def total(of: Callable[[Part, Batch, int], float]) -> dict[int, list[list[float]]]:
+        """By batch, stage and segment; of parts that are alike, one is priced, and of batches that are."""
+        found = {}
+        for number in dict.fromkeys(alike):
+            prices = {like: [of(part, each[number], s) for s in segments] for like, part in one.items()}
+            found[number] = [[sum(prices[like][s] for like in stage) for s in segments] for stage in stages]
+        return found
 
     forward, backward, weight = total(shape.forward_flops), total(shape.backward_flops), total(shape.weight_flops)
 
     def duration(action: Action) -> float:
-        stage, kind, _, segment = action
+        stage, kind, mb, segment = action
+        like = alike[mb]
         if kind in (Pass.F, Pass.R):
-            return 1.0 + forward[stage][segment]
+            return 1.0 + forward[like][stage][segment]
         if kind is Pass.W:
-            return 1.0 + weight[stage][segment]
-        late = weight[stage][segment] if kind is Pass.I else 0.0
-        return 1.0 + backward[stage][segment] - late
+            return 1.0 + weight[like][stage][segment]
+        late = weight[like][stage][segment] if kind is Pass.I else 0.0
+        return 1.0 + backward[like][stage][segment] - late
 
     return duration
 
 
-def _values(schedule: Schedule, shape: ModelShape, batch: Batch, clock: Times) -> list[_Draft]:
+def _values(schedule: Schedule, shape: ModelShape, batches: tuple[Batch, ...], clock: Times) -> list[_Draft]:
     """Every edge between two ranks, forward and back."""
     drafts = []
     named = [(edge, tuple(map(str, edge.values))) for edge in schedule.edges]
-    shapes = [
-        [tuple(shape.value_shape(v, batch, seg) for v in edge.values) for seg in range(schedule.segments)]
-        for edge in schedule.edges
-    ]
+    alike = first_alike(batches)
+    shapes = {
+        number: [
+            [tuple(shape.value_shape(v, batches[number], seg) for v in edge.values) for seg in range(schedule.segments)]
+            for edge in schedule.edges
+        ]
+        for number in dict.fromkeys(alike)
+    }
     for e, (edge, names) in enumerate(named):
         for mb in range(schedule.microbatches):
+            sizes = shapes[alike[mb]][e]
             src, dst = schedule.placement[edge.producer, mb], schedule.placement[edge.consumer, mb]
             if src == dst:
                 continue
             for seg in range(schedule.segments):
                 made, read = Action(edge.producer, Pass.F, mb, seg), Action(edge.consumer, Pass.F, mb, seg)
                 drafts.append(
-                    _Draft(clock.end[made], clock.place[made], Kind.VALUES, src, dst, made, read, names, shapes[e][seg])
+                    _Draft(clock.end[made], clock.place[made], Kind.VALUES, src, dst, made, read, names, sizes[seg])
                 )
                 if (edge.consumer, mb, seg) not in schedule.input_gradient:
                     continue  # forward only
                 made = schedule.backward_of(edge.consumer, mb, seg)
                 read = schedule.backward_of(edge.producer, mb, seg)
                 drafts.append(
-                    _Draft(
-                        clock.end[made], clock.place[made], Kind.GRADIENTS, dst, src, made, read, names, shapes[e][seg]
-                    )
+                    _Draft(clock.end[made], clock.place[made], Kind.GRADIENTS, dst, src, made, read, names, sizes[seg])
                 )
     return drafts
 

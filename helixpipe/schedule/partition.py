@@ -6,7 +6,7 @@ first, that sum to the sequence:
 
     even               as many tokens each
     computation_wise   as much computation each, from linear and quadratic cost, in closed form
-    for_shape          the same, with the costs of a model's layers in FLOPs, each with its own window
+    for_shape          the same, with the costs of a model's layers in FLOPs, each with its own window, and of documents
     as_training        that, where nobody says how to cut
     from_costs         the dearest segment as cheap as can be, under measured costs
     pipelined          TeraPipe's: t_1 + ... + t_k + (p-1) max t least, and k is found too
@@ -23,8 +23,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from helixpipe.errors import ConfigError
-from helixpipe.parts.part import layer_parts
+from helixpipe.parts.part import Part, layer_parts
 from helixpipe.parts.work import Batch, Keeping
+from helixpipe.schedule.partition_documents import equal_work
 
 if TYPE_CHECKING:
     from helixpipe.parts.shape import ModelShape
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 MULTIPLE = 128
 BISECTIONS = 60
 GRAIN = 1.01  # bounds closer than this are one
+Documents = Sequence[Sequence[int]]
+"""Of each row of a micro-batch the lengths of its documents (tokens); none: a row is one document."""
 Seconds = Callable[[int, int], float]
 """(length, context) -> cost of a segment of `length` tokens behind `context` earlier ones.
 
@@ -74,13 +77,19 @@ def for_shape(
     multiple: int = MULTIPLE,
     recompute: str = "none",
     evenness: float = 0.0,
+    documents: Documents = (),
 ) -> tuple[int, ...]:
     """`computation_wise` for a model's layers: FLOPs of forward, backward and what `recompute` runs again.
 
-    Embedding and head are left out: they are on one rank each, and the layers on all.
+    Embedding and head are left out: they are on one rank each, and the layers on all. `documents`: of each row of a
+    micro-batch the lengths of its documents, which attend to themselves alone.
     """
 
     refuse_bidirectional(shape, segments)
+    if any(len(lengths) > 1 for lengths in documents):
+        _check_evenness(evenness)
+        bounds = equal_work(documents, segments, *_of_tokens_and_pairs(shape, length, recompute))
+        return _rounded(_moved(bounds, length, evenness), length, segments, multiple)
     if any(shape.windows):
         return _equal(length, segments, lambda tokens: _prefix_flops(shape, tokens, recompute), multiple, evenness)
     batch = Batch(1, (length,))
@@ -96,13 +105,33 @@ def for_shape(
     return computation_wise(length, segments, linear, quadratic, multiple, evenness)
 
 
+def _of_tokens_and_pairs(shape: ModelShape, length: int, recompute: str) -> tuple[float, dict[int, float]]:
+    """FLOPs of a layer, the mean of all: of a token, and by window of a pair of a token and a key that it sees."""
+    batch, linear = Batch(1, (length,)), 0.0
+    pairs: dict[int, float] = {}
+    for layer, share in shape.sorts().items():
+        window = shape.window_of(layer)
+        for part in layer_parts(layer):
+            flops = share * _flops(shape, part, batch, recompute)
+            if part.about.attends:
+                pairs[window] = pairs.get(window, 0.0) + flops / batch.pairs(0, True, window)
+            else:
+                linear += flops / length
+    return linear, pairs
+
+
+def _flops(shape: ModelShape, part: Part, batch: Batch, recompute: str) -> float:
+    """Of a part's forward, what is run again of it, and its backward."""
+    forward, backward = shape.forward_flops(part, batch, 0), shape.backward_flops(part, batch, 0)
+    return backward + forward * (2 if Keeping(recompute).runs_again(part) else 1)
+
+
 def _prefix_flops(shape: ModelShape, tokens: int, recompute: str) -> float:
     """Of a layer, the mean of all, on a sequence's first tokens."""
     batch, total = Batch(1, (tokens,)), 0.0
     for layer, share in shape.sorts().items():
         for part in layer_parts(layer):
-            forward, backward = shape.forward_flops(part, batch, 0), shape.backward_flops(part, batch, 0)
-            total += share * (backward + forward * (2 if Keeping(recompute).runs_again(part) else 1))
+            total += share * _flops(shape, part, batch, recompute)
     return total
 
 
@@ -117,11 +146,11 @@ def _equal(
 
 
 def as_training(
-    shape: ModelShape, length: int, segments: int, recompute: str = "none", unit: int = 1
+    shape: ModelShape, length: int, segments: int, recompute: str = "none", unit: int = 1, documents: Documents = ()
 ) -> tuple[int, ...]:
     """What training cuts where nothing else is asked for; shorter sequences in finer steps, all of them multiples of `unit`."""
     multiple = max(unit, min(MULTIPLE, length // segments) // unit * unit)
-    return for_shape(shape, length, segments, multiple, recompute) if segments > 1 else (length,)
+    return for_shape(shape, length, segments, multiple, recompute, 0.0, documents) if segments > 1 else (length,)
 
 
 def from_costs(
@@ -220,11 +249,11 @@ def _rounded(bounds: Sequence[float], length: int, segments: int, multiple: int)
     """Lengths between boundaries, each moved to the nearest multiple that leaves no segment shorter than one."""
     check_cut(length, segments, multiple)
     blocks = length // multiple
-    inner = [
-        multiple * min(max(math.floor(bound / multiple + 0.5), i), blocks - (segments - i))
-        for i, bound in enumerate(bounds, start=1)
-    ]
-    return tuple(end - start for start, end in itertools.pairwise([0, *inner, length]))
+    inner = [0]
+    for left, bound in zip(range(segments - 1, 0, -1), bounds, strict=True):
+        inner.append(min(max(math.floor(bound / multiple + 0.5), inner[-1] + 1), blocks - left))
+    places = [*(multiple * each for each in inner), length]
+    return tuple(end - start for start, end in itertools.pairwise(places))
 
 
 def _costs(lengths: Sequence[int], seconds: Seconds) -> list[float]:

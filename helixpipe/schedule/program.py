@@ -12,13 +12,13 @@ from enum import StrEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
+from helixpipe.parts.work import Batch, first_alike
 from helixpipe.schedule.action import Action
 from helixpipe.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
     from helixpipe.parts.kind import Shapes
     from helixpipe.parts.shape import ModelShape
-    from helixpipe.parts.work import Batch
 
 
 class Kind(StrEnum):
@@ -104,13 +104,18 @@ Instruction = Run | Send | Receive | Accumulate
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """`ranks[r]` is what rank r does, in order. `messages` are all of them, by number."""
+    """`ranks[r]` is what rank r does, in order. `messages` are all of them, by number. `batches`: of each micro-batch its own."""
 
     schedule: Schedule
     shape: ModelShape
-    batch: Batch
+    batches: tuple[Batch, ...]
     messages: tuple[Message, ...]
     ranks: tuple[tuple[Instruction, ...], ...]
+
+    @cached_property
+    def alike(self) -> tuple[int, ...]:
+        """Of each micro-batch the first one whose batch equals its own."""
+        return first_alike(self.batches)
 
     @cached_property
     def returning(self) -> tuple[str, ...]:

@@ -150,4 +150,4 @@ def test_the_config_builds_the_very_schedule_that_was_priced(family: str, tmp_pa
     assert not [reason for reason in found.refused.values() if "costs" in reason]
     priced = estimate_candidate(Setting(SHAPES["tiny"], 1024), 2, 4, found.best.candidate)
     assert schedule == priced.schedule
-    assert config.setting().batch(schedule.segments) == priced.program.batch
+    assert config.setting().batch(schedule.segments) == priced.program.batches[0]

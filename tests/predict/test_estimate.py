@@ -282,7 +282,7 @@ def test_a_profile_prices_one_device() -> None:
 def test_the_partition_is_the_familys_own_unless_asked_otherwise() -> None:
     setting = replace(LONG, sequence_length=4096)
     lengths = {
-        family: estimate_family(setting, family, 2, 2, segments=4).program.batch.segment_lengths
+        family: estimate_family(setting, family, 2, 2, segments=4).program.batches[0].segment_lengths
         for family in ("slimpipe", "seq1f1b_interleaved")
     }
     assert lengths["slimpipe"] == even(4096, 4) != lengths["seq1f1b_interleaved"]

@@ -95,7 +95,7 @@ def test_segments_are_cut_as_training_cuts_them(recompute: str) -> None:
         assert abs(loss - plain_step(SHAPE, *batch(SHAPE, 2, length))[0]) < 1e-12
         if length == 1024:
             setting = hp.Setting(SHAPE, length, keeping=pipeline.keeping)
-            assert pipeline.last_program.batch == setting.batch(3)
+            assert pipeline.last_program.batches[0] == setting.batch(3)
     assert pipeline.program(hp.Batch(1, (5, 4, 3)))
     with pytest.raises(
         hp.ConfigError, match=r"^schedule\.segments: 3 segments of a sequence of 2 tokens; give at most 2$"
@@ -114,7 +114,7 @@ def cut_over_two() -> tuple[int, ...] | None:
     pipeline = hp.Pipeline(hp.Decoder(SHAPE), schedule, mesh, timeout_s=30)
     pipeline.step(*batch(SHAPE, 2, 52))
     pipeline.close()
-    return pipeline.last_program.batch.segment_lengths
+    return pipeline.last_program.batches[0].segment_lengths
 
 
 def test_segments_divide_over_the_ranks_that_share_them(four_ranks: Ranks) -> None:
