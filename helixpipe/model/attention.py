@@ -12,8 +12,9 @@ held per layer and micro-batch outside of any module so that a recompute cannot 
 The backward goes from the last segment to the first; what a segment owes to earlier keys and values waits,
 in float32 or wider, until theirs comes.
 
-With a window a segment keeps only the last keys and values of its own that later ones see, and attends to those of
-earlier segments that it sees: the rest is not computed, not joined, not moved, and is owed nothing.
+With a window, and where sequences hold several documents, a segment keeps only the last keys and values of its own that
+later ones see, and attends to those of earlier segments that it sees: the rest is not computed, not joined, not moved, and
+is owed nothing.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ from torch import Tensor
 
 from helixpipe.errors import ConfigError
 from helixpipe.model.merging import ALL, Merged, Total, heads, tile_backward, tile_forward
+from helixpipe.model.packed import Packed, Share, packed_seen, packed_tail, packed_tiles
 from helixpipe.model.tiles import Run, Tile, tiles
 from helixpipe.parts.attn import heads_at_once
 from helixpipe.parts.window import seen, tail
+from helixpipe.parts.work import Batch
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ class KeyValues:
     """Tokens of each segment so far, on all ranks together."""
     tails: list[int] = field(default_factory=list)
     """How many of those that are here later segments see: the last ones."""
+    batch: Batch | None = None
+    """The micro-batch, whole, where its sequences hold several documents; None: each is one."""
 
     def add(self, segment: int, k: Tensor, v: Tensor, tail: int | None = None, length: int | None = None) -> None:
         """A segment's keys and values, by its first forward; a recompute finds them there.
@@ -124,7 +129,7 @@ class KeyValues:
 
     def seen(self, segment: int, window: int = 0) -> range:
         """Earlier segments of which it sees some key."""
-        return seen(self.lengths, segment, window)
+        return seen(self.lengths, segment, window) if self.batch is None else packed_seen(self.batch, segment, window)
 
     def prefix(self, segments: range) -> tuple[Tensor, Tensor]:
         """[b, tokens, kv_heads, d] of what later segments see of these."""
@@ -186,6 +191,16 @@ class AttentionState:
     segment: int = 0
     in_place: bool = False
     """Whether nobody else reads q, k and v, now or later: their gradients may take their places."""
+    batch: Batch | None = None
+    """The micro-batch, whole, where its sequences hold several documents; None: each is one."""
+
+    @property
+    def packed(self) -> Packed | None:
+        return None if self.batch is None else Packed.of(self.batch, self.segment)
+
+    def tail(self, tokens: int, window: int) -> int:
+        """How many of the segment's tokens, at its end, later segments see; `tokens`: all that it has, on all ranks."""
+        return tail(tokens, window) if self.batch is None else packed_tail(self.batch, self.segment, window)
 
 
 class _Attention(torch.autograd.Function):
@@ -193,17 +208,17 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rule: Rule, state: AttentionState) -> Tensor:
-        kept, past = state.kept, state.key_values
+        kept, past, packed = state.kept, state.key_values, state.packed
         if past is not None:
-            past.add(state.segment, k, v, tail(k.shape[1], rule.window))
+            past.add(state.segment, k, v, state.tail(k.shape[1], rule.window))
         if kept is not None and kept.out is not None and kept.lse is not None:
             out, lse = kept.out, kept.lse
         else:
             merged = Merged(heads(q))
-            _attend(merged, q, k, v, rule, 0)
+            _attend(merged, q, k, v, rule, packed, 0)
             if past is not None:
                 for block in past.blocks(state.segment, rule.window):
-                    _attend(merged, q, block.keys, block.values, rule, past.before(state.segment, block))
+                    _attend(merged, q, block.keys, block.values, rule, packed, past.before(state.segment, block))
             out, lse = merged.result()
             if kept is not None:
                 kept.out, kept.lse = out, lse
@@ -214,19 +229,19 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        rule, past, segment = ctx.rule, ctx.state.key_values, ctx.state.segment
+        rule, past, segment, packed = ctx.rule, ctx.state.key_values, ctx.state.segment, ctx.state.packed
         grad = heads(grad.unflatten(2, (q.shape[2], q.shape[3])))
         if ctx.state.in_place and past is None and (at_once := _at_once(k)) < k.shape[2]:
             for first in range(0, k.shape[2], at_once):
                 few = slice(first, min(first + at_once, k.shape[2]))
-                _backward_in_place(few, grad, q, k, v, out, lse, rule)
+                _backward_in_place(few, grad, q, k, v, out, lse, rule, packed)
             return q, k, v, None, None
         dq = Total(heads(q))
-        dk, dv = _differentiate(dq, grad, q, k, v, out, lse, rule, 0)
+        dk, dv = _differentiate(dq, grad, q, k, v, out, lse, rule, packed, 0)
         if past is not None:
             for block in past.blocks(segment, rule.window):
                 before = past.before(segment, block)
-                owed = _differentiate(dq, grad, q, block.keys, block.values, out, lse, rule, before)
+                owed = _differentiate(dq, grad, q, block.keys, block.values, out, lse, rule, packed, before)
                 past.owe(block.segments, *owed)
                 del owed
             dk, dv = past.settle(segment, dk, dv)
@@ -239,34 +254,43 @@ def _at_once(k: Tensor) -> int:
 
 
 def _backward_in_place(
-    few: slice, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule
-) -> None:
+    few: slice, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule,
+    packed: Packed | None,
+) -> None:  # fmt: skip
     """Write the gradients of some key heads, and of their queries, where these were; q, k and v [b, s, heads, d]."""
     group = q.shape[2] // k.shape[2]
     queries = slice(few.start * group, few.stop * group)
     theirs = q[:, :, queries], k[:, :, few], v[:, :, few]
     dq = Total(heads(theirs[0]))
-    dk, dv = _differentiate(dq, grad[:, queries], *theirs, out[:, queries], lse[:, queries], rule, 0)
+    dk, dv = _differentiate(dq, grad[:, queries], *theirs, out[:, queries], lse[:, queries], rule, packed, 0)
     for tensor, gradient in zip(theirs, (heads(dq.result()), dk, dv), strict=True):
         tensor.copy_(gradient)
 
 
-def _attend(merged: Merged, q: Tensor, k: Tensor, v: Tensor, rule: Rule, before: int) -> None:
+def _shares(rule: Rule, packed: Packed | None, queries: int, keys: int, before: int) -> Sequence[Share]:
+    """The tiles of so many queries and keys, as `Rule.tiles`, and the sequences of the batch that each is of."""
+    if packed is None:
+        return [(ALL, tile) for tile in rule.tiles(queries, keys, before)]
+    return packed_tiles(packed, Run(0, 1, queries), Run(-before, 1, keys), rule.causal, rule.window)
+
+
+def _attend(merged: Merged, q: Tensor, k: Tensor, v: Tensor, rule: Rule, packed: Packed | None, before: int) -> None:
     """Of q to keys that begin `before` tokens earlier, [b, tokens, heads, d]."""
     q, k, v = heads(q), heads(k), heads(v)
-    for tile in rule.tiles(q.shape[2], k.shape[2], before):
-        merged.add((ALL, ALL, tile.queries), *tile_forward(q, k, v, tile, rule.softcap, rule.scale))
+    for batch, tile in _shares(rule, packed, q.shape[2], k.shape[2], before):
+        merged.add((batch, ALL, tile.queries), *tile_forward(q, k, v, tile, rule.softcap, rule.scale, batch))
 
 
 def _differentiate(
-    dq: Total, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule, before: int
-) -> tuple[Tensor, Tensor]:
+    dq: Total, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule,
+    packed: Packed | None, before: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dk and dv, [b, tokens, kv_heads, d]; `dq` gets its share."""
     q, k, v = heads(q), heads(k), heads(v)
     dk, dv = Total(k), Total(v)
-    for tile in rule.tiles(q.shape[2], k.shape[2], before):
-        rows, keys = (ALL, ALL, tile.queries), (ALL, ALL, tile.keys)
-        found = tile_backward(grad, q, k, v, out, lse, tile, rule.softcap, rule.scale)
+    for batch, tile in _shares(rule, packed, q.shape[2], k.shape[2], before):
+        rows, keys = (batch, ALL, tile.queries), (batch, ALL, tile.keys)
+        found = tile_backward(grad, q, k, v, out, lse, tile, rule.softcap, rule.scale, batch)
         for total, index, gradient in zip((dq, dk, dv), (rows, keys, keys), found, strict=True):
             total.add(index, gradient)
         del found, gradient

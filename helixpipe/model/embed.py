@@ -26,8 +26,8 @@ class Embed(nn.Module):
         if self.scale != 1:
             x = x.mul_(float(torch.tensor(self.scale, dtype=x.dtype)))
         if self.positions is not None:
-            if isinstance(start, Tensor):
-                x = x + self.positions(start)
+            if not isinstance(start, int):
+                x = x + self.positions(start if isinstance(start, Tensor) else start.at)
             else:
                 x = x + self.positions.weight[start : start + tokens.shape[1]]
         return x if self.norm is None else self.norm(x)

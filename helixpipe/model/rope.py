@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,8 +11,24 @@ from torch import Tensor
 from helixpipe.parts.rotary import Rotary
 from helixpipe.parts.shape import ModelShape
 
-Start = int | Tensor
-"""The first position of contiguous tokens; where ranks share a sequence, every token's position, int64 [s]."""
+
+@dataclass(frozen=True, eq=False)
+class Positions:
+    """Where the tokens of a call are in their documents, which begin at 0 each."""
+
+    at: Tensor
+    """int64 [b, s]"""
+    lengths: Tensor
+    """How long the document of each token is, whole: int64 [b, s]."""
+
+    def of(self, tokens: slice | Tensor) -> Positions:
+        """Those of some tokens of the sequence."""
+        return Positions(self.at[:, tokens], self.lengths[:, tokens])
+
+
+Start = int | Tensor | Positions
+"""The first position of contiguous tokens; where ranks share a sequence, every token's position, int64 [s]; where sequences
+hold several documents, those in each."""
 # tokens of rotary tables that are kept, in longest sequences: a few ways to cut one stay, ever new lengths do not
 KEPT_SEQUENCES = 8
 
@@ -22,11 +39,11 @@ class Rope:
     def __init__(self, dim: int, base: float, rotary: Rotary | None = None) -> None:
         """`dim`: how many numbers of each head are rotated, its first ones; the rest pass as they are."""
         self.dim, self.base, self.rotary = dim, base, rotary or Rotary()
-        self.tables: dict[tuple[Start, int, torch.device, torch.dtype, int], tuple[Tensor, Tensor]] = {}
+        self.tables: dict[tuple[int | Tensor, int, torch.device, torch.dtype, int], tuple[Tensor, Tensor]] = {}
         self._tokens = self._longest = 0
 
     def table(
-        self, start: Start, length: int, device: torch.device, dtype: torch.dtype, sequence_length: int = 0
+        self, start: int | Tensor, length: int, device: torch.device, dtype: torch.dtype, sequence_length: int = 0
     ) -> tuple[Tensor, Tensor]:
         """cos and sin, [s, 1, d/2], from angles in float64 so that far positions stay exact.
 
@@ -46,6 +63,22 @@ class Rope:
             self.tables[key] = cos.to(dtype), sin.to(dtype)
         return self.tables[key]
 
+    def each(self, positions: Positions, dtype: torch.dtype, sequence_length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of every token, [b, s, 1, d/2], made anew: rows of one table of the sequence's positions.
+
+        Where a scaling depends on the length it is each document's own, and its angles are in no table.
+        """
+        at = positions.at
+        if not self.rotary.by_length:
+            cos, sin = self.table(0, sequence_length, at.device, dtype)
+            return cos[at], sin[at]
+        lengths, which = positions.lengths.unique(return_inverse=True)
+        turns = [self.rotary.frequencies(self.dim, self.base, length) for length in lengths.tolist()]
+        frequencies = torch.tensor(turns, dtype=torch.float64, device=at.device)
+        angles = (at.double().unsqueeze(-1) * frequencies[which]).unsqueeze(2)
+        cos, sin = (made.mul_(self.rotary.magnitude) for made in (angles.cos(), angles.sin()))
+        return cos.to(dtype), sin.to(dtype)
+
     def _make_room(self, tokens: int, end: int) -> None:
         """For one more table: all others go when there are too many for the longest sequence so far."""
         self._longest = max(self._longest, end)
@@ -56,6 +89,8 @@ class Rope:
 
     def __call__(self, x: Tensor, start: Start, sequence_length: int = 0) -> Tensor:
         """Rotate x [b, s, heads, d]."""
+        if isinstance(start, Positions):
+            return _RotateEach.apply(x, self, start, sequence_length)  # type: ignore[no-any-return,no-untyped-call]
         cos, sin = self.table(start, x.shape[1], x.device, x.dtype, sequence_length)
         return _Rotate.apply(x, cos, sin)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -89,6 +124,20 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         return _rotated(grad, cos, sin, -1), None, None
+
+
+class _RotateEach(torch.autograd.Function):
+    """As `_Rotate`, of tokens in documents: their cos and sin are made in the backward again, and nothing is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rope: Rope, positions: Positions, sequence_length: int) -> Tensor:
+        ctx.rope, ctx.positions, ctx.sequence_length = rope, positions, sequence_length
+        return _rotated(x, *rope.each(positions, x.dtype, sequence_length), 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.rope.each(ctx.positions, grad.dtype, ctx.sequence_length)
+        return _rotated(grad, cos, sin, -1), None, None, None
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:

@@ -8,7 +8,8 @@ earlier segments, and one round of the ring takes them along:
 
     segment 2, rank r    q2 . [k0 k1 k2] of every rank     k0 k1: all see all     k2: causal, by where the tokens are
 
-With a window only the segments that it reaches go along, and of each no more of its last tokens than any rank keeps.
+With a window, and of documents, only the segments that are seen go along, and of each no more of its last tokens than any
+rank keeps. Where no rank sees anything of what is further around the ring, it ends early.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from helixpipe.errors import ConfigError
 from helixpipe.model.attention import AttentionState, KeptAttention, KeyValues, Rule, attend
 from helixpipe.model.attn import Attention
 from helixpipe.model.merging import ALL
-from helixpipe.model.tiles import Run, Tile, tiles
+from helixpipe.model.packed import Packed, Share
+from helixpipe.model.tiles import Run, Span, Tile, tiles
 from helixpipe.parts.part import Part
-from helixpipe.parts.window import tail
 from helixpipe.sequence.attention import to_heads, to_sequence
 from helixpipe.sequence.layout import Layout
 from helixpipe.sequence.mesh import SequenceMesh
@@ -68,7 +69,7 @@ class Context:
         out: Tensor
         own = Piece(self.mesh.layout(q.shape[1] * self.mesh.size, self.kind), 0, q.shape[1])
         if state.key_values is None:
-            out = Spread.apply(q, k, v, self._plan(own, (), rule), state.kept)  # type: ignore[no-untyped-call]
+            out = Spread.apply(q, k, v, self._plan(own, (), rule, state.packed), state.kept)  # type: ignore[no-untyped-call]
         else:
             out = self._of_segment(q, k, v, own, rule, state)
         return out.flatten(2)
@@ -76,27 +77,32 @@ class Context:
     def _of_segment(self, q: Tensor, k: Tensor, v: Tensor, own: Piece, rule: Rule, state: AttentionState) -> Tensor:
         past, segment = state.key_values, state.segment
         assert past is not None
-        past.add(segment, k, v, _local_tail(own.layout, rule.window), own.layout.length)
+        tail = state.tail(own.layout.length, rule.window)
+        past.add(segment, k, v, _local_tail(own.layout, tail), own.layout.length)
         segments = past.seen(segment, rule.window)
         earlier = tuple(
             Piece(self.mesh.layout(past.lengths[s], self.kind), past.start(s) - past.start(segment), past.tails[s])
             for s in segments
         )
-        out: Tensor = _Segment.apply(q, k, v, self._plan(own, earlier, rule), segments, state)  # type: ignore[no-untyped-call]
+        plan = self._plan(own, earlier, rule, state.packed)
+        out: Tensor = _Segment.apply(q, k, v, plan, segments, state)  # type: ignore[no-untyped-call]
         return out
 
-    def _plan(self, own: Piece, earlier: tuple[Piece, ...], rule: Rule) -> Plan:
+    def _plan(self, own: Piece, earlier: tuple[Piece, ...], rule: Rule, packed: Packed | None) -> Plan:
         """A segment's tokens, and what is seen of earlier segments, on every rank."""
-        mesh = self.mesh
+        mesh, causal, window = self.mesh, rule.causal, rule.window
 
-        def of(steps: tuple[int, ...]) -> list[tuple[slice, Tile]]:
-            found = _tiles(own, earlier, mesh.place, mesh.place_of(steps), rule.causal, rule.window)
-            return [(ALL, tile) for tile in found]
+        def of(steps: tuple[int, ...]) -> list[Share]:
+            if packed is not None:
+                return _packed_tiles(own, earlier, mesh.place, mesh.place_of(steps), causal, window, packed)
+            return [(ALL, tile) for tile in _tiles(own, earlier, mesh.place, mesh.place_of(steps), causal, window)]
 
         def meets(place: int, source: int) -> bool:
-            return bool(_tiles(own, earlier, place, source, rule.causal, rule.window))
+            return bool(_tiles(own, earlier, place, source, causal, window))
 
-        return Plan(mesh.rings, of, rule, (lambda before: mesh.last_step(before, meets)) if rule.window else None)
+        if packed is not None:
+            return Plan(mesh.rings, of, rule, lambda before: _last(mesh, before, own, earlier, causal, window, packed))
+        return Plan(mesh.rings, of, rule, (lambda before: mesh.last_step(before, meets)) if window else None)
 
 
 class Piece(NamedTuple):
@@ -121,9 +127,10 @@ class Piece(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _local_tail(layout: Layout, window: int) -> int:
-    """How many of its last tokens a rank keeps of a segment: as many as the rank that has most of those that are seen."""
-    unseen = layout.length - tail(layout.length, window)
+def _local_tail(layout: Layout, seen: int) -> int:
+    """How many of its last tokens a rank keeps of a segment, of which the last `seen` are seen: as many as the rank that has
+    most of these."""
+    unseen = layout.length - seen
     return max(sum(run.count - _before(run, unseen) for run in layout.runs(place)) for place in range(layout.ring))
 
 
@@ -136,15 +143,44 @@ def _before(run: Run, position: int) -> int:
 def _tiles(own: Piece, earlier: tuple[Piece, ...], place: int, source: int, causal: bool, window: int) -> list[Tile]:
     """Of this place's queries against the keys of `source`: those of earlier segments first, then of this one."""
     before = sum(piece.tokens for piece in earlier)
-    found = [Tile(0, own.tokens, 0, before, False)] if before and not window else []
-    first = 0
-    for piece in (*(earlier if window else ()), own):
-        at = before if piece is own else first
+    if window or not before:
+        return _cut(own, earlier, place, source, causal, window, None)
+    return [Tile(0, own.tokens, 0, before, False), *_cut(own, (), place, source, causal, window, None, before)]
+
+
+@lru_cache(maxsize=1024)
+def _packed_tiles(
+    own: Piece, earlier: tuple[Piece, ...], place: int, source: int, causal: bool, window: int, packed: Packed
+) -> list[Share]:
+    """The same of each sequence, whose documents hide what is not of them."""
+    return packed.shares(lambda spans: _cut(own, earlier, place, source, causal, window, spans))
+
+
+def _cut(
+    own: Piece, earlier: tuple[Piece, ...], place: int, source: int, causal: bool, window: int,
+    spans: tuple[Span, ...] | None, first: int = 0,
+) -> list[Tile]:  # fmt: skip
+    """`first`: where the keys of `earlier`, and then of this segment, begin."""
+    found: list[Tile] = []
+    for piece in (*earlier, own):
         keys = piece.runs(source)
-        cut = tiles(own.runs(place), keys, causal, window=window) if keys else []
-        found += [replace(t, k_start=at + t.k_start, k_stop=at + t.k_stop) for t in cut]
+        cut = tiles(own.runs(place), keys, causal, spans, window) if keys else []
+        found += [replace(t, k_start=first + t.k_start, k_stop=first + t.k_stop) for t in cut]
         first += piece.tokens
     return found
+
+
+@lru_cache(maxsize=256)
+def _last(
+    mesh: SequenceMesh, before: tuple[int, ...], own: Piece, earlier: tuple[Piece, ...], causal: bool, window: int,
+    packed: Packed,
+) -> int:  # fmt: skip
+    """The last step of a ring at which any place sees something, the same on all of them."""
+
+    def meets(place: int, source: int) -> bool:
+        return bool(packed.shares(lambda spans: _cut(own, earlier, place, source, causal, window, spans)))
+
+    return mesh.last_step(before, meets)
 
 
 class _Segment(torch.autograd.Function):

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from helixpipe.errors import ConfigError, UncountedWarning
 from helixpipe.model.head import counted as count
-from helixpipe.model.rope import Start
+from helixpipe.model.rope import Positions, Start
 from helixpipe.parts.part import Part
+from helixpipe.parts.work import Batch
+from helixpipe.runtime.documents import Lengths, positions
 
 
 class Bucket(NamedTuple):
@@ -47,7 +49,7 @@ class Losses:
     """Nats, over all targets that count."""
     counted: int
     by_position: tuple[Bucket, ...] = ()
-    """By powers of two, up to the longest sequence; empty where `without` says why."""
+    """By powers of two, up to the longest document or sequence of one; empty where `without` says why."""
     without: str = ""
     """Why losses by position are not known."""
 
@@ -84,6 +86,10 @@ def buckets(length: int) -> list[tuple[int, int]]:
 def bucketed(values: Tensor, start: Start, length: int) -> Tensor:
     """Sums by bucket of [b, s], which stand at `start` in sequences of `length`: float64 [buckets], in one order always."""
     firsts = torch.tensor([first for first, _ in buckets(length)], device=values.device)
+    if isinstance(start, Positions):
+        which, wide = torch.bucketize(start.at.contiguous(), firsts, right=True) - 1, values.double()
+        sums = [torch.where(which == each, wide, wide.new_zeros(())).sum() for each in range(len(firsts))]
+        return torch.stack(sums)
     positions = (
         start if isinstance(start, Tensor) else torch.arange(start, start + values.shape[1], device=values.device)
     )
@@ -102,19 +108,28 @@ def of_rank(losses: Sequence[Tensor], length: int) -> list[float]:
     return [float(any(not each.dim() for each in losses)), *sums.tolist()]
 
 
-def of_ranks(told: Sequence[tuple[float, list[float]]], targets: Tensor, head: Part) -> Losses:
-    """The losses of a batch, from each rank's loss and what `of_rank` says; `targets` are the whole batch's."""
+def of_ranks(told: Sequence[tuple[float, list[float]]], targets: Tensor, head: Part, documents: Lengths = ()) -> Losses:
+    """The losses of a batch, from each rank's loss and what `of_rank` says; `targets` and `documents` are the whole batch's."""
     total = math.fsum(loss for loss, _ in told)
     if any(is_sum for _, (is_sum, *_) in told):
         return Losses(
             total, count(targets), (), f"{head} gives one sum; let its module have token_losses(x, targets) -> [b, s]"
         )
     sums = zip(*(each for _, (_, *each) in told), strict=True)
+    length, at = targets.shape[1], None
+    if documents:
+        length = max(max(lengths) for lengths in documents)
+        at = positions(Batch(len(targets), (targets.shape[1],), documents), targets.device).at
     found = [
-        Bucket(first, stop, math.fsum(each), count(targets[:, first:stop]))
-        for (first, stop), each in zip(buckets(targets.shape[1]), sums, strict=True)
+        Bucket(first, stop, math.fsum(each), count(_between(targets, at, first, stop)))
+        for (first, stop), each in zip(buckets(length), sums, strict=not documents)  # further ones are of nothing
     ]
     return Losses(total, count(targets), tuple(found))
+
+
+def _between(targets: Tensor, at: Tensor | None, first: int, stop: int) -> Tensor:
+    """Those at positions `first` to `stop` - 1, of their documents where `at` has these."""
+    return targets[:, first:stop] if at is None else targets[(at >= first) & (at < stop)]
 
 
 def divisor(targets: Tensor, counted: int | None) -> int:

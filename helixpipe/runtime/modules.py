@@ -25,7 +25,7 @@ from helixpipe.model.decoder import Held, Holding, Model
 from helixpipe.model.kernels import check_head_dim
 from helixpipe.parts.part import Part
 from helixpipe.parts.shape import ModelShape
-from helixpipe.runtime.calls import call_fault
+from helixpipe.runtime.calls import call_fault, documents_fault
 from helixpipe.runtime.tensor import TensorParallel
 from helixpipe.schedule.program import parameter_owners, visits
 from helixpipe.schedule.schedule import Schedule
@@ -49,6 +49,8 @@ class Told:
     """Full name of a parameter and whether it is trained, for every part that has it."""
     buffers: tuple[tuple[Part, tuple[str, ...]], ...]
     """What buffers a part has."""
+    of_one_document: tuple[str, ...] = ()
+    """Why sequences cannot hold several."""
 
 
 def alone(mine: Told) -> Sequence[Told]:
@@ -99,8 +101,13 @@ class Modules:
             (part, tuple(f"{place} {list(buffer.shape)}" for place, buffer in module.named_buffers()))
             for part, module in {**self.owned, **self.running}.items()
         ]
-        mine = Told(tuple(faults), tuple(trains), tuple(buffers))
-        self.shape = _agreed(mine, exchange(mine), self.shape)
+        here = {**self.owned, **self.running}
+        of_one_document = (documents_fault(part, module) for part, module in here.items())
+        mine = Told(tuple(faults), tuple(trains), tuple(buffers), tuple(filter(None, of_one_document)))
+        everyone = exchange(mine)
+        self.shape = _agreed(mine, everyone, self.shape)
+        self.of_one_document = next((fault for told in everyone for fault in told.of_one_document), "")
+        """Why the model's sequences cannot hold several documents; "" where they can."""
 
     def ranks_with(self, stage: int) -> list[int]:
         """Those that have a stage's modules: its owner first."""

@@ -22,6 +22,7 @@ from helixpipe.parts.work import Batch, Keeping, Work
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
 from helixpipe.runtime.buffers import Buffers
 from helixpipe.runtime.context import Context
+from helixpipe.runtime.documents import Given, Lengths, document_lengths
 from helixpipe.runtime.executor import execute
 from helixpipe.runtime.live import Needs
 from helixpipe.runtime.losses import Losses, divisor, of_rank, of_ranks
@@ -101,7 +102,7 @@ class Pipeline:
             self.mesh, context, schedule.microbatches, self._cut(segment_lengths, recompute), self.device
         )
         modules = Modules(model, schedule, self.rank, self.device, dtype, self._tensor, self.mesh.told)
-        self._shape, self._weights = modules.shape, Weights(modules)
+        self._shape, self._weights, self._of_one_document = modules.shape, Weights(modules), modules.of_one_document
         _check_attention(self._weights.modules, schedule.segments)
         for part, module in self._weights.modules.items():
             if context is not None:
@@ -149,7 +150,7 @@ class Pipeline:
         """For an optimizer whose state is divided over replicas: which masters to update here, and how they are shared."""
         return Shards(self.parameters, self.mesh, self._watch)
 
-    def step(self, tokens: Tensor, targets: Tensor, counted: int | None = None) -> float:
+    def step(self, tokens: Tensor, targets: Tensor, counted: int | None = None, documents: Given = None) -> float:
         """Forward and backward of one batch; the mean loss per target that counts, the same on every rank.
 
         `tokens`, `targets`: int64 [dp * microbatches * microbatch_size, s], whole and the same on every rank of the
@@ -159,25 +160,35 @@ class Pipeline:
         them together (`helixpipe.counted`). Losses and gradients of the steps then add up to those of one step with all
         their sequences; without it each step adds a mean of its own, however few targets it has.
 
+        `documents`: where sequences hold several, of each sequence of the batch the lengths of its documents in tokens,
+        `[[5, 7], [12]]`; or an id a token, int64 [sequences, s]; or `helixpipe.sequence.Documents`. Like tokens they are whole
+        and the same on every rank. No token attends to another document, and positions start anew in each, as does what a
+        rotary scaling makes of the length. Targets are as they were: a document's last token predicts what its target says,
+        -100 for nothing. None: a sequence is one document. Parts of someone else's that attend or read positions are refused.
+
         Raises ConfigError for a batch that cannot be, or one that has more than `counted`; warns with UncountedWarning
         where nothing counts: the loss is 0 then, and gradients get nothing.
         """
         scale = 1.0 / divisor(targets, counted)
-        return math.fsum(row[0] for row in self._run(tokens, targets, scale, training=True))
+        lengths = self._documents(tokens, documents)
+        return math.fsum(row[0] for row in self._run(tokens, targets, scale, lengths, training=True))
 
-    def evaluate(self, tokens: Tensor, targets: Tensor, counted: int | None = None) -> float:
+    def evaluate(self, tokens: Tensor, targets: Tensor, counted: int | None = None, documents: Given = None) -> float:
         """The loss of one batch, as `step` gives it, and nothing else."""
         scale = 1.0 / divisor(targets, counted)
-        return math.fsum(row[0] for row in self._run(tokens, targets, scale, training=False))
+        lengths = self._documents(tokens, documents)
+        return math.fsum(row[0] for row in self._run(tokens, targets, scale, lengths, training=False))
 
-    def losses(self, tokens: Tensor, targets: Tensor) -> Losses:
-        """The losses of one batch, as sums in all and by position in the sequence, the same on every rank.
+    def losses(self, tokens: Tensor, targets: Tensor, documents: Given = None) -> Losses:
+        """The losses of one batch, as sums in all and by position in the document, the same on every rank.
 
         Sums of any batches, on any mesh and schedule, add up to the same: `Losses.joined`. A head that gives one sum leaves
         positions unknown, and `Losses.without` says so.
         """
-        rows = self._run(tokens, targets, 1.0, training=False)
-        return of_ranks([(loss, told) for loss, _, *told in rows], targets, self.schedule.stages[-1].parts[-1])
+        lengths = self._documents(tokens, documents)
+        rows = self._run(tokens, targets, 1.0, lengths, training=False)
+        told, head = [(loss, told) for loss, _, *told in rows], self.schedule.stages[-1].parts[-1]
+        return of_ranks(told, targets, head, lengths)
 
     def zero_gradients(self) -> None:
         for parameter in self.parameters.values():
@@ -260,13 +271,24 @@ class Pipeline:
         self._watch.close()
         self._transport.close()
 
-    def _run(self, tokens: Tensor, targets: Tensor, scale: float, training: bool) -> list[list[float]]:
+    def _documents(self, tokens: Tensor, given: Given) -> Lengths:
+        """Those of the batch's sequences. Raises ConfigError for what does not cover them, and for parts that know of none."""
+        found = document_lengths(given, *tokens.shape) if tokens.dim() == 2 else ()
+        if found and self._of_one_document:
+            raise ConfigError(self._of_one_document)
+        return found
+
+    def _run(
+        self, tokens: Tensor, targets: Tensor, scale: float, documents: Lengths, training: bool
+    ) -> list[list[float]]:
         """Of each rank: its loss times `scale`, where its buffers are, and of an evaluation what `losses.of_rank` says."""
         batch = self._shares.batch(tokens, targets)
         self._divided.check(self.model.shape, batch.segment_lengths)
-        _check_positions(self.model, batch)
+        _check_positions(self.model, batch, documents)
         self._last = program = self.program(batch, training)
-        feeds = self._shares.feeds(tokens, targets, batch)
+        batches = self._shares.batches(batch, documents)
+        feeds = self._shares.feeds(tokens, targets, batches)
+        needs = {each: self._needs_of(each) for each in set(batches)}
         stages = Stages(
             program,
             self._tapes,
@@ -275,7 +297,7 @@ class Pipeline:
             feeds,
             scale,
             training,
-            self._needs_of(batch),
+            lambda microbatch, segment: needs[batches[microbatch]][segment],
             self._stream,
         )
         self._watch.doing = "the start of a step"
@@ -308,18 +330,21 @@ class Pipeline:
         return lambda length: as_training(shape, length, segments, recompute, unit)
 
     def _needs_of(self, batch: Batch) -> list[Needs]:
-        """What parts need here, segment by segment."""
-        if batch not in self._needs:
-            local = self._shares.local(batch)
-            self._needs[batch] = [
-                Needs(
-                    Work(self.model.shape, batch, segment, self.keeping),
-                    Work(self._shape, local, segment, self.keeping),
-                    self.dtype,
-                )
-                for segment in range(self.schedule.segments)
-            ]
-        return self._needs[batch]
+        """What parts need here, segment by segment. Documents do not come again: what they need is of one step."""
+        if batch in self._needs:
+            return self._needs[batch]
+        local = self._shares.local(batch)
+        found = [
+            Needs(
+                Work(self.model.shape, batch, segment, self.keeping),
+                Work(self._shape, local, segment, self.keeping),
+                self.dtype,
+            )
+            for segment in range(self.schedule.segments)
+        ]
+        if not batch.documents:
+            self._needs[batch] = found
+        return found
 
     def _stream(self, microbatch: int, segment: int) -> Stream:
         here = self.mesh.here
@@ -372,11 +397,11 @@ def _check_attention(modules: Mapping[Part, nn.Module], segments: int) -> None:
             )
 
 
-def _check_positions(model: Model, batch: Batch) -> None:
-    shape, length = model.shape, sum(batch.segment_lengths)
+def _check_positions(model: Model, batch: Batch, documents: Lengths) -> None:
+    shape, length = model.shape, max((max(lengths) for lengths in documents), default=batch.sequence_length)
     if shape.positions == "learned" and length > shape.context:
         raise ConfigError(
-            f"tokens: {length} a sequence, and learned positions have room for {shape.context}; "
+            f"tokens: {length} a {'document' if documents else 'sequence'}, and learned positions have room for {shape.context}; "
             "shorten them or raise model.context"
         )
 

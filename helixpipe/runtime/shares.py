@@ -9,16 +9,16 @@ Targets are cut with their tokens, and losses divided by the whole batch's count
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from helixpipe.errors import ConfigError
-from helixpipe.model.rope import Start
 from helixpipe.parts.work import Batch
 from helixpipe.runtime.context import Context
+from helixpipe.runtime.documents import Lengths, positions
 from helixpipe.runtime.mesh import Mesh
 from helixpipe.runtime.tape import Feed
 
@@ -36,7 +36,7 @@ class Shares:
     ) -> None:
         self.mesh, self.context, self.microbatches, self.cut = mesh, context, microbatches, cut
         self.device = device
-        self._starts: dict[Batch, list[tuple[Start, Start]]] = {}
+        self._starts: dict[Batch, list[tuple[int | Tensor, int | Tensor]]] = {}
 
     def batch(self, tokens: Tensor, targets: Tensor) -> Batch:
         """What a micro-batch is, whole: on all cp and tp ranks together. Raises ConfigError."""
@@ -56,32 +56,53 @@ class Shares:
         return Batch(tokens.shape[0] // (m * dp), lengths)
 
     def local(self, whole: Batch) -> Batch:
-        """The tokens that this rank's attention asks for."""
-        return replace(whole, segment_lengths=tuple(n // self.mesh.shape.cp for n in whole.segment_lengths))
+        """The tokens that this rank's attention asks for; where documents begin is said of whole sequences alone."""
+        lengths = tuple(n // self.mesh.shape.cp for n in whole.segment_lengths)
+        return replace(whole, segment_lengths=lengths, documents=())
 
-    def feeds(self, tokens: Tensor, targets: Tensor, whole: Batch) -> dict[tuple[int, int], Feed]:
+    def batches(self, whole: Batch, documents: Lengths) -> list[Batch]:
+        """Of each micro-batch of this rank, whole over cp and tp: what `batch` says, with its documents of the whole batch's."""
+        size, first = whole.microbatch_size, self.mesh.here.dp * self.microbatches * whole.microbatch_size
+        found = []
+        for mb in range(self.microbatches):
+            mine = documents[first + mb * size : first + (mb + 1) * size]
+            found.append(replace(whole, documents=mine if any(len(lengths) > 1 for lengths in mine) else ()))
+        return found
+
+    def feeds(self, tokens: Tensor, targets: Tensor, batches: Sequence[Batch]) -> dict[tuple[int, int], Feed]:
         """By micro-batch and segment."""
-        if whole not in self._starts:
-            self._starts[whole] = [self._places(whole, seg) for seg in range(len(whole.segment_lengths))]
-        size = whole.microbatch_size
+        size = batches[0].microbatch_size
         first = self.mesh.here.dp * self.microbatches * size
         mine = [t[first : first + self.microbatches * size].to(self.device) for t in (tokens, targets)]
         found = {}
-        for mb in range(self.microbatches):
+        for mb, batch in enumerate(batches):
             rows = slice(mb * size, (mb + 1) * size)
-            for seg, (start, gathered) in enumerate(self._starts[whole]):
-                length = whole.segment_lengths[seg] // (self.mesh.shape.cp * self.mesh.shape.tp)
-                here = start if isinstance(start, Tensor) else slice(start, start + length)
+            packed = positions(batch, self.device) if batch.documents else None
+            for seg, (start, gathered) in enumerate(self._starts_of(replace(batch, documents=()))):
+                length = batch.segment_lengths[seg] // self.mesh.shape.cp
+                here = _tokens(start, length // self.mesh.shape.tp)
                 ours, theirs = (t[rows, here] for t in mine)
-                found[mb, seg] = Feed(
-                    ours, theirs, start, seg, gathered_start=gathered, sequence_length=whole.sequence_length
-                )
+                feed = Feed(ours, theirs, start, seg, gathered_start=gathered, sequence_length=batch.sequence_length)
+                if packed is not None:
+                    attended = packed.of(_tokens(gathered, length))
+                    feed = replace(feed, start=packed.of(here), gathered_start=attended, batch=batch)
+                found[mb, seg] = feed
         return found
 
-    def _places(self, whole: Batch, segment: int) -> tuple[Start, Start]:
+    def _starts_of(self, whole: Batch) -> list[tuple[int | Tensor, int | Tensor]]:
+        if whole not in self._starts:
+            self._starts[whole] = [self._places(whole, seg) for seg in range(len(whole.segment_lengths))]
+        return self._starts[whole]
+
+    def _places(self, whole: Batch, segment: int) -> tuple[int | Tensor, int | Tensor]:
         """Where this rank's tokens are, and where those that its q, k and v are of."""
         first, length, tp = whole.start(segment), whole.segment_lengths[segment], self.mesh.shape.tp
         if self.context is None:
             return first + self.mesh.here.tp * (length // tp), first
         gathered = (first + self.context.positions(length)).to(self.device)
         return (gathered.chunk(tp)[self.mesh.here.tp] if tp > 1 else gathered), gathered
+
+
+def _tokens(start: int | Tensor, length: int) -> slice | Tensor:
+    """Which of a sequence's tokens stand at `start`."""
+    return start if isinstance(start, Tensor) else slice(start, start + length)

@@ -6,7 +6,7 @@ on this rank too, or by a message. Gradients wait in the same way on their road 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from helixpipe.model.attention import KeyValues
 from helixpipe.parts.part import Value, loss_of
+from helixpipe.parts.work import Batch
 from helixpipe.runtime.ledger import Kept, Ledger
 from helixpipe.runtime.live import Live, Needs
 from helixpipe.runtime.losses import bucketed
@@ -40,10 +41,10 @@ class Stages:
         feeds: dict[tuple[int, int], Feed],
         scale: float,
         training: bool,
-        needs: Sequence[Needs] = (),
+        needs: Callable[[int, int], Needs] | None = None,
         streams: Callable[[int, int], Stream] | None = None,
     ) -> None:
-        """`needs`: of each segment. `streams`: where random numbers of a micro-batch and segment come from."""
+        """By micro-batch and segment: `needs`, what parts need; `streams`, where random numbers come from."""
         self.program, self.tapes, self.weights, self.ledger = program, tapes, weights, ledger
         self.feeds, self._needs, self._streams = feeds, needs, streams
         self.scale, self.training = scale, training
@@ -80,8 +81,8 @@ class Stages:
         mb, seg = action.microbatch, action.segment
         past = None
         if self.program.schedule.segments > 1:
-            past = self._key_values.setdefault(mb, KeyValuesByLayer(self.ledger))
-        needs = self._needs[seg] if self._needs else None
+            past = self._key_values.setdefault(mb, KeyValuesByLayer(self.ledger, self.feeds[mb, seg].batch))
+        needs = self._needs(mb, seg) if self._needs else None
         stream = self._streams(mb, seg) if self._streams else None
         return replace(self.feeds[mb, seg], key_values=past, needs=needs, stream=stream, by_token=not self.training)
 
@@ -147,11 +148,12 @@ class Stages:
 class KeyValuesByLayer(dict[int, KeyValues]):
     """Of one micro-batch: made when a layer first asks."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+    def __init__(self, ledger: Ledger, batch: Batch | None) -> None:
+        """`batch`: the micro-batch, whole, where its sequences hold several documents."""
+        self._ledger, self._batch = ledger, batch
 
     def __missing__(self, layer: int) -> KeyValues:
-        self[layer] = KeyValues(self._ledger.keep)
+        self[layer] = KeyValues(self._ledger.keep, batch=self._batch)
         return self[layer]
 
 

@@ -34,6 +34,7 @@ from helixpipe.model.linear import Linear, WeightQueue
 from helixpipe.model.qkv import QKV
 from helixpipe.model.rope import Start
 from helixpipe.parts.part import Part, Value
+from helixpipe.parts.work import Batch
 from helixpipe.runtime.lean import Lean
 from helixpipe.runtime.ledger import Kept, Ledger
 from helixpipe.runtime.live import Live, Needs
@@ -66,6 +67,8 @@ class Feed:
     stream: Stream | None = None
     by_token: bool = False
     """Whether a head that knows the loss of each token gives these, as in evaluations, and not their sum."""
+    batch: Batch | None = None
+    """The micro-batch, whole, where its sequences hold several documents; None: each is one."""
 
     @property
     def attended(self) -> Start:
@@ -268,13 +271,13 @@ def run_part(
         case "qkv" if isinstance(module, QKV):
             return tuple(module(*inputs, feed.attended, feed.sequence_length))
         case "block" if isinstance(module, Block):
-            return (module(*inputs, feed.attended, feed.sequence_length),)
+            return (module(*inputs, feed.attended, feed.sequence_length, AttentionState(batch=feed.batch)),)
         case "qkv":
             return tuple(module(*inputs, feed.attended))
         case "block":
             return (module(*inputs, feed.attended),)
         case "attn" if isinstance(module, Attention):
             past = None if feed.key_values is None else feed.key_values[part.layer]
-            return (module(*inputs, AttentionState(kept, past, feed.segment, in_place)),)
+            return (module(*inputs, AttentionState(kept, past, feed.segment, in_place, feed.batch)),)
         case _:
             return (module(*inputs),)
