@@ -17,6 +17,7 @@ from helixpipe.mesh import MeshShape
 from helixpipe.model.attn import Attention
 from helixpipe.model.chunked import Chunked
 from helixpipe.model.decoder import Model
+from helixpipe.model.head import takes_weights
 from helixpipe.parts.part import Part
 from helixpipe.parts.work import Batch, Keeping, Work
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
@@ -24,7 +25,7 @@ from helixpipe.runtime.buffers import Buffers
 from helixpipe.runtime.context import Context
 from helixpipe.runtime.executor import execute
 from helixpipe.runtime.live import Needs
-from helixpipe.runtime.losses import Losses, divisor, of_rank, of_ranks
+from helixpipe.runtime.losses import Counted, Losses, check_head, check_weights, divisor, of_rank, of_ranks
 from helixpipe.runtime.mesh import Mesh
 from helixpipe.runtime.modules import Modules
 from helixpipe.runtime.randomness import Stream, evaluating
@@ -131,6 +132,7 @@ class Pipeline:
             recompute, dtype.itemsize, *_chunks_of(model), self.device.type, tensor_parallel=self.mesh.shape.tp,
             threads=torch.get_num_threads(), processes=self.mesh.shape.cp * self.mesh.shape.tp,
         )  # fmt: skip
+        self._head, self._takes_weights = schedule.stages[-1].parts[-1], False
         self._seed = torch.initial_seed()
         self.steps = 0
         """Steps so far, of which random numbers are a function: set it where a run goes on."""
@@ -149,7 +151,7 @@ class Pipeline:
         """For an optimizer whose state is divided over replicas: which masters to update here, and how they are shared."""
         return Shards(self.parameters, self.mesh, self._watch)
 
-    def step(self, tokens: Tensor, targets: Tensor, counted: int | None = None) -> float:
+    def step(self, tokens: Tensor, targets: Tensor, counted: Counted = None, weights: Tensor | None = None) -> float:
         """Forward and backward of one batch; the mean loss per target that counts, the same on every rank.
 
         `tokens`, `targets`: int64 [dp * microbatches * microbatch_size, s], whole and the same on every rank of the
@@ -157,27 +159,33 @@ class Pipeline:
 
         `counted`: what the loss is divided by, for several steps before one update: how many targets count in all of
         them together (`helixpipe.counted`). Losses and gradients of the steps then add up to those of one step with all
-        their sequences; without it each step adds a mean of its own, however few targets it has.
+        their sequences; without it each step adds a mean of its own, however few targets it has. A mask, bool like targets,
+        stands for how many it has of true.
+
+        `weights`: float32 like targets, what each loss is multiplied by before all are added up; they change nothing of what
+        the sum is divided by. A z-loss is weighted too.
 
         Raises ConfigError for a batch that cannot be, or one that has more than `counted`; warns with UncountedWarning
         where nothing counts: the loss is 0 then, and gradients get nothing.
         """
         scale = 1.0 / divisor(targets, counted)
-        return math.fsum(row[0] for row in self._run(tokens, targets, scale, training=True))
+        return math.fsum(row[0] for row in self._run(tokens, targets, scale, True, weights))
 
-    def evaluate(self, tokens: Tensor, targets: Tensor, counted: int | None = None) -> float:
+    def evaluate(
+        self, tokens: Tensor, targets: Tensor, counted: Counted = None, weights: Tensor | None = None
+    ) -> float:
         """The loss of one batch, as `step` gives it, and nothing else."""
         scale = 1.0 / divisor(targets, counted)
-        return math.fsum(row[0] for row in self._run(tokens, targets, scale, training=False))
+        return math.fsum(row[0] for row in self._run(tokens, targets, scale, False, weights))
 
-    def losses(self, tokens: Tensor, targets: Tensor) -> Losses:
+    def losses(self, tokens: Tensor, targets: Tensor, counted: Counted = None, weights: Tensor | None = None) -> Losses:
         """The losses of one batch, as sums in all and by position in the sequence, the same on every rank.
 
         Sums of any batches, on any mesh and schedule, add up to the same: `Losses.joined`. A head that gives one sum leaves
-        positions unknown, and `Losses.without` says so.
+        positions unknown, and `Losses.without` says so. `counted`: the mask of what counts, where that is more than the targets.
         """
-        rows = self._run(tokens, targets, 1.0, training=False)
-        return of_ranks([(loss, told) for loss, _, *told in rows], targets, self.schedule.stages[-1].parts[-1])
+        rows = self._run(tokens, targets, 1.0, False, weights)
+        return of_ranks([(loss, told) for loss, _, *told in rows], targets, self._head, counted)
 
     def zero_gradients(self) -> None:
         for parameter in self.parameters.values():
@@ -260,13 +268,16 @@ class Pipeline:
         self._watch.close()
         self._transport.close()
 
-    def _run(self, tokens: Tensor, targets: Tensor, scale: float, training: bool) -> list[list[float]]:
+    def _run(
+        self, tokens: Tensor, targets: Tensor, scale: float, training: bool, weights: Tensor | None
+    ) -> list[list[float]]:
         """Of each rank: its loss times `scale`, where its buffers are, and of an evaluation what `losses.of_rank` says."""
         batch = self._shares.batch(tokens, targets)
+        self._check_weighed(weights, targets)
         self._divided.check(self.model.shape, batch.segment_lengths)
         _check_positions(self.model, batch)
         self._last = program = self.program(batch, training)
-        feeds = self._shares.feeds(tokens, targets, batch)
+        feeds = self._shares.feeds(tokens, targets, batch, weights)
         stages = Stages(
             program,
             self._tapes,
@@ -299,6 +310,15 @@ class Pipeline:
         self.steps += training
         self._watch.doing = "work between steps"
         return rows
+
+    def _check_weighed(self, weights: Tensor | None, targets: Tensor) -> None:
+        """Raise ConfigError, on every rank, for weights that cannot be or that the head cannot take. Collective at first."""
+        check_weights(weights, targets)
+        if weights is not None and not self._takes_weights:
+            head = self._weights.modules.get(self._head)
+            mine = head is None or takes_weights(head.forward)
+            check_head(all(took for (took,) in self._gathered([mine])), self._head)
+            self._takes_weights = True
 
     def _cut(self, lengths: tuple[int, ...] | None, recompute: str) -> Callable[[int], tuple[int, ...]]:
         """Tokens of a sequence -> those of its segments."""

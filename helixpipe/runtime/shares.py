@@ -4,7 +4,7 @@
     tokens      cp 0: 0 1 6 7       cp 1: 2 3 4 5            of every segment, in the layout
     of those    tp 0: 0 1           tp 1: 6 7                embedding, norms and head; attention and matrices see all
 
-Targets are cut with their tokens, and losses divided by the whole batch's count.
+Targets and their weights are cut with their tokens, and losses divided by the whole batch's count.
 """
 
 from __future__ import annotations
@@ -59,23 +59,27 @@ class Shares:
         """The tokens that this rank's attention asks for."""
         return replace(whole, segment_lengths=tuple(n // self.mesh.shape.cp for n in whole.segment_lengths))
 
-    def feeds(self, tokens: Tensor, targets: Tensor, whole: Batch) -> dict[tuple[int, int], Feed]:
+    def feeds(
+        self, tokens: Tensor, targets: Tensor, whole: Batch, weights: Tensor | None = None
+    ) -> dict[tuple[int, int], Feed]:
         """By micro-batch and segment."""
         if whole not in self._starts:
             self._starts[whole] = [self._places(whole, seg) for seg in range(len(whole.segment_lengths))]
         size = whole.microbatch_size
         first = self.mesh.here.dp * self.microbatches * size
-        mine = [t[first : first + self.microbatches * size].to(self.device) for t in (tokens, targets)]
+        given = (tokens, targets) if weights is None else (tokens, targets, weights)
+        mine = [t[first : first + self.microbatches * size].to(self.device) for t in given]
         found = {}
         for mb in range(self.microbatches):
             rows = slice(mb * size, (mb + 1) * size)
             for seg, (start, gathered) in enumerate(self._starts[whole]):
                 length = whole.segment_lengths[seg] // (self.mesh.shape.cp * self.mesh.shape.tp)
                 here = start if isinstance(start, Tensor) else slice(start, start + length)
-                ours, theirs = (t[rows, here] for t in mine)
+                ours, theirs, *weighing = (t[rows, here] for t in mine)
                 found[mb, seg] = Feed(
-                    ours, theirs, start, seg, gathered_start=gathered, sequence_length=whole.sequence_length
-                )
+                    ours, theirs, start, seg, gathered_start=gathered, sequence_length=whole.sequence_length,
+                    weights=weighing[0] if weighing else None,
+                )  # fmt: skip
         return found
 
     def _places(self, whole: Batch, segment: int) -> tuple[Start, Start]:
