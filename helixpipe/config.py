@@ -180,6 +180,15 @@ class TrainConfig:
 
     steps: int = 120
     """Optimizer steps in all."""
+    objective: Literal["next_token", "masked", "masked_diffusion"] = "next_token"
+    """The next token, of a causal model. Of a bidirectional one (model.causal false) tokens that are masked: a fixed share of
+    them, or of each sequence a share t drawn anew, whose losses weigh 1 / t (LLaDA)."""
+    mask_share: float | None = None
+    """masked: the share of tokens that the model is asked for; 0.15 when unset."""
+    mask_replace: tuple[float, float, float] | None = None
+    """masked: shares of these that become the mask token, become a random word, and stay; 0.8, 0.1 and 0.1 when unset."""
+    mask_token: int | None = None
+    """masked, masked_diffusion: an id; when unset, of the tokenizer in a prepared folder or in model.path."""
     microbatch_size: int = 1
     """Sequences in a micro-batch."""
     sequence_length: int = 1024

@@ -7,15 +7,23 @@ import math
 
 from helixpipe.config import Config, TrainConfig
 from helixpipe.errors import ConfigError
+from helixpipe.parts.shape import ModelShape
 
 # key -> the least it may be
 _AT_LEAST = {
     "data.held_out": 0, "train.steps": 1, "train.microbatch_size": 1, "train.sequence_length": 1, "train.seed": 0,
     "train.learning_rate": 0, "train.min_learning_rate": 0, "train.warmup_steps": 0, "train.decay_steps": 1, "train.z_loss": 0, "train.weight_decay": 0,
-    "train.clip_norm": 0, "train.evaluate_every": 0, "train.evaluate_sequences": 1, "runtime.mlp_chunk": 0,
+    "train.mask_token": 0, "train.clip_norm": 0, "train.evaluate_every": 0, "train.evaluate_sequences": 1, "runtime.mlp_chunk": 0,
     "runtime.head_chunk": 0, "runtime.port": 0, "runtime.threads": 1, "run.checkpoint_every": 0, "run.keep": 1,
     "run.timeline_step": 0, "schedule.segment_multiple": 1, "mesh.dp": 1, "mesh.cp": 1, "mesh.tp": 1,
 }  # fmt: skip
+# objective -> which of MASK_KEYS it has
+OBJECTIVES = {
+    "next_token": (),
+    "masked": ("mask_share", "mask_replace", "mask_token"),
+    "masked_diffusion": ("mask_token",),
+}
+MASK_KEYS = OBJECTIVES["masked"]
 _AT_MOST = {"train.seed": 2**63 - 1, "runtime.port": 65535, "runtime.timeout_s": 10**8}
 
 
@@ -55,10 +63,33 @@ def _check_together(config: Config) -> None:
     train, shape = config.train, config.shape()
     lengths = config.segment_lengths(config.build_schedule()) or (train.sequence_length,)
     config.mesh_shape().check(shape, lengths)
-    if not shape.causal:  # it would see the token it is asked for
-        raise ConfigError("model.causal: next-token training needs a causal model; set it to true")
+    _check_objective(train, shape)
     shape.check_length(train.sequence_length)
     _check_rates(train)
+
+
+def _check_objective(train: TrainConfig, shape: ModelShape) -> None:
+    masks, share, replace = OBJECTIVES[train.objective], train.mask_share, train.mask_replace
+    for key in MASK_KEYS:
+        if getattr(train, key) is not None and key not in masks:
+            having = " and ".join(name for name, keys in OBJECTIVES.items() if key in keys)
+            raise ConfigError(f"train.{key}: {train.objective} has no such key, {having} has; remove it")
+    if share is not None and not 0 < share <= 1:
+        raise ConfigError(f"train.mask_share: {share:g}; give a share above 0 and at most 1, such as 0.15")
+    if replace is not None and not (min(replace) >= 0 and math.isclose(sum(replace), 1, rel_tol=1e-6)):
+        raise ConfigError(
+            f"train.mask_replace: {', '.join(f'{each:g}' for each in replace)}; give three shares, none below 0, that add up to 1"
+        )
+    if train.objective == "next_token" and not shape.causal:
+        raise ConfigError(
+            "model.causal: false, and a bidirectional model sees the token that next_token asks for; set train.objective to "
+            "masked or masked_diffusion, or model.causal to true"
+        )
+    if train.objective != "next_token" and shape.causal:
+        raise ConfigError(
+            f"train.objective: {train.objective} asks for tokens from both sides, and the model is causal; set model.causal to "
+            "false, or train.objective to next_token"
+        )
 
 
 def _check_rates(train: TrainConfig) -> None:

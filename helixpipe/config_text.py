@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import tomli_w
 
 from helixpipe.config import FAMILY_OPTIONS, Config, ScheduleConfig
-from helixpipe.config_check import check_config
+from helixpipe.config_check import MASK_KEYS, OBJECTIVES, check_config
 from helixpipe.errors import ConfigError, nearest
 
 Table = dict[str, dict[str, Any]]
@@ -83,12 +83,15 @@ def _set_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merged(base: Table, over: Table) -> Table:
-    """`base` with the keys of `over` on top. Another family, or another type in a table, does not inherit the base's options."""
+    """`base` with the keys of `over` on top. Another family, objective, or type in a table does not inherit the base's options."""
     found = {section: dict(keys) for section, keys in base.items()}
     family = over.get("schedule", {}).get("family")
     if family is not None and family != found.get("schedule", {}).get("family", ScheduleConfig.family):
         for option in FAMILY_OPTIONS:
             found.get("schedule", {}).pop(option, None)
+    if (objective := over.get("train", {}).get("objective")) in OBJECTIVES:
+        for key in set(MASK_KEYS) - set(OBJECTIVES[objective]):
+            found.get("train", {}).pop(key, None)
     for one, other in (("name", "path"), ("path", "name")):  # the one takes the other's place
         if one in over.get("model", {}) and other not in over.get("model", {}):
             found.get("model", {}).pop(other, None)

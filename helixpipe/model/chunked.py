@@ -96,8 +96,8 @@ def chunked(module: Whole, chunk: int, x: Tensor) -> Tensor:
     return _Chunked.apply(module, chunk, True, x)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def chunked_sum(module: Whole, chunk: int, x: Tensor, targets: Tensor) -> Tensor:
-    """module.whole(x, targets), a loss summed over tokens; `chunk` tokens at a time."""
+def chunked_sum(module: Whole, chunk: int, x: Tensor, *others: Tensor) -> Tensor:
+    """module.whole(x, *others), a loss summed over tokens, of targets and what else is [b, s]; `chunk` tokens at a time."""
     if not 0 < chunk < x.shape[1]:
-        return module.whole(x, targets)
-    return _Chunked.apply(module, chunk, False, x, targets)  # type: ignore[no-any-return,no-untyped-call]
+        return module.whole(x, *others)
+    return _Chunked.apply(module, chunk, False, x, *others)  # type: ignore[no-any-return,no-untyped-call]

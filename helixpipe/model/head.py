@@ -1,7 +1,9 @@
-"""head(x, targets) -> loss, summed over tokens"""
+"""head(x, targets, weights=None) -> loss, summed over tokens"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,8 +25,19 @@ def counted(*targets: Tensor) -> int:
     return sum(int((each != IGNORED).sum()) for each in targets)
 
 
+def takes_weights(function: Callable[..., object]) -> bool:
+    """Whether a head's forward, or what it has of each token, can be called with `weights`: it says so by a parameter's name."""
+    try:
+        return "weights" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a scripted module tells nothing
+        return False
+
+
 class Head(Chunked):
-    """Final norm, transform, logits and cross entropy, summed over tokens; over slices of `chunk` tokens when that is not 0."""
+    """Final norm, transform, logits and cross entropy, summed over tokens; over slices of `chunk` tokens when that is not 0.
+
+    `weights` [b, s], where given, multiply the loss of each token, the z-loss too.
+    """
 
     def __init__(self, shape: ModelShape, chunk: int = 0, z_loss: float = 0.0) -> None:
         super().__init__()
@@ -35,26 +48,27 @@ class Head(Chunked):
         self.softcap = shape.head_softcap
         self.chunk, self.z_loss = chunk, z_loss
 
-    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
-        return chunked_sum(self, self.local_chunk, x, targets)
+    def forward(self, x: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        return chunked_sum(self, self.local_chunk, x, targets, *([] if weights is None else [weights]))
 
     def whole(self, x: Tensor, *others: Tensor) -> Tensor:
-        (targets,) = others
-        return cross_entropy(self.logits(x), targets.flatten(), self.z_loss)
+        targets, *weights = (each.flatten() for each in others)
+        return cross_entropy(self.logits(x), targets, self.z_loss, *weights)
 
-    def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
+    def token_losses(self, x: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """Cross entropy of each token, [b, s], for evaluations: 0 where the target does not count.
 
         A class of someone's own that changes the loss gives its sum.
         """
         if type(self).forward is not Head.forward or type(self).whole is not Head.whole:
-            return self.forward(x, targets)
+            return self.forward(x, targets) if weights is None else self.forward(x, targets, weights)
         size = self.local_chunk or x.shape[1]
         pieces = [
             F.cross_entropy(self.logits(some), wanted.flatten(), ignore_index=IGNORED, reduction="none").view_as(wanted)
             for some, wanted in zip(x.split(size, 1), targets.split(size, 1), strict=True)
         ]
-        return torch.cat(pieces, 1)
+        losses = torch.cat(pieces, 1)
+        return losses if weights is None else losses * weights
 
     def logits(self, x: Tensor) -> Tensor:
         """x [b, s, h] -> [b * s, vocabulary], in float32 or wider."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helixpipe.errors import ConfigError
+from helixpipe.model.head import takes_weights
 from helixpipe.model.layers_shape import LayersShape
 from helixpipe.model.rope import Start
 from helixpipe.model.trial import device_of, failed, given_tensors, own_randomness
@@ -38,7 +39,8 @@ class Layers:
     The loss is the sum over tokens. The pipeline divides it by the number of targets that are not -100, of the whole batch. With
     no `loss` given, a head whose forward requires two arguments gives the loss itself, and the logits of any other go through
     cross entropy, summed, in float32 or wider. A `loss` is called with the logits of all tokens, [b * s, classes], and targets
-    [b * s]. One that gives a mean is refused.
+    [b * s]. One that gives a mean is refused. A head that gives the loss takes weights of targets where its forward has a parameter
+    `weights=None`, [b, s]; a `loss` takes none.
 
     Every rank makes the same model: all modules, with the same values (seed torch before you make them). A pipeline compares
     them over its ranks. Each rank trains copies of those that it runs; what was given here stays as it is.
@@ -73,7 +75,8 @@ class Layers:
                 f"head: {type(head).__name__}.forward requires targets, so that it gives the loss; leave `loss` away, or let it "
                 "take x alone and give logits"
             )
-        last = _Head(head, None if gives_loss else loss or summed_cross_entropy)
+        weighs = takes_weights(head.forward) if gives_loss else loss is None
+        last = (_WeighedHead if weighs else _Head)(head, None if gives_loss else loss or summed_cross_entropy)
         self._pieces = (_Embed(embed), *map(_Layer, layers), last)
         told = [f"{name} ({type(module).__name__})" for name, module in zip(names, modules, strict=True)]
         self.shape = LayersShape.of(self._pieces, names, told, length)
@@ -158,6 +161,26 @@ class _Head(nn.Module):
                 "[b, s, classes], or let its forward require (x, targets) and give the loss"
             )
         return logits.flatten(0, 1)
+
+
+class _WeighedHead(_Head):
+    """One whose losses can have weights: our cross entropy of logits, or a module whose forward takes them."""
+
+    def forward(self, x: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        if weights is None:
+            return super().forward(x, targets)
+        if self.loss is None:
+            return self.module(x, targets, weights=weights)  # type: ignore[no-any-return]
+        return self.token_losses(x, targets, weights).sum()
+
+    def token_losses(self, x: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        if weights is None:
+            return super().token_losses(x, targets)
+        if self.loss is None:  # the module's own of each token, where it has weights too
+            own = getattr(self.module, "token_losses", None)
+            made: Tensor = (own if callable(own) and takes_weights(own) else self)(x, targets, weights=weights)
+            return made
+        return super().token_losses(x, targets) * weights
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
     position   0 | 1 | 2 3 | 4 5 6 7 | 8 ...      bucket 0 is position 0, bucket i the positions 2^(i-1) to 2^i - 1
 
-They are sums, so that evaluations of any batches and layouts add up to the same: a mean of means would not.
+They are sums, so that evaluations of any batches and layouts add up to the same: a mean of means would not. Where targets have
+weights, a sum is that of weight times loss, and what it is divided by may be more than the targets: `Counted`.
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ from torch import Tensor
 from helixpipe.errors import ConfigError, UncountedWarning
 from helixpipe.model.head import counted as count
 from helixpipe.model.rope import Positions, Start
+from helixpipe.parts.head import IGNORED
 from helixpipe.parts.part import Part
 from helixpipe.parts.work import Batch
 from helixpipe.runtime.documents import Lengths, positions
+
+Counted = int | Tensor | None
+"""What a loss is divided by: a number, as many as a mask [b, s] has true, or as many targets as count."""
 
 
 class Bucket(NamedTuple):
@@ -108,34 +113,58 @@ def of_rank(losses: Sequence[Tensor], length: int) -> list[float]:
     return [float(any(not each.dim() for each in losses)), *sums.tolist()]
 
 
-def of_ranks(told: Sequence[tuple[float, list[float]]], targets: Tensor, head: Part, documents: Lengths = ()) -> Losses:
+def of_ranks(
+    told: Sequence[tuple[float, list[float]]], targets: Tensor, head: Part, counted: Counted = None, documents: Lengths = ()
+) -> Losses:
     """The losses of a batch, from each rank's loss and what `of_rank` says; `targets` and `documents` are the whole batch's."""
-    total = math.fsum(loss for loss, _ in told)
+    total, whole = math.fsum(loss for loss, _ in told), _number(targets, counted)
     if any(is_sum for _, (is_sum, *_) in told):
-        return Losses(
-            total, count(targets), (), f"{head} gives one sum; let its module have token_losses(x, targets) -> [b, s]"
-        )
+        return Losses(total, whole, (), f"{head} gives one sum; let its module have token_losses(x, targets) -> [b, s]")
+    if counted is not None and not isinstance(counted, Tensor):
+        return Losses(total, whole, (), "counted is a number; give a mask [b, s] of what counts")
+    mask = targets != IGNORED if counted is None else counted
     sums = zip(*(each for _, (_, *each) in told), strict=True)
     length, at = targets.shape[1], None
     if documents:
         length = max(max(lengths) for lengths in documents)
         at = positions(Batch(len(targets), (targets.shape[1],), documents), targets.device).at
     found = [
-        Bucket(first, stop, math.fsum(each), count(_between(targets, at, first, stop)))
+        Bucket(first, stop, math.fsum(each), int(_between(mask, at, first, stop).sum()))
         for (first, stop), each in zip(buckets(length), sums, strict=not documents)  # further ones are of nothing
     ]
-    return Losses(total, count(targets), tuple(found))
+    return Losses(total, whole, tuple(found))
 
 
-def _between(targets: Tensor, at: Tensor | None, first: int, stop: int) -> Tensor:
+def _between(mask: Tensor, at: Tensor | None, first: int, stop: int) -> Tensor:
     """Those at positions `first` to `stop` - 1, of their documents where `at` has these."""
-    return targets[:, first:stop] if at is None else targets[(at >= first) & (at < stop)]
+    return mask[:, first:stop] if at is None else mask[(at >= first) & (at < stop)]
 
 
-def divisor(targets: Tensor, counted: int | None) -> int:
+def check_weights(weights: Tensor | None, targets: Tensor) -> None:
+    """Raise ConfigError for weights that cannot be."""
+    if weights is None:
+        return
+    if weights.shape != targets.shape or not weights.is_floating_point():
+        raise ConfigError(
+            f"weights: {str(weights.dtype).removeprefix('torch.')} {list(weights.shape)}, and targets are "
+            f"{list(targets.shape)}; give as many, as float32"
+        )
+    if not weights.isfinite().all():
+        raise ConfigError("weights: some are no finite numbers; give 0 to a target that is to weigh nothing")
+
+
+def check_head(takes: bool, head: Part) -> None:
+    """Raise ConfigError where the head's module, on whichever rank it is, cannot be told of weights."""
+    if not takes:
+        raise ConfigError(
+            f"weights: the module of {head} takes targets alone; let its forward be (x, targets, weights=None), and give the sum "
+            "of each loss times its weight"
+        )
+
+
+def divisor(targets: Tensor, counted: Counted) -> int:
     """What a loss summed over targets is divided by: how many count, of the batch or of all that was told."""
-    here = count(targets)
-    whole = here if counted is None else operator.index(counted)
+    here, whole = count(targets), _number(targets, counted)
     if whole < here:
         raise ConfigError(
             f"counted: {whole}, and {here} targets of this batch alone count; give the number of all steps of the update together"
@@ -147,3 +176,16 @@ def divisor(targets: Tensor, counted: int | None) -> int:
             stacklevel=3,  # whoever called `step` or `evaluate`
         )
     return max(whole, 1)
+
+
+def _number(targets: Tensor, counted: Counted) -> int:
+    if counted is None:
+        return count(targets)
+    if not isinstance(counted, Tensor):
+        return operator.index(counted)
+    if counted.shape != targets.shape or counted.dtype is not torch.bool:
+        raise ConfigError(
+            f"counted: {str(counted.dtype).removeprefix('torch.')} {list(counted.shape)}, and targets are "
+            f"{list(targets.shape)}; give as many, as bool, or a number"
+        )
+    return int(counted.sum())

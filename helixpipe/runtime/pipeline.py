@@ -17,6 +17,7 @@ from helixpipe.mesh import MeshShape
 from helixpipe.model.attn import Attention
 from helixpipe.model.chunked import Chunked
 from helixpipe.model.decoder import Model
+from helixpipe.model.head import takes_weights
 from helixpipe.parts.part import Part
 from helixpipe.parts.work import Batch, Keeping, Work
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
@@ -25,7 +26,7 @@ from helixpipe.runtime.context import Context
 from helixpipe.runtime.documents import Given, Lengths, document_lengths
 from helixpipe.runtime.executor import execute
 from helixpipe.runtime.live import Needs
-from helixpipe.runtime.losses import Losses, divisor, of_rank, of_ranks
+from helixpipe.runtime.losses import Counted, Losses, check_head, check_weights, divisor, of_rank, of_ranks
 from helixpipe.runtime.mesh import Mesh
 from helixpipe.runtime.modules import Modules
 from helixpipe.runtime.randomness import Stream, evaluating
@@ -132,6 +133,7 @@ class Pipeline:
             recompute, dtype.itemsize, *_chunks_of(model), self.device.type, tensor_parallel=self.mesh.shape.tp,
             threads=torch.get_num_threads(), processes=self.mesh.shape.cp * self.mesh.shape.tp,
         )  # fmt: skip
+        self._head, self._takes_weights = schedule.stages[-1].parts[-1], False
         self._seed = torch.initial_seed()
         self.steps = 0
         """Steps so far, of which random numbers are a function: set it where a run goes on."""
@@ -150,7 +152,14 @@ class Pipeline:
         """For an optimizer whose state is divided over replicas: which masters to update here, and how they are shared."""
         return Shards(self.parameters, self.mesh, self._watch)
 
-    def step(self, tokens: Tensor, targets: Tensor, counted: int | None = None, documents: Given = None) -> float:
+    def step(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        counted: Counted = None,
+        weights: Tensor | None = None,
+        documents: Given = None,
+    ) -> float:
         """Forward and backward of one batch; the mean loss per target that counts, the same on every rank.
 
         `tokens`, `targets`: int64 [dp * microbatches * microbatch_size, s], whole and the same on every rank of the
@@ -158,7 +167,11 @@ class Pipeline:
 
         `counted`: what the loss is divided by, for several steps before one update: how many targets count in all of
         them together (`helixpipe.counted`). Losses and gradients of the steps then add up to those of one step with all
-        their sequences; without it each step adds a mean of its own, however few targets it has.
+        their sequences; without it each step adds a mean of its own, however few targets it has. A mask, bool like targets,
+        stands for how many it has of true.
+
+        `weights`: float32 like targets, what each loss is multiplied by before all are added up; they change nothing of what
+        the sum is divided by. A z-loss is weighted too.
 
         `documents`: where sequences hold several, of each sequence of the batch the lengths of its documents in tokens,
         `[[5, 7], [12]]`; or an id a token, int64 [sequences, s]; or `helixpipe.sequence.Documents`. Like tokens they are whole
@@ -171,24 +184,37 @@ class Pipeline:
         """
         scale = 1.0 / divisor(targets, counted)
         lengths = self._documents(tokens, documents)
-        return math.fsum(row[0] for row in self._run(tokens, targets, scale, lengths, training=True))
+        return math.fsum(row[0] for row in self._run(tokens, targets, scale, True, weights, lengths))
 
-    def evaluate(self, tokens: Tensor, targets: Tensor, counted: int | None = None, documents: Given = None) -> float:
+    def evaluate(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        counted: Counted = None,
+        weights: Tensor | None = None,
+        documents: Given = None,
+    ) -> float:
         """The loss of one batch, as `step` gives it, and nothing else."""
         scale = 1.0 / divisor(targets, counted)
         lengths = self._documents(tokens, documents)
-        return math.fsum(row[0] for row in self._run(tokens, targets, scale, lengths, training=False))
+        return math.fsum(row[0] for row in self._run(tokens, targets, scale, False, weights, lengths))
 
-    def losses(self, tokens: Tensor, targets: Tensor, documents: Given = None) -> Losses:
+    def losses(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        counted: Counted = None,
+        weights: Tensor | None = None,
+        documents: Given = None,
+    ) -> Losses:
         """The losses of one batch, as sums in all and by position in the document, the same on every rank.
 
         Sums of any batches, on any mesh and schedule, add up to the same: `Losses.joined`. A head that gives one sum leaves
-        positions unknown, and `Losses.without` says so.
+        positions unknown, and `Losses.without` says so. `counted`: the mask of what counts, where that is more than the targets.
         """
         lengths = self._documents(tokens, documents)
-        rows = self._run(tokens, targets, 1.0, lengths, training=False)
-        told, head = [(loss, told) for loss, _, *told in rows], self.schedule.stages[-1].parts[-1]
-        return of_ranks(told, targets, head, lengths)
+        rows = self._run(tokens, targets, 1.0, False, weights, lengths)
+        return of_ranks([(loss, told) for loss, _, *told in rows], targets, self._head, counted, lengths)
 
     def zero_gradients(self) -> None:
         for parameter in self.parameters.values():
@@ -279,15 +305,16 @@ class Pipeline:
         return found
 
     def _run(
-        self, tokens: Tensor, targets: Tensor, scale: float, documents: Lengths, training: bool
+        self, tokens: Tensor, targets: Tensor, scale: float, training: bool, weights: Tensor | None, documents: Lengths
     ) -> list[list[float]]:
         """Of each rank: its loss times `scale`, where its buffers are, and of an evaluation what `losses.of_rank` says."""
         batch = self._shares.batch(tokens, targets)
+        self._check_weighed(weights, targets)
         self._divided.check(self.model.shape, batch.segment_lengths)
         _check_positions(self.model, batch, documents)
         self._last = program = self.program(batch, training)
         batches = self._shares.batches(batch, documents)
-        feeds = self._shares.feeds(tokens, targets, batches)
+        feeds = self._shares.feeds(tokens, targets, batches, weights)
         needs = {each: self._needs_of(each) for each in set(batches)}
         stages = Stages(
             program,
@@ -321,6 +348,15 @@ class Pipeline:
         self.steps += training
         self._watch.doing = "work between steps"
         return rows
+
+    def _check_weighed(self, weights: Tensor | None, targets: Tensor) -> None:
+        """Raise ConfigError, on every rank, for weights that cannot be or that the head cannot take. Collective at first."""
+        check_weights(weights, targets)
+        if weights is not None and not self._takes_weights:
+            head = self._weights.modules.get(self._head)
+            mine = head is None or takes_weights(head.forward)
+            check_head(all(took for (took,) in self._gathered([mine])), self._head)
+            self._takes_weights = True
 
     def _cut(self, lengths: tuple[int, ...] | None, recompute: str) -> Callable[[int], tuple[int, ...]]:
         """Tokens of a sequence -> those of its segments."""

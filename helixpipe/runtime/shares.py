@@ -4,7 +4,7 @@
     tokens      cp 0: 0 1 6 7       cp 1: 2 3 4 5            of every segment, in the layout
     of those    tp 0: 0 1           tp 1: 6 7                embedding, norms and head; attention and matrices see all
 
-Targets are cut with their tokens, and losses divided by the whole batch's count.
+Targets and their weights are cut with their tokens, and losses divided by the whole batch's count.
 """
 
 from __future__ import annotations
@@ -69,11 +69,14 @@ class Shares:
             found.append(replace(whole, documents=mine if any(len(lengths) > 1 for lengths in mine) else ()))
         return found
 
-    def feeds(self, tokens: Tensor, targets: Tensor, batches: Sequence[Batch]) -> dict[tuple[int, int], Feed]:
+    def feeds(
+        self, tokens: Tensor, targets: Tensor, batches: Sequence[Batch], weights: Tensor | None = None
+    ) -> dict[tuple[int, int], Feed]:
         """By micro-batch and segment."""
         size = batches[0].microbatch_size
         first = self.mesh.here.dp * self.microbatches * size
-        mine = [t[first : first + self.microbatches * size].to(self.device) for t in (tokens, targets)]
+        given = (tokens, targets) if weights is None else (tokens, targets, weights)
+        mine = [t[first : first + self.microbatches * size].to(self.device) for t in given]
         found = {}
         for mb, batch in enumerate(batches):
             rows = slice(mb * size, (mb + 1) * size)
@@ -81,8 +84,11 @@ class Shares:
             for seg, (start, gathered) in enumerate(self._starts_of(replace(batch, documents=()))):
                 length = batch.segment_lengths[seg] // self.mesh.shape.cp
                 here = _tokens(start, length // self.mesh.shape.tp)
-                ours, theirs = (t[rows, here] for t in mine)
-                feed = Feed(ours, theirs, start, seg, gathered_start=gathered, sequence_length=batch.sequence_length)
+                ours, theirs, *weighing = (t[rows, here] for t in mine)
+                feed = Feed(
+                    ours, theirs, start, seg, gathered_start=gathered, sequence_length=batch.sequence_length,
+                    weights=weighing[0] if weighing else None,
+                )  # fmt: skip
                 if packed is not None:
                     attended = packed.of(_tokens(gathered, length))
                     feed = replace(feed, start=packed.of(here), gathered_start=attended, batch=batch)

@@ -30,6 +30,7 @@ from helixpipe.model.attention import AttentionState, Holder, KeptAttention, Key
 from helixpipe.model.attn import Attention
 from helixpipe.model.block import Block
 from helixpipe.model.chunked import unread
+from helixpipe.model.head import takes_weights
 from helixpipe.model.linear import Linear, WeightQueue
 from helixpipe.model.qkv import QKV
 from helixpipe.model.rope import Start
@@ -49,7 +50,8 @@ Waiting = list[tuple[nn.Parameter, Holder, Holder]]
 
 @dataclass(frozen=True)
 class Feed:
-    """What a stage reads beside values, for one segment: tokens and targets [b, s] and where they are.
+    """What a stage reads beside values, for one segment: tokens and targets [b, s] and where they are. `weights`, of
+    targets, are [b, s] too; None: all weigh 1.
 
     `needs`: what its parts need while they run. `key_values` are those of earlier segments, by layer; None when the
     sequence is whole. `gathered_start`: where the tokens of q, k and v are, when tensor parallelism gathers more than are
@@ -65,6 +67,7 @@ class Feed:
     sequence_length: int = 0
     needs: Needs | None = None
     stream: Stream | None = None
+    weights: Tensor | None = None
     by_token: bool = False
     """Whether a head that knows the loss of each token gives these, as in evaluations, and not their sum."""
     batch: Batch | None = None
@@ -267,7 +270,10 @@ def run_part(
             return (module(feed.tokens, feed.start),)
         case "head":
             each = getattr(module, "token_losses", None) if feed.by_token else None
-            return ((each if callable(each) else module)(*inputs, feed.targets),)
+            if feed.weights is None:
+                return ((each if callable(each) else module)(*inputs, feed.targets),)
+            head = each if callable(each) and takes_weights(each) else module
+            return (head(*inputs, feed.targets, weights=feed.weights),)
         case "qkv" if isinstance(module, QKV):
             return tuple(module(*inputs, feed.attended, feed.sequence_length))
         case "block" if isinstance(module, Block):

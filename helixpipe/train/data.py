@@ -42,10 +42,15 @@ _LOOKED_AT_TOKENS = 4096
 
 
 class Batch(NamedTuple):
-    """int64 [sequences, sequence_length] each; `targets` are the tokens that come next."""
+    """int64 [sequences, sequence_length] each; `targets` are the tokens that come next, or what an objective makes of them.
+
+    `weights`, float32, and `counted`, bool, are an objective's: what losses weigh, and what they are divided by.
+    """
 
     tokens: NDArray[np.int64]
     targets: NDArray[np.int64]
+    weights: NDArray[np.float32] | None = None
+    counted: NDArray[np.bool_] | None = None
 
     def filled(self, sequences: int) -> Batch:
         """As many sequences as asked for: those that are added count nothing."""
@@ -65,6 +70,8 @@ class Corpus:
     seed: int
     remarks: tuple[str, ...] = ()
     """What a user should know of the data but need not mend, a line each."""
+    ahead: int = 1
+    """How far from a token its target is: 1 the next, 0 itself, of which an objective chooses."""
 
     def fingerprint(self) -> tuple[int, int, int]:
         """Tokens to train on, tokens held out, and a checksum of windows all over the former: what data this is."""
@@ -102,9 +109,9 @@ class Corpus:
                 f"data.path: token {windows.flat[at]} does not fit a vocabulary of {self.vocabulary}; "
                 "raise model.vocabulary or prepare the data with its tokenizer"
             )
-        targets = windows[:, 1:]
+        targets = windows[:, self.ahead :][:, : self.sequence_length]
         if tokens.masked():
-            counted = np.stack([tokens.counted(start + 1, self.sequence_length) for start in starts])
+            counted = np.stack([tokens.counted(start + self.ahead, self.sequence_length) for start in starts])
             targets = np.where(counted, targets, IGNORED)
         return Batch(windows[:, :-1], targets)
 
@@ -135,7 +142,8 @@ def open_corpus(config: Config) -> Corpus:
             f"({length + 1}); raise data.held_out, set it to 0, or give more data"
         )
     remarks = tuple(prepared_remarks(prepared, vocabulary) if prepared else _remarks(pieces, vocabulary, left_out))
-    return Corpus(training, held_out, length, config.batch_size, vocabulary, config.train.seed, remarks)
+    ahead = 1 if config.train.objective == "next_token" else 0
+    return Corpus(training, held_out, length, config.batch_size, vocabulary, config.train.seed, remarks, ahead)
 
 
 def _find(given: str) -> tuple[list[Path], str]:

@@ -18,10 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from helixpipe.runtime.losses import Losses
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.train.checkpoint import Checkpoints
-from helixpipe.train.data import Corpus, open_corpus
+from helixpipe.train.data import Batch, Corpus, open_corpus
 from helixpipe.train.job import Job
 from helixpipe.train.log import described, shortened
 from helixpipe.train.losses_text import Evaluation
+from helixpipe.train.objective import NEXT_TOKEN, Objective
 from helixpipe.train.start import check_same_data, make_pipeline
 
 
@@ -48,7 +49,8 @@ def evaluate(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
         console=Console(stderr=True), disable=not speaks or not sys.stderr.isatty(), transient=True,
     ) as progress:  # fmt: skip
         bar = progress.add_task("", total=count)
-        losses = held_out_losses(pipeline, corpus, asked, lambda done: progress.update(bar, completed=done))
+        objective = Objective.of(config)
+        losses = held_out_losses(pipeline, corpus, asked, objective, lambda done: progress.update(bar, completed=done))
     pipeline.close()
     if speaks:
         found = Evaluation(losses, weights, job.step, count, config.train.sequence_length)
@@ -56,14 +58,23 @@ def evaluate(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
 
 
 def held_out_losses(
-    pipeline: Pipeline, corpus: Corpus, sequences: int, tell: Callable[[int], None] = lambda done: None
+    pipeline: Pipeline,
+    corpus: Corpus,
+    sequences: int,
+    objective: Objective = NEXT_TOKEN,
+    tell: Callable[[int], None] = lambda done: None,
 ) -> Losses:
     """Of so many held-out sequences, or as many as there are. `tell` hears how many are done."""
     found = []
-    for done, batch in enumerate(corpus.evaluation(sequences), start=1):
-        found.append(pipeline.losses(torch.from_numpy(batch.tokens), torch.from_numpy(batch.targets)))
+    for done, batch in enumerate(objective.held_out(corpus, sequences), start=1):
+        found.append(pipeline.losses(**tensors(batch)))
         tell(min(done * corpus.batch_size, corpus.windows(sequences)))
     return Losses.joined(found)
+
+
+def tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    """A batch as arguments of a pipeline's methods."""
+    return {name: torch.from_numpy(array) for name, array in batch._asdict().items() if array is not None}
 
 
 def _weights(pipeline: Pipeline) -> dict[str, torch.Tensor]:

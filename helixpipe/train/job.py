@@ -19,6 +19,7 @@ from helixpipe.train import manifest as manifests
 from helixpipe.train.data import Corpus, open_corpus
 from helixpipe.train.initial import check_model
 from helixpipe.train.manifest import Manifest
+from helixpipe.train.mask_token import with_mask_token
 
 _RUNS = Path("runs")
 # of a run, in bytes: file systems allow 255, and a number comes behind it
@@ -69,6 +70,7 @@ def prepare(arguments: Sequence[str], warn: Callable[[str], None], ranks: int | 
     """A job of training."""
     given = parse_arguments(arguments)
     config, checkpoint, manifest = _read(given, warn, ranks)
+    config = with_mask_token(config)
     check_model(config, checkpoint)
     corpus = open_corpus(config)
     data = corpus.fingerprint()
@@ -95,6 +97,7 @@ def prepare_evaluation(arguments: Sequence[str], warn: Callable[[str], None], ra
         raise ConfigError(
             "--resume: missing, and random weights tell nothing; give --resume RUN_OR_CHECKPOINT, or --model.path FOLDER"
         )
+    config = with_mask_token(config)
     check_model(config, checkpoint)
     corpus = open_corpus(config)
     if not len(corpus.held_out):

@@ -207,11 +207,12 @@ def _parameters(shape: ModelShape) -> str:
 def described(config: Config, device: str) -> str:
     """A line on what runs where."""
     schedule, train, shape, mesh = config.schedule, config.train, config.shape(), config.mesh_shape()
+    asked = "" if train.objective == "next_token" else f", objective {train.objective}"
     ranks = f"{mesh.size} ranks" + (f" ({mesh})" if mesh.size > mesh.pp else "")
     return (
         f"{config.model_title}: {_parameters(shape)}, {shape.layers} layers; "
         f"{schedule.family} on {ranks} ({device.split(':')[0]}), {schedule.microbatches} micro-batches "
-        f"of {train.microbatch_size} x {train.sequence_length} tokens"
+        f"of {train.microbatch_size} x {train.sequence_length} tokens{asked}"
     )
 
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 import time
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from helixpipe.errors import ConfigError
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.train.checkpoint import Checkpoints
-from helixpipe.train.data import Batch, Corpus, open_corpus
-from helixpipe.train.held_out import held_out_losses
+from helixpipe.train.data import Corpus, open_corpus
+from helixpipe.train.held_out import held_out_losses, tensors
 from helixpipe.train.job import Job
 from helixpipe.train.log import Log, StepRecord
+from helixpipe.train.objective import Objective
 from helixpipe.train.optimizer import Optimizer
 from helixpipe.train.start import check_same_data, make_pipeline
 
@@ -30,8 +29,9 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
     config = job.config
     settings, run = config.train, config.run
 
-    # what is trained, and how it is spread
+    # what is trained, for what, and how it is spread
     corpus, pipeline = open_corpus(config), make_pipeline(config, device, job.checkpoint)
+    objective = Objective.of(config)
     shards = pipeline.shards() if config.mesh.optimizer == "sharded" else None
     optimizer = Optimizer(pipeline.parameters, settings, pipeline.as_whole, shards, pipeline.buffers)
 
@@ -45,13 +45,13 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
 
     with Log(job, pipeline.mesh.rank, device) as log:
         if job.step == 0:
-            evaluate(pipeline, corpus, settings.evaluate_sequences, log, step=0)
+            evaluate(pipeline, corpus, objective, settings.evaluate_sequences, log, step=0)
         for step in range(job.step + 1, settings.steps + 1):
             begun = time.perf_counter()
 
             # forward and backward of every micro-batch, gradients of all ranks, one update
             pipeline.zero_gradients()
-            loss = pipeline.step(*_tensors(corpus.batch(step)))
+            loss = pipeline.step(**tensors(objective.training(corpus, step)))
             gradient_norm = pipeline.clip_gradients(settings.clip_norm or math.inf)
             if not math.isfinite(loss + gradient_norm):
                 raise ConfigError(
@@ -68,19 +68,15 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
             # how well it does on text it never trains on, and a place to go on from
             last = step == settings.steps
             if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
-                evaluate(pipeline, corpus, settings.evaluate_sequences, log, step)
+                evaluate(pipeline, corpus, objective, settings.evaluate_sequences, log, step)
             if run.checkpoint_every and (last or step % run.checkpoint_every == 0):
                 log.flush()
                 checkpoints.save(optimizer.state(step), step, config)
     pipeline.close()
 
 
-def evaluate(pipeline: Pipeline, corpus: Corpus, sequences: int, log: Log, step: int) -> None:
+def evaluate(pipeline: Pipeline, corpus: Corpus, objective: Objective, sequences: int, log: Log, step: int) -> None:
     """The loss over the same held-out windows every time, logged; nothing when no data is held out."""
     if len(corpus.held_out):
-        losses = held_out_losses(pipeline, corpus, sequences)
+        losses = held_out_losses(pipeline, corpus, sequences, objective)
         log.evaluation(step, losses.mean, [bucket.mean for bucket in losses.by_position])
-
-
-def _tensors(batch: Batch) -> tuple[Tensor, Tensor]:
-    return torch.from_numpy(batch.tokens), torch.from_numpy(batch.targets)

@@ -231,7 +231,11 @@ def test_a_missing_file_is_named() -> None:
             "mesh.tp: 2 ranks divide the heads, and model.qk_norm_over 'width' needs all of them together; use tp 1",
         ),
         ({"model": {"rope_base": 0.0}}, "model.rope_base: 0; give more than 0"),
-        ({"model": {"causal": False}}, "model.causal: next-token training needs a causal model; set it to true"),
+        (
+            {"model": {"causal": False}},
+            "model.causal: false, and a bidirectional model sees the token that next_token asks for; set train.objective to "
+            "masked or masked_diffusion, or model.causal to true",
+        ),
         ({"schedule": {"family": "helx"}}, "schedule.family: 'helx' is not known; did you mean 'helix'?"),
         (
             {"schedule": {"family": "1f1b", "folds": 2}},
