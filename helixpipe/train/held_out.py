@@ -61,7 +61,8 @@ def held_out_losses(
     """Of so many held-out sequences, or as many as there are. `tell` hears how many are done."""
     found = []
     for done, batch in enumerate(corpus.evaluation(sequences), start=1):
-        found.append(pipeline.losses(torch.from_numpy(batch.tokens), torch.from_numpy(batch.targets)))
+        tokens, targets = torch.from_numpy(batch.tokens), torch.from_numpy(batch.targets)
+        found.append(pipeline.losses(tokens, targets, **batch.masking()))
         tell(min(done * corpus.batch_size, corpus.windows(sequences)))
     return Losses.joined(found)
 

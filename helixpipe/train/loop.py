@@ -50,8 +50,9 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
             begun = time.perf_counter()
 
             # forward and backward of every micro-batch, gradients of all ranks, one update
+            batch = corpus.batch(step)
             pipeline.zero_gradients()
-            loss = pipeline.step(*_tensors(corpus.batch(step)))
+            loss = pipeline.step(*_tensors(batch), **batch.masking())
             gradient_norm = pipeline.clip_gradients(settings.clip_norm or math.inf)
             if not math.isfinite(loss + gradient_norm):
                 raise ConfigError(
