@@ -11,7 +11,7 @@ from helixpipe.parts.shape import ModelShape
 
 # key -> the least it may be
 _AT_LEAST = {
-    "data.held_out": 0, "train.steps": 1, "train.microbatch_size": 1, "train.sequence_length": 1, "train.seed": 0,
+    "data.held_out": 0, "data.look_ahead": 1, "train.steps": 1, "train.microbatch_size": 1, "train.sequence_length": 1, "train.seed": 0,
     "train.learning_rate": 0, "train.min_learning_rate": 0, "train.warmup_steps": 0, "train.decay_steps": 1, "train.z_loss": 0, "train.weight_decay": 0,
     "train.mask_token": 0, "train.clip_norm": 0, "train.evaluate_every": 0, "train.evaluate_sequences": 1, "runtime.mlp_chunk": 0,
     "runtime.head_chunk": 0, "runtime.port": 0, "runtime.threads": 1, "run.checkpoint_every": 0, "run.keep": 1,
@@ -66,6 +66,7 @@ def _check_together(config: Config) -> None:
     _check_objective(train, shape)
     shape.check_length(train.sequence_length)
     _check_rates(train)
+    _check_packing(config)
 
 
 def _check_objective(train: TrainConfig, shape: ModelShape) -> None:
@@ -104,3 +105,16 @@ def _check_rates(train: TrainConfig) -> None:
         raise ConfigError(f"train.decay_steps: {train.schedule} has no such key, wsd has; remove it")
     if decay is not None and decay > train.steps:
         raise ConfigError(f"train.decay_steps: {decay} are more than train.steps {train.steps}; lower it")
+
+
+def _check_packing(config: Config) -> None:
+    data, length = config.data, config.train.sequence_length
+    if data.packing != "windows" and length < 2:
+        raise ConfigError(
+            f"train.sequence_length: {length}, and data.packing {data.packing} needs at least 2; raise it"
+        )
+    if data.packing == "balanced" and not data.masks_documents:
+        raise ConfigError(
+            "data.document_mask: false, and then all sequences cost the same and nothing is to be balanced; "
+            "set data.packing to documents or leave the mask"
+        )

@@ -16,6 +16,7 @@ import tomli_w
 
 from helixpipe.config import FAMILY_OPTIONS, Config, ScheduleConfig
 from helixpipe.config_check import MASK_KEYS, OBJECTIVES, check_config
+from helixpipe.config_sources import SourceConfig, Sources, sources_from_text, typed_sources
 from helixpipe.errors import ConfigError, nearest
 
 Table = dict[str, dict[str, Any]]
@@ -117,7 +118,7 @@ def _made(kind: Any, keys: Mapping[str, Any]) -> Any:
     values = {
         key: _made(hints[key], value)
         if isinstance(value, Mapping)
-        else tuple(value)
+        else tuple(SourceConfig(**each) if isinstance(each, Mapping) else each for each in value)
         if isinstance(value, list)
         else value
         for key, value in keys.items()
@@ -210,7 +211,7 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 def _given(kind: Any) -> Any:
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+    if kind != Sources and typing.get_origin(kind) in (types.UnionType, typing.Union):
         return next(choice for choice in typing.get_args(kind) if choice is not type(None))
     return kind
 
@@ -244,6 +245,8 @@ def _checked(table: Mapping[str, Any], where: str) -> Table:
 
 def _typed(kind: Any, value: Any, where: str) -> Any:
     """The value, when it is of the type; an integer may stand for a float."""
+    if kind == Sources:
+        return typed_sources(value, where)
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         if value not in choices:
@@ -263,6 +266,8 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
 
 def _from_text(kind: Any, text: str, where: str) -> Any:
     """A value from the command line."""
+    if kind == Sources:
+        return sources_from_text(text, where)
     try:
         if kind in (int, float):
             return kind(text)
@@ -277,6 +282,8 @@ def _from_text(kind: Any, text: str, where: str) -> Any:
 
 
 def _expected(kind: Any) -> str:
+    if kind == Sources:
+        return "a path, or path:weight,path:weight"
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(typing.get_args(kind))
     if typing.get_origin(kind) is tuple:

@@ -114,7 +114,11 @@ def of_rank(losses: Sequence[Tensor], length: int) -> list[float]:
 
 
 def of_ranks(
-    told: Sequence[tuple[float, list[float]]], targets: Tensor, head: Part, counted: Counted = None, documents: Lengths = ()
+    told: Sequence[tuple[float, list[float]]],
+    targets: Tensor,
+    head: Part,
+    counted: Counted = None,
+    documents: Lengths = (),
 ) -> Losses:
     """The losses of a batch, from each rank's loss and what `of_rank` says; `targets` and `documents` are the whole batch's."""
     total, whole = math.fsum(loss for loss, _ in told), _number(targets, counted)

@@ -1,44 +1,35 @@
-"""Data: tokens in files, cut into training and held-out, and batches of them.
+"""Data: sources of tokens, cut into training and held-out, and batches of them.
 
-Nothing is held in memory and nothing is remembered: a batch is a function of the seed and the step, read from
+No token is held in memory and nothing is remembered: a batch is a function of the seed and the step (`reading`), read from
 the files when it is asked for. So a resumed run needs no state of a loader.
 """
 
 from __future__ import annotations
 
-import os
-import sysconfig
-import warnings
+import functools
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from helixpipe.config import Config, DataConfig
-from helixpipe.data.formats import holds_tokens, refusal
-from helixpipe.data.inputs import MANIFEST, is_prepared
-from helixpipe.data.megatron_index import index_of, indexed_dtype, paired
+from helixpipe.config import Config
 from helixpipe.errors import DataError
-from helixpipe.files import fault
 from helixpipe.parts.head import IGNORED
-from helixpipe.train.pieces import Piece, Tokens, read_piece
-from helixpipe.train.prepared import nearest_document, open_prepared, prepared_pieces, prepared_remarks
+from helixpipe.train.balance import LengthWork
+from helixpipe.train.mixture import Mixture
+from helixpipe.train.packing import Packs
+from helixpipe.train.pieces import Tokens
+from helixpipe.train.reading import Reading
+from helixpipe.train.rows import Layout, Row, padding
+from helixpipe.train.source import Source, check_mixture, open_source
+from helixpipe.train.token_files import misfit
+from helixpipe.train.windows import Windows
 
-# not what people write as a program: tests, vendored packages, and tables
-_STDLIB_SKIPPED = frozenset({
-    "__pycache__", "site-packages", "dist-packages", "test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo",
-    "ensurepip", "encodings", "pydoc_data",
-})  # fmt: skip
 # so many windows of so many tokens are what data is known by
 _SAMPLES, _SAMPLE_TOKENS = 16, 256
-# token files are searched for ids beyond the vocabulary so far before a run, and batch by batch in it
-_CHECKED_TOKENS = 2**24
-# of a .bin whose dtype nothing states, so many are enough to see that it is not uint16
-_LOOKED_AT_TOKENS = 4096
 
 
 class Batch(NamedTuple):
@@ -49,277 +40,196 @@ class Batch(NamedTuple):
 
     tokens: NDArray[np.int64]
     targets: NDArray[np.int64]
+    documents: tuple[tuple[int, ...], ...] = ()
+    """Of each sequence the lengths of its documents, in order; () where attention goes across them."""
     weights: NDArray[np.float32] | None = None
     counted: NDArray[np.bool_] | None = None
 
     def filled(self, sequences: int) -> Batch:
         """As many sequences as asked for: those that are added count nothing."""
-        more = ((0, sequences - len(self.tokens)), (0, 0))
-        return Batch(np.pad(self.tokens, more), np.pad(self.targets, more, constant_values=IGNORED))
+        added = sequences - len(self.tokens)
+        more = ((0, added), (0, 0))
+        empty = (tuple(padding(self.tokens.shape[1])),) * added if self.documents else ()
+        return Batch(
+            np.pad(self.tokens, more), np.pad(self.targets, more, constant_values=IGNORED), self.documents + empty
+        )
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and held-out tokens, and the batches of a run."""
+    """The sources of a run, which rows its steps have, and what is held out of each."""
 
-    training: Tokens
-    held_out: Tokens
-    sequence_length: int
-    batch_size: int
+    sources: tuple[Source, ...]
+    reading: Reading
+    held_out_layouts: tuple[Layout, ...]
     vocabulary: int
-    seed: int
     remarks: tuple[str, ...] = ()
     """What a user should know of the data but need not mend, a line each."""
     ahead: int = 1
     """How far from a token its target is: 1 the next, 0 itself, of which an objective chooses."""
 
+    @functools.cached_property
+    def training(self) -> Tokens:
+        """The training tokens of all sources, one after another."""
+        return Tokens([piece for source in self.sources for piece in source.training.pieces])
+
+    @functools.cached_property
+    def held_out(self) -> Tokens:
+        """The held-out tokens of all sources, one after another."""
+        return Tokens([piece for source in self.sources for piece in source.held_out.pieces])
+
+    @property
+    def batch_size(self) -> int:
+        return self.reading.rows_a_step
+
     def fingerprint(self) -> tuple[int, int, int]:
         """Tokens to train on, tokens held out, and a checksum of windows all over the former: what data this is."""
-        count = min(len(self.training), _SAMPLE_TOKENS)
-        room = len(self.training) - count
-        starts = [room * i // (_SAMPLES - 1) for i in range(_SAMPLES)]
-        checksum = zlib.crc32(np.stack([self.training.read(start, count) for start in starts]).tobytes())
-        if self.training.masked():
-            masks = np.stack([self.training.counted(start, count) for start in starts])
-            checksum = zlib.crc32(masks.tobytes(), checksum)
+        checksum = 0
+        for source in self.sources:
+            checksum = _checksum(source, checksum)
         return len(self.training), len(self.held_out), checksum
 
     def batch(self, step: int) -> Batch:
-        """The batch of a training step: windows from anywhere, decided by seed and step alone."""
-        draw = np.random.Generator(np.random.Philox(key=[self.seed, step]))
-        starts = draw.integers(0, len(self.training) - self.sequence_length, size=self.batch_size)
-        return self._windows(self.training, starts.tolist())
+        """The batch of a training step, from 1 on: decided by seed and step alone."""
+        return self.read(self.reading.step(step))
 
     def windows(self, asked: int) -> int:
-        """How many windows an evaluation of so many has: no more than leave every held-out token a target once."""
-        return min(asked, max(len(self.held_out) - 1, 0) // self.sequence_length)
+        """How many sequences an evaluation of so many has: no more than give every held-out token as a target once."""
+        return sum(self._evaluated(asked))
 
     def evaluation(self, asked: int) -> Iterator[Batch]:
-        """Windows of held-out tokens, evenly spread: the same ones every time, whatever a batch is. The last batch is filled up."""
-        count, room = self.windows(asked), len(self.held_out) - self.sequence_length - 1
-        starts = [room * i // max(count - 1, 1) for i in range(count)]
-        for first in range(0, count, self.batch_size):
-            yield self._windows(self.held_out, starts[first : first + self.batch_size]).filled(self.batch_size)
+        """Held-out sequences, evenly spread: the same ones every time, whatever a batch is. The last batch is filled up."""
+        rows = [
+            row
+            for source, (layout, count) in enumerate(zip(self.held_out_layouts, self._evaluated(asked), strict=True))
+            for row in layout.spread(count, source)
+        ]
+        for first in range(0, len(rows), self.batch_size):
+            yield self.read(rows[first : first + self.batch_size], held_out=True).filled(self.batch_size)
 
-    def _windows(self, tokens: Tokens, starts: Sequence[int]) -> Batch:
-        windows = np.stack([tokens.read(start, self.sequence_length + 1) for start in starts])
-        at = _misfit(windows, self.vocabulary)
+    def _evaluated(self, asked: int) -> list[int]:
+        """Of each source, how many of so many held-out sequences are its own: by its weight, as far as it has them."""
+        wanted = Mixture(self.reading.weights, 0).before(asked)
+        return [min(count, len(layout)) for count, layout in zip(wanted, self.held_out_layouts, strict=True)]
+
+    def read(self, rows: Sequence[Row], held_out: bool = False) -> Batch:
+        """The tokens of rows."""
+        length = self.reading.sequence_length
+        tokens, targets = np.zeros((len(rows), length), np.int64), np.full((len(rows), length), IGNORED)
+        for at, source in enumerate(self.sources):
+            mine = [number for number, row in enumerate(rows) if row.source == at]
+            run = source.held_out if held_out else source.training
+            for number, (read, next_ones) in zip(mine, self._read([rows[each] for each in mine], run), strict=True):
+                tokens[number, : len(read)], targets[number, : len(read)] = read, next_ones
+        documents = tuple(row.documents for row in rows)
+        return Batch(tokens, targets, documents if any(documents) else ())
+
+    def _read(self, rows: Sequence[Row], run: Tokens) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Of each row the tokens that it reads and the targets, without padding."""
+        starts = [start for row in rows for start in row.starts.tolist()]
+        counts = [count for row in rows for count in row.counts.tolist()]
+        pieces = run.gather(starts, [count + 1 for count in counts])
+        for piece in pieces:
+            self._check(piece)
+        counted = run.gather_counted([start + self.ahead for start in starts], counts) if run.masked() else None
+        first = 0
+        for row in rows:
+            mine = slice(first, first := first + len(row.starts))
+            targets = np.concatenate([piece[self.ahead :][: len(piece) - 1] for piece in pieces[mine]])
+            if self.ahead:
+                targets[row.crossing] = IGNORED
+            if counted is not None:
+                targets[~np.concatenate(counted[mine])] = IGNORED
+            yield np.concatenate([piece[:-1] for piece in pieces[mine]]), targets
+
+    def _check(self, tokens: NDArray[np.int64]) -> None:
+        at = misfit(tokens, self.vocabulary)
         if at is not None:
             raise DataError(
-                f"data.path: token {windows.flat[at]} does not fit a vocabulary of {self.vocabulary}; "
+                f"data.path: token {tokens.flat[at]} does not fit a vocabulary of {self.vocabulary}; "
                 "raise model.vocabulary or prepare the data with its tokenizer"
             )
-        targets = windows[:, self.ahead :][:, : self.sequence_length]
-        if tokens.masked():
-            counted = np.stack([tokens.counted(start + self.ahead, self.sequence_length) for start in starts])
-            targets = np.where(counted, targets, IGNORED)
-        return Batch(windows[:, :-1], targets)
 
 
 def open_corpus(config: Config) -> Corpus:
     """The corpus of a config; raises DataError for data that cannot be trained on."""
-    length, vocabulary = config.train.sequence_length, config.shape().vocabulary
-    prepared = open_prepared(config.data.path, vocabulary)
-    files, left_out = ([], "") if prepared else _find(config.data.path)
-    pieces = prepared_pieces(prepared) if prepared else [_piece(file, config.data, vocabulary) for file in files]
-    named = f"data.path: '{config.data.path}'" if config.data.path else "data.path: the Python standard library"
-    if not sum(piece.tokens for piece in pieces):
-        raise DataError(f"{named} is empty; give a file or folder with text or tokens{left_out and f' ({left_out})'}")
-    trained = round(sum(piece.tokens for piece in pieces) * (1 - config.data.held_out))
-    if prepared:
-        trained = nearest_document(prepared, trained)
-    else:
-        _check_vocabulary(pieces, vocabulary)
-    training, held_out = _split(pieces, trained)
-    if len(training) < length + 1:
-        raise DataError(
-            f"{named} has {len(training)} tokens to train on, fewer than a sequence and its next token "
-            f"({length + 1}); shorten train.sequence_length or give more data"
-        )
-    if config.data.held_out and len(held_out) < length + 1:
-        raise DataError(
-            f"{named} leaves {len(held_out)} tokens held out, fewer than a sequence and its next token "
-            f"({length + 1}); raise data.held_out, set it to 0, or give more data"
-        )
-    remarks = tuple(prepared_remarks(prepared, vocabulary) if prepared else _remarks(pieces, vocabulary, left_out))
-    ahead = 1 if config.train.objective == "next_token" else 0
-    return Corpus(training, held_out, length, config.batch_size, vocabulary, config.train.seed, remarks, ahead)
+    data, train, shape = config.data, config.train, config.shape()
+    by_documents = data.packing != "windows" or data.masks_documents
+    sources = tuple(open_source(each.path, data, shape.vocabulary, by_documents) for each in data.sources)
+    check_mixture(sources)
+    layouts, held_out = [], []
+    for source in sources:
+        layouts.append(_layout(config, source.training, source.training_ends, train.seed))
+        held_out.append(_layout(config, source.held_out, source.held_out_ends, 0))
+        _check_rows(config, source, layouts[-1], held_out[-1])
+    reading = Reading(
+        tuple(layouts),
+        tuple(each.weight for each in data.sources),
+        train.sequence_length,
+        config.schedule.microbatches,
+        train.microbatch_size,
+        config.mesh.dp,
+        train.seed,
+        data.look_ahead if data.packing == "balanced" else 0,
+        LengthWork(shape) if data.masks_documents else None,
+    )
+    remarks = tuple(dict.fromkeys(remark for source in sources for remark in source.remarks))
+    ahead = 1 if train.objective == "next_token" else 0
+    return Corpus(sources, reading, tuple(held_out), shape.vocabulary, remarks, ahead)
 
 
-def _find(given: str) -> tuple[list[Path], str]:
-    """Every file to read, in an order that is the same on every machine, and what of a folder is left out, "" if nothing."""
-    if not given:
-        library = Path(sysconfig.get_paths()["stdlib"])
-        return [path for path in _walk(library, _STDLIB_SKIPPED) if path.suffix == ".py" and _is_file(path)], ""
-    path = paired(Path(given)) or Path(given)
-    if why := fault(path):
-        raise DataError(f"data.path: '{path}' cannot be read: {why}")
-    if path.is_dir():
-        found = list(_walk(path))
-        files = [file for file in found if _is_file(file) and not _is_index(file)]
-        others = [file for file in found if not _is_file(file)]
-        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        left_out = f"not read: '{others[0]}'{more}, no files; links to folders are not followed" if others else ""
-        _check_folder(path, files)
-        return files, left_out
-    if not path.exists():
-        raise DataError(f"data.path: '{path}' does not exist; give a text file, a folder of them, or .npy/.bin tokens")
-    if not path.is_file():
-        raise DataError(f"data.path: '{path}' is neither a file nor a folder")
-    if not _is_indexed(path) and (why := refusal(path)):
-        raise DataError(why)
-    return [path], ""
+def _layout(config: Config, tokens: Tokens, ends: NDArray[np.int64] | None, seed: int) -> Layout:
+    data, length = config.data, config.train.sequence_length
+    if data.packing == "windows" or ends is None:
+        return Windows(len(tokens), length, ends)
+    return Packs(ends, length, data.longest, data.masks_documents, seed)
 
 
-def _check_folder(folder: Path, files: Sequence[Path]) -> None:
-    """Raise DataError where a folder has what is neither text nor tokens, or both, or a prepared folder."""
-    inside = next((file.parent for file in files if file.name == MANIFEST and is_prepared(file.parent)), None)
-    if inside is not None:
-        raise DataError(f"data.path: '{inside}' is what helixpipe prepare wrote; give it by itself, not '{folder}'")
-    refused = [why for file in files if not _is_indexed(file) and (why := refusal(file))]
-    if refused:
-        more = len(refused) - 1
-        raise DataError(refused[0] + (f" (refused in '{folder}' as well: {more} more)" if more else ""))
-    tokens = [file for file in files if holds_tokens(file)]
-    if tokens and len(tokens) < len(files):
-        other = next(file for file in files if not holds_tokens(file))
-        raise DataError(f"data.path: '{folder}' mixes tokens ('{tokens[0]}') and text ('{other}'); separate them")
-
-
-def _walk(folder: Path, skipped: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """What is below a folder and no folder itself, sorted; hidden names are left out."""
-
-    def refuse(error: OSError) -> NoReturn:
-        raise DataError(f"data.path: '{error.filename}' cannot be read: {error.strerror}") from None
-
-    for parent, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if name not in skipped and not name.startswith("."))
-        yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))
-        yield from (path for name in folders if (path := Path(parent, name)).is_symlink())
-
-
-def _is_file(path: Path) -> bool:
-    """Whether there is a file: a link to nowhere or a pipe is none. Raises DataError where that cannot be known."""
-    try:
-        return path.is_file()
-    except OSError as error:
-        raise DataError(f"data.path: '{path}' cannot be read: {error.strerror}") from None
-
-
-def _is_indexed(path: Path) -> bool:
-    return path.suffix.lower() == ".bin" and index_of(path) is not None
-
-
-def _is_index(path: Path) -> bool:
-    """Whether a file is the index of a .bin beside it."""
-    return path.suffix.lower() == ".idx" and any(path.with_suffix(suffix).exists() for suffix in (".bin", ".BIN"))
-
-
-def _piece(path: Path, config: DataConfig, vocabulary: int) -> Piece:
-    if not holds_tokens(path):
-        return Piece(str(path), "uint8", 0, _size(path))
-    return _numpy(path) if path.suffix.lower() == ".npy" else _bin(path, config, vocabulary)
-
-
-def _bin(path: Path, config: DataConfig, vocabulary: int) -> Piece:
-    size, index, dtype = _size(path), index_of(path), config.dtype or "uint16"
-    if index is not None:
-        found = indexed_dtype(index, path, size)
-        # int32 and uint32 are the same ids
-        if config.dtype and np.dtype(found).itemsize != np.dtype(config.dtype).itemsize:
-            raise DataError(f"data.dtype: {config.dtype}, and '{index}' says {found}; leave data.dtype out")
-        return Piece(str(path), found, 0, size // np.dtype(found).itemsize)
-    width = np.dtype(dtype).itemsize
-    if size % width:
-        raise DataError(
-            f"data.path: '{path}' has {size} bytes, not a multiple of {dtype}'s {width}; set data.dtype to what it holds"
-        )
-    if vocabulary > 2**16 and dtype == "uint16":
-        raise DataError(
-            f"data.dtype: uint16 cannot hold the tokens of a vocabulary of {vocabulary}; write them as uint32 and set it to that"
-        )
-    return Piece(str(path), dtype, 0, size // width)
-
-
-def _numpy(path: Path) -> Piece:
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of a header that overflows: it is refused
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except OSError as error:
-        raise DataError(f"data.path: '{path}' cannot be read: {error.strerror or error}") from None
-    except Exception:  # a wrong magic, objects, fewer bytes than the header says; a damaged header fails in any way
-        raise DataError(f"data.path: '{path}' is not a whole .npy array of numbers; write it with numpy.save") from None
-    if array.dtype not in (np.uint16, np.uint32, np.int32, np.int64) or array.ndim != 1:
-        raise DataError(
-            f"data.path: '{path}' holds {array.dtype}{list(array.shape)}; give one dimension of uint16, uint32, int32 or int64"
-        )
-    offset_bytes = array.offset if isinstance(array, np.memmap) else 0
-    return Piece(str(path), array.dtype.name, offset_bytes, len(array))
-
-
-def _size(path: Path) -> int:
-    try:
-        with open(path, "rb") as file:  # opened, so that one which cannot be read is known before a run
-            return os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise DataError(f"data.path: '{path}' cannot be read: {error.strerror}") from None
-
-
-def _check_vocabulary(pieces: Sequence[Piece], vocabulary: int) -> None:
-    if not holds_tokens(pieces[0].path):
-        if vocabulary < 256:
-            raise DataError(f"model.vocabulary: {vocabulary}; bytes of text need 256")
-        return
-    left = _CHECKED_TOKENS
-    for piece in pieces:
-        count = min(left, piece.tokens)
-        left -= count
-        found = read_piece(piece, 0, count)
-        at = _misfit(found, vocabulary)
-        if at is not None:
+def _check_rows(config: Config, source: Source, training: Layout, held_out: Layout) -> None:
+    """Raise DataError where there is nothing to train on, or nothing to evaluate on where something is held out."""
+    data, length, named = config.data, config.train.sequence_length, source.named
+    if not len(training):
+        if data.packing == "windows":
             raise DataError(
-                f"data.path: '{piece.path}' has token {found[at]} at {at}, beyond a vocabulary of "
-                f"{vocabulary}; raise model.vocabulary or prepare the data with its tokenizer"
+                f"{named} has {len(source.training)} tokens to train on, fewer than a sequence and its next token "
+                f"({length + 1}); shorten train.sequence_length or give more data"
             )
-
-
-def _misfit(tokens: NDArray[np.int64], vocabulary: int) -> int | None:
-    """Where a token is that a vocabulary does not have, in the flat array; None where all fit."""
-    for at in (tokens.argmax(), tokens.argmin()) if tokens.size else ():
-        if not 0 <= tokens.flat[at] < vocabulary:
-            return int(at)
-    return None
-
-
-def _remarks(pieces: Sequence[Piece], vocabulary: int, left_out: str) -> Iterator[str]:
-    if left_out:
-        yield f"data.path: {left_out}"
-    if not holds_tokens(pieces[0].path):
-        if vocabulary > 256:
-            yield (
-                f"data.path: text is read as bytes, which are 256 of the {vocabulary} words of model.vocabulary; "
-                "set it to 256, or give tokens of its tokenizer as .npy or .bin"
+        raise DataError(f"{named} has no document to train on: {_without(training, data.longest, length)}")
+    if data.held_out and not len(held_out):
+        if data.packing == "windows":
+            raise DataError(
+                f"{named} leaves {len(source.held_out)} tokens held out, fewer than a sequence and its next token "
+                f"({length + 1}); raise data.held_out, set it to 0, or give more data"
             )
-        return
-    for piece in pieces:
-        if piece.dtype == "uint16" and piece.path.lower().endswith(".bin") and index_of(Path(piece.path)) is None:
-            found = read_piece(piece, 0, min(piece.tokens, _LOOKED_AT_TOKENS))
-            if found.any() and not found[1::2].any() and len(found) > 1:
-                yield (
-                    f"data.path: '{piece.path}' has 0 for every second token, as 32-bit tokens read as uint16 do; "
-                    "set data.dtype to uint32 if it holds these"
-                )
-                return
+        raise DataError(
+            f"{named} holds out no document to evaluate on: {_without(held_out, data.longest, length)}; "
+            "or set data.held_out to 0"
+        )
 
 
-def _split(pieces: Sequence[Piece], left: int) -> tuple[Tokens, Tokens]:
-    """Training, which has `left` tokens, and held-out: the tail, cut from the file where it begins."""
-    training: list[Piece] = []
-    held_out: list[Piece] = []
-    for piece in pieces:
-        kept = min(left, piece.tokens)
-        left -= kept
-        after_bytes = piece.offset_bytes + kept * np.dtype(piece.dtype).itemsize
-        training.append(piece._replace(tokens=kept))
-        held_out.append(piece._replace(offset_bytes=after_bytes, tokens=piece.tokens - kept))
-    return Tokens([piece for piece in training if piece.tokens]), Tokens([piece for piece in held_out if piece.tokens])
+def _without(layout: Layout, longest: str, length: int) -> str:
+    """Why documents make no rows, and what to do."""
+    assert isinstance(layout, Packs)
+    if layout.dropped:
+        return (
+            f"{layout.dropped} of {layout.documents} are longer than train.sequence_length {length}, and data.longest is "
+            f"{longest}; set it to cut or lengthen the sequence"
+        )
+    if layout.documents:
+        return f"all {layout.documents} have a single token, which has no next one; give longer documents"
+    return "whole documents are held out, by data.held_out, and there are too few; give more documents"
+
+
+def _checksum(source: Source, before: int) -> int:
+    """Of windows all over the training tokens, and of where documents end."""
+    tokens = source.training
+    count = min(len(tokens), _SAMPLE_TOKENS)
+    room = len(tokens) - count
+    starts = [room * i // (_SAMPLES - 1) for i in range(_SAMPLES)]
+    found = zlib.crc32(np.stack([tokens.read(start, count) for start in starts]).tobytes(), before)
+    if tokens.masked():
+        masks = np.stack([tokens.counted(start, count) for start in starts])
+        found = zlib.crc32(masks.tobytes(), found)
+    for ends in (source.training_ends, source.held_out_ends):
+        found = found if ends is None else zlib.crc32(ends.astype("<i8").tobytes(), found)
+    return found

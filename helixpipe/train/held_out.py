@@ -9,7 +9,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -72,9 +74,10 @@ def held_out_losses(
     return Losses.joined(found)
 
 
-def tensors(batch: Batch) -> dict[str, torch.Tensor]:
+def tensors(batch: Batch) -> dict[str, Any]:
     """A batch as arguments of a pipeline's methods."""
-    return {name: torch.from_numpy(array) for name, array in batch._asdict().items() if array is not None}
+    arrays = {name: torch.from_numpy(each) for name, each in batch._asdict().items() if isinstance(each, np.ndarray)}
+    return arrays | ({"documents": batch.documents} if batch.documents else {})
 
 
 def _weights(pipeline: Pipeline) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from helixpipe.config import (
     Config,
@@ -16,8 +17,10 @@ from helixpipe.config import (
     ScheduleConfig,
     TrainConfig,
 )
+from helixpipe.config_sources import Sources
 
 _DEFAULTS = Config()
+_KINDS = ConstructorRegistry()
 _OF_RESUME = """\
 Without a config file, the config saved with it holds, and options go before it; with one, nothing of the saved config does."""
 _DESCRIPTION = {
@@ -39,9 +42,18 @@ def show_help(command: str) -> int:
     """Print the help of `train` or `evaluate`; 0."""
     with contextlib.suppress(SystemExit):
         tyro.cli(
-            _keys, prog=f"helixpipe {command}", description=_DESCRIPTION[command], args=["--help"], use_underscores=True
-        )
+            _keys, prog=f"helixpipe {command}", description=_DESCRIPTION[command], args=["--help"], use_underscores=True,
+            registry=_KINDS,
+        )  # fmt: skip
     return 0
+
+
+@_KINDS.primitive_rule
+def _of_sources(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str] | None:
+    """What tyro takes for one value, since the command line has it as one."""
+    if kind.type != Sources:
+        return None
+    return PrimitiveConstructorSpec(1, "PATH", "".join, lambda value: isinstance(value, str), lambda value: [value])
 
 
 def _keys(

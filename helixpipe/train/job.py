@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from helixpipe.config import Config
+from helixpipe.config_sources import Sources
 from helixpipe.config_text import Arguments, Table, build_config, merged, parse_arguments, read_toml, renewed, to_table
 from helixpipe.errors import CheckpointError, ConfigError
 from helixpipe.files import fault
@@ -183,7 +184,7 @@ def _anywhere(config: Config) -> Config:
     """The config with paths that mean the same wherever it is read."""
     return dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, path=_absolute(config.data.path)),
+        data=dataclasses.replace(config.data, path=_absolute_sources(config.data.path)),
         model=dataclasses.replace(
             config.model,
             path=_absolute(config.model.path or "") or None,
@@ -196,6 +197,12 @@ def _anywhere(config: Config) -> Config:
 def _absolute(path: str) -> str:
     """Of "", itself."""
     return str(Path(path).resolve()) if path else ""
+
+
+def _absolute_sources(given: Sources) -> Sources:
+    if isinstance(given, str):
+        return _absolute(given)
+    return tuple(dataclasses.replace(each, path=_absolute(each.path)) for each in given)
 
 
 def refuse_used(folder: Path) -> None:

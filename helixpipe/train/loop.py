@@ -50,8 +50,9 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
             begun = time.perf_counter()
 
             # forward and backward of every micro-batch, gradients of all ranks, one update
+            batch = objective.training(corpus, step)
             pipeline.zero_gradients()
-            loss = pipeline.step(**tensors(objective.training(corpus, step)))
+            loss = pipeline.step(**tensors(batch))
             gradient_norm = pipeline.clip_gradients(settings.clip_norm or math.inf)
             if not math.isfinite(loss + gradient_norm):
                 raise ConfigError(

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from helixpipe.config_text import build_config
 from helixpipe.errors import DataError
-from helixpipe.train import data
-from helixpipe.train.data import Corpus, Piece, Tokens, open_corpus
+from helixpipe.train import token_files
+from helixpipe.train.data import Corpus, open_corpus
+from helixpipe.train.pieces import Piece, Tokens
 
 
 def corpus(path: object, length: int = 8, held_out: float = 0.25, **data: object) -> Corpus:
@@ -51,8 +52,8 @@ def test_batches_are_a_function_of_seed_and_step(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes(np.random.default_rng(0).integers(1, 256, 5000, np.uint8).tobytes())
     one, other = corpus(file), corpus(file)
-    later = [one.batch(step) for step in range(5)][4]
-    assert (later.tokens == other.batch(4).tokens).all()
+    later = [one.batch(step) for step in range(1, 6)][4]
+    assert (later.tokens == other.batch(5).tokens).all()
     assert (later.tokens != one.batch(3).tokens).any()
     first, second = ([batch.tokens.tolist() for batch in one.evaluation(18)] for _ in range(2))
     assert first == second
@@ -65,7 +66,7 @@ def test_the_held_out_tail_is_never_trained_on(tmp_path: Path) -> None:
     found = corpus(tmp_path, length=4, held_out=0.3)
     assert bytes(found.training.read(0, len(found.training)).tolist()) == b"a" * 50 + b"b" * 20
     assert bytes(found.held_out.read(0, len(found.held_out)).tolist()) == b"b" * 10 + b"c" * 20
-    seen = {token for step in range(50) for token in found.batch(step).targets.ravel().tolist()}
+    seen = {token for step in range(1, 51) for token in found.batch(step).targets.ravel().tolist()}
     assert seen == set(b"ab")
     targets = [token for batch in found.evaluation(20) for token in batch.targets.ravel().tolist()]
     assert set(targets) == {*b"bc", -100}, "the last batch is filled up with what counts nothing"
@@ -258,14 +259,14 @@ def test_bytes_need_a_vocabulary_of_256(tmp_path: Path) -> None:
 def test_a_token_beyond_the_vocabulary_that_comes_late_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, token: int
 ) -> None:
-    monkeypatch.setattr(data, "_CHECKED_TOKENS", 10)
+    monkeypatch.setattr(token_files, "_CHECKED_TOKENS", 10)
     np.array([1] * 10 + [token] * 290, dtype).tofile(tmp_path / "a.bin")
     if dtype == "int32":
         lengths_offsets_marks = np.array([300], "<i4").tobytes() + np.array([0, 0, 1], "<i8").tobytes()
         (tmp_path / "a.idx").write_bytes(b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 4, 1, 2) + lengths_offsets_marks)
     found = corpus(tmp_path / "a.bin")
     with pytest.raises(DataError) as caught:
-        found.batch(0)
+        found.batch(1)
     assert str(caught.value) == (
         f"data.path: token {token} does not fit a vocabulary of 256; raise model.vocabulary or prepare the data with its tokenizer"
     )
@@ -277,7 +278,7 @@ def test_a_file_that_shrinks_during_a_run_is_named(tmp_path: Path) -> None:
     found = corpus(file)
     file.write_text("x")
     with pytest.raises(DataError, match=r"^data.path: '.*a.txt' became shorter; leave the data alone"):
-        found.batch(0)
+        found.batch(1)
     file.unlink()
     with pytest.raises(DataError, match=r"^data.path: '.*a.txt' cannot be read any more"):
-        found.batch(0)
+        found.batch(1)

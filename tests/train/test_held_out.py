@@ -149,7 +149,7 @@ def test_windows_are_the_data_s_the_length_s_and_the_number_s_alone(text: str) -
         corpus = open_corpus(Case({"family": "1f1b", **schedule}, size, {"dp": dp}).config(text))
         batches = list(corpus.evaluation(ASKED))
         assert all(batch.tokens.shape == (corpus.batch_size, LENGTH) for batch in batches)
-        tokens, targets = (np.concatenate([batch[i] for batch in batches]) for i in (0, 1))
+        tokens, targets = (np.concatenate([batch[at] for batch in batches]) for at in range(2))
         assert (targets[ASKED:] == -100).all()
         assert (targets[:ASKED] >= 0).all()
         found.append((tokens[:ASKED].tolist(), targets[:ASKED].tolist()))
