@@ -7,7 +7,9 @@ A key is `section.name` everywhere: in a TOML file under `[section]`, on the com
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -373,6 +375,10 @@ class Config:
     def segment_lengths(self, schedule: Schedule) -> tuple[int, ...] | None:
         """Tokens of each segment; None when sequences stay whole."""
         return None if schedule.segments == 1 else self.setting().segment_lengths(schedule.segments)
+
+    def cut(self, schedule: Schedule) -> Callable[..., tuple[int, ...]] | None:
+        """The same as a function of a micro-batch's documents, by whose cost it is cut."""
+        return None if schedule.segments == 1 else partial(self.setting().segment_lengths, schedule.segments)
 
     def mesh_shape(self) -> MeshShape:
         """All ranks, by direction."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
@@ -42,13 +43,21 @@ from helixpipe.runtime.transport import Transport
 from helixpipe.runtime.weights import Weights
 from helixpipe.schedule.action import Action
 from helixpipe.schedule.check import check
-from helixpipe.schedule.lower import flops, lower
+from helixpipe.schedule.lower import flops, lower, of_each
 from helixpipe.schedule.partition import as_training
 from helixpipe.schedule.program import Program
 from helixpipe.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+KEPT_PROGRAMS = 8
+
+
+class Cut(Protocol):
+    """Tokens of each segment, for a micro-batch's documents: of each of its sequences their lengths."""
+
+    def __call__(self, documents: Lengths = ()) -> Sequence[int]: ...
 
 
 class Pipeline:
@@ -67,7 +76,7 @@ class Pipeline:
         dtype: torch.dtype = torch.float32,
         recompute: str = "selective",
         timeout_s: float = 300.0,
-        segment_lengths: Sequence[int] | None = None,
+        segment_lengths: Sequence[int] | Cut | None = None,
         context_method: str = "ring",
         layout: str = "zigzag",
     ) -> None:
@@ -77,14 +86,16 @@ class Pipeline:
 
         `dtype` is what parts compute in; the masters, their gradients and the optimizer stay float32 (float64
         for float64). `recompute`: none, full or selective (see `runtime.tape`). `segment_lengths`, in tokens: of a
-        schedule with segments, over all cp ranks; when not given, segments of as much computation each, as training cuts
-        them. Raises ConfigError, ScheduleError.
+        schedule with segments, over all cp ranks; or a function that gives them for a micro-batch's documents (of each of its
+        sequences their lengths, or () where none has several); when not given, segments of as much computation each, as
+        training cuts them, by the documents of each micro-batch. Raises ConfigError, ScheduleError.
         """
         check(schedule)
         if recompute not in POLICIES:
             raise ConfigError(f"runtime.recompute: '{recompute}' is not known; known: {', '.join(POLICIES)}")
-        segment_lengths = None if segment_lengths is None else tuple(segment_lengths)
-        _check_segments(model, schedule, segment_lengths)
+        given = segment_lengths if segment_lengths is None or callable(segment_lengths) else tuple(segment_lengths)
+        fixed = tuple(given()) if callable(given) else given
+        _check_segments(model, schedule, fixed)
         self.model, self.schedule, self.device, self.dtype = model, schedule, torch.device(device), dtype
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # events, kernels and gathered objects go to the current one
@@ -95,13 +106,11 @@ class Pipeline:
                 f"schedule.ranks: the schedule has {len(schedule.ranks)} ranks and {self.ranks} are running; start as many"
             )
         self._divided = MeshShape(*self.mesh.shape, context_method, layout)
-        self._divided.check(model.shape, segment_lengths or ())
+        self._divided.check(model.shape, fixed or ())
         cp, tp = self.mesh.group("cp"), self.mesh.group("tp")
         self._tensor = None if tp is None else TensorParallel(tp, model.shape)
         context = None if cp is None else Context(cp, context_method, layout)
-        self._shares = Shares(
-            self.mesh, context, schedule.microbatches, self._cut(segment_lengths, recompute), self.device
-        )
+        self._shares = Shares(self.mesh, context, schedule.microbatches, self._cut(given, recompute), self.device)
         modules = Modules(model, schedule, self.rank, self.device, dtype, self._tensor, self.mesh.told)
         self._shape, self._weights, self._of_one_document = modules.shape, Weights(modules), modules.of_one_document
         _check_attention(self._weights.modules, schedule.segments)
@@ -127,7 +136,7 @@ class Pipeline:
             if self.rank in schedule.ranks_of[s]
         }
         self._recorder = Recorder(self.device)
-        self._programs: dict[tuple[Batch, bool], Program] = {}
+        self._programs: OrderedDict[tuple[tuple[Batch, ...], bool], Program] = OrderedDict()
         self._needs: dict[Batch, list[Needs]] = {}
         self.keeping = Keeping(
             recompute, dtype.itemsize, *_chunks_of(model), self.device.type, tensor_parallel=self.mesh.shape.tp,
@@ -282,14 +291,21 @@ class Pipeline:
         assert self._last is not None, "no step was taken yet"
         return self._last
 
-    def program(self, batch: Batch, training: bool = True) -> Program:
-        """The program of a batch's shape, whole over cp and tp: lowered once."""
-        key = batch, training
+    def program(self, batches: Batch | Sequence[Batch], training: bool = True) -> Program:
+        """The program of a step's micro-batches, one batch for all or of each its own, whole over cp and tp.
+
+        Lowered once, as long as no more than `KEPT_PROGRAMS` others come between: steps of packed documents have one each.
+        """
+        schedule = self.schedule if training else self.schedule.forward_only()
+        each = of_each(schedule, batches)
+        key = each, training
         if key not in self._programs:
-            schedule = self.schedule if training else self.schedule.forward_only()
             # every rank divides the work alike, so the whole's orders messages
-            local = self._shares.local(batch)
-            self._programs[key] = lower(schedule, self._shape, local, flops(schedule, self.model.shape, batch))
+            local = [self._shares.local(batch) for batch in each]
+            self._programs[key] = lower(schedule, self._shape, local, flops(schedule, self.model.shape, each))
+            if len(self._programs) > KEPT_PROGRAMS:
+                self._programs.popitem(last=False)
+        self._programs.move_to_end(key)
         return self._programs[key]
 
     def close(self) -> None:
@@ -310,10 +326,11 @@ class Pipeline:
         """Of each rank: its loss times `scale`, where its buffers are, and of an evaluation what `losses.of_rank` says."""
         batch = self._shares.batch(tokens, targets)
         self._check_weighed(weights, targets)
-        self._divided.check(self.model.shape, batch.segment_lengths)
         _check_positions(self.model, batch, documents)
-        self._last = program = self.program(batch, training)
         batches = self._shares.batches(batch, documents)
+        for lengths in {each.segment_lengths for each in batches}:
+            self._divided.check(self.model.shape, lengths)
+        self._last = program = self.program(batches, training)
         feeds = self._shares.feeds(tokens, targets, batches, weights)
         needs = {each: self._needs_of(each) for each in set(batches)}
         stages = Stages(
@@ -358,12 +375,14 @@ class Pipeline:
             check_head(all(took for (took,) in self._gathered([mine])), self._head)
             self._takes_weights = True
 
-    def _cut(self, lengths: tuple[int, ...] | None, recompute: str) -> Callable[[int], tuple[int, ...]]:
-        """Tokens of a sequence -> those of its segments."""
-        if lengths is not None:
-            return lambda length: lengths
+    def _cut(self, given: tuple[int, ...] | Cut | None, recompute: str) -> Callable[[int, Lengths], tuple[int, ...]]:
+        """Tokens of a sequence, and the documents of a micro-batch's, -> tokens of its segments."""
+        if callable(given):
+            return lambda length, documents: tuple(given(documents))
+        if given is not None:
+            return lambda length, documents: given
         shape, segments, unit = self.model.shape, self.schedule.segments, self._divided.unit
-        return lambda length: as_training(shape, length, segments, recompute, unit)
+        return lambda length, documents: as_training(shape, length, segments, recompute, unit, documents)
 
     def _needs_of(self, batch: Batch) -> list[Needs]:
         """What parts need here, segment by segment. Documents do not come again: what they need is of one step."""

@@ -22,16 +22,19 @@ from helixpipe.runtime.documents import Lengths, positions
 from helixpipe.runtime.mesh import Mesh
 from helixpipe.runtime.tape import Feed
 
+# cuts whose positions are kept: those of whole sequences come again, those by documents seldom do
+KEPT_CUTS = 64
+
 
 class Shares:
-    """Of one rank. `cut`: tokens of a sequence -> those of each of its segments, whole."""
+    """Of one rank. `cut`: tokens of a sequence, and a micro-batch's documents -> tokens of each of its segments, whole."""
 
     def __init__(
         self,
         mesh: Mesh,
         context: Context | None,
         microbatches: int,
-        cut: Callable[[int], tuple[int, ...]],
+        cut: Callable[[int, Lengths], tuple[int, ...]],
         device: torch.device,
     ) -> None:
         self.mesh, self.context, self.microbatches, self.cut = mesh, context, microbatches, cut
@@ -48,7 +51,7 @@ class Shares:
         if tokens.shape[0] % (m * dp):
             over = f" on each of {dp} dp ranks" if dp > 1 else ""
             raise ConfigError(f"tokens: {tokens.shape[0]} sequences do not divide into {m} micro-batches{over}")
-        lengths = self.cut(tokens.shape[1])
+        lengths = self.cut(tokens.shape[1], ())
         if sum(lengths) != tokens.shape[1]:
             raise ConfigError(
                 f"tokens: {tokens.shape[1]} a sequence, and the segments {list(lengths)} add up to {sum(lengths)}"
@@ -61,12 +64,15 @@ class Shares:
         return replace(whole, segment_lengths=lengths, documents=())
 
     def batches(self, whole: Batch, documents: Lengths) -> list[Batch]:
-        """Of each micro-batch of this rank, whole over cp and tp: what `batch` says, with its documents of the whole batch's."""
+        """Of each micro-batch of this rank, whole over cp and tp: with its documents of the whole batch's, and cut by these."""
         size, first = whole.microbatch_size, self.mesh.here.dp * self.microbatches * whole.microbatch_size
         found = []
         for mb in range(self.microbatches):
             mine = documents[first + mb * size : first + (mb + 1) * size]
-            found.append(replace(whole, documents=mine if any(len(lengths) > 1 for lengths in mine) else ()))
+            if any(len(lengths) > 1 for lengths in mine):
+                found.append(replace(whole, segment_lengths=self.cut(whole.sequence_length, mine), documents=mine))
+            else:
+                found.append(whole)
         return found
 
     def feeds(
@@ -97,6 +103,8 @@ class Shares:
 
     def _starts_of(self, whole: Batch) -> list[tuple[int | Tensor, int | Tensor]]:
         if whole not in self._starts:
+            if len(self._starts) > KEPT_CUTS:
+                self._starts.clear()
             self._starts[whole] = [self._places(whole, seg) for seg in range(len(whole.segment_lengths))]
         return self._starts[whole]
 

@@ -26,7 +26,7 @@ def mask_token(config: Config) -> int:
     given, vocabulary = config.train.mask_token, config.shape().vocabulary
     source = ""
     if given is None:
-        folders = [Path(config.data.path, "tokenizer")] if config.data.path else []
+        folders = [Path(each.path, "tokenizer") for each in config.data.sources if each.path]
         folders += [Path(config.model.path)] if config.model.path else []
         found = [(folder, named) for folder in folders if (named := _named_by(folder)) is not None]
         if not found:

@@ -30,7 +30,7 @@ def make_pipeline(config: Config, device: str, checkpoint: Path | None) -> Pipel
             dtype=_DTYPES[runtime.dtype],
             recompute=runtime.recompute,
             timeout_s=runtime.timeout_s,
-            segment_lengths=config.segment_lengths(schedule),
+            segment_lengths=config.cut(schedule),
             context_method=config.mesh.context_method,
             layout=config.mesh.layout,
         )
