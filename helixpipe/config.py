@@ -131,6 +131,8 @@ class ScheduleConfig:
     """helix: what moves with the attention to the rank that runs it."""
     groups: Literal["sequential", "forward_first"] | None = None
     """helix: one group after another (least memory), or all forward first (least bubble)."""
+    balance: Literal["number", "work"] | None = None
+    """helix: micro-batches take their places by number, or by the cost of their attention where documents differ."""
     segments: int | None = None
     """seq1f1b: pieces of a sequence."""
     stages_per_rank: int | None = None

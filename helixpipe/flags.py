@@ -25,6 +25,8 @@ OPTIONS = {
     "folds": ("N", "a group is N x P micro-batches: 1 is the naive order, 2 the two-fold"),
     "travel": ("T", "what moves with the attention: none, qkv or attention"),
     "groups": ("G", "one group after another, sequential, or all forwards first, forward_first"),
+    "balance": ("B", "micro-batches take their places by number, or by the cost of their attention, work"),
+    "work": ("W,W,...", "what each micro-batch's attention costs, in any unit, for --balance work"),
     "costs": ("F,I,W", "times of a stage's F, I and W, which decide the order"),
     "opaque": ("L,L,...", "layers that are one block, which nothing can split"),
     "ends": ("E,H", "how many layers' work embed and head are"),
