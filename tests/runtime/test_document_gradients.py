@@ -19,6 +19,7 @@ from test_mesh import Found, assembled, device_mesh, sized
 
 import helixpipe as hp
 from helixpipe.schedule.families import FAMILIES, options
+from helixpipe.sequence.wire import Peers
 
 SHAPES: list[dict[str, Any]] = [
     {"kv_heads": 2},
@@ -189,6 +190,44 @@ def test_documents_change_what_is_computed() -> None:
         shape = Case("1f1b", sized(pp=1), shape=place).whole
         losses = {oracle(shape, rows[:4])[0] for rows in (*PACKINGS.values(), ((LENGTH,),) * 4)}
         assert len(losses) == 4
+
+
+def hops(documents: tuple[int, ...], layout: str) -> int:
+    """On a rank: messages of an evaluation of one layer's ring."""
+    passed = 0
+
+    def counted(self: Peers, *given: Any, **named: Any) -> Any:
+        nonlocal passed
+        passed += 1
+        return pass_on(self, *given, **named)
+
+    pass_on, Peers.pass_on = Peers.pass_on, counted  # type: ignore[method-assign]
+    try:
+        shape = hp.ModelShape(layers=1, hidden=16, heads=4, ffn=24, vocabulary=19)
+        schedule = hp.build_schedule("1f1b", ranks=1, layers=1, microbatches=1)
+        pipeline = hp.Pipeline(hp.Decoder(shape), schedule, device_mesh(sized(cp=4)), timeout_s=30, layout=layout)
+        pipeline.evaluate(*batch(shape, 1, LENGTH), documents=[documents])
+        pipeline.close()
+    finally:
+        Peers.pass_on = pass_on  # type: ignore[method-assign]
+    return passed
+
+
+@pytest.mark.parametrize(
+    ("documents", "layout", "messages"),
+    [
+        ((6, 6, 6, 6), "plain", 0),
+        ((5, 2, 5, 1, 5, 6), "plain", 1),
+        ((3,) * 8, "zigzag", 0),
+        ((24,), "plain", 3),
+        ((1, 23), "zigzag", 3),
+    ],
+)
+def test_a_ring_ends_where_documents_do(
+    four_ranks: Ranks, documents: tuple[int, ...], layout: str, messages: int
+) -> None:
+    """On every rank alike; a rank's shard is 6 tokens, or twice 3."""
+    assert four_ranks.run(hops, documents, layout) == [messages] * 4
 
 
 @pytest.mark.full
