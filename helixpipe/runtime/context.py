@@ -42,6 +42,7 @@ class Context:
         over_heads = group.size() if method == "ulysses" else 1
         self.mesh = SequenceMesh(group, heads=over_heads)
         self.kind = "plain" if method == "ulysses" else layout
+        self._last = lru_cache(maxsize=256)(self._last_step)  # found once for all layers
 
     def positions(self, length: int) -> Tensor:
         """Where this rank's tokens of a segment of `length` are in it: int64 [length / ranks], rising."""
@@ -101,8 +102,18 @@ class Context:
             return bool(_tiles(own, earlier, place, source, causal, window))
 
         if packed is not None:
-            return Plan(mesh.rings, of, rule, lambda before: _last(mesh, before, own, earlier, causal, window, packed))
+            return Plan(mesh.rings, of, rule, lambda before: self._last(before, own, earlier, causal, window, packed))
         return Plan(mesh.rings, of, rule, (lambda before: mesh.last_step(before, meets)) if window else None)
+
+    def _last_step(
+        self, before: tuple[int, ...], own: Piece, earlier: tuple[Piece, ...], causal: bool, window: int, packed: Packed
+    ) -> int:
+        """The last step of a ring at which any place sees something of a document, the same on all of them."""
+
+        def meets(place: int, source: int) -> bool:
+            return bool(packed.shares(lambda spans: _cut(own, earlier, place, source, causal, window, spans)))
+
+        return self.mesh.last_step(before, meets)
 
 
 class Piece(NamedTuple):
@@ -168,19 +179,6 @@ def _cut(
         found += [replace(t, k_start=first + t.k_start, k_stop=first + t.k_stop) for t in cut]
         first += piece.tokens
     return found
-
-
-@lru_cache(maxsize=256)
-def _last(
-    mesh: SequenceMesh, before: tuple[int, ...], own: Piece, earlier: tuple[Piece, ...], causal: bool, window: int,
-    packed: Packed,
-) -> int:  # fmt: skip
-    """The last step of a ring at which any place sees something, the same on all of them."""
-
-    def meets(place: int, source: int) -> bool:
-        return bool(packed.shares(lambda spans: _cut(own, earlier, place, source, causal, window, spans)))
-
-    return mesh.last_step(before, meets)
 
 
 class _Segment(torch.autograd.Function):

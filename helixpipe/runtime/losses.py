@@ -93,8 +93,7 @@ def bucketed(values: Tensor, start: Start, length: int) -> Tensor:
     firsts = torch.tensor([first for first, _ in buckets(length)], device=values.device)
     if isinstance(start, Positions):
         which, wide = torch.bucketize(start.at.contiguous(), firsts, right=True) - 1, values.double()
-        sums = [torch.where(which == each, wide, wide.new_zeros(())).sum() for each in range(len(firsts))]
-        return torch.stack(sums)
+        return torch.stack([torch.where(which == i, wide, wide.new_zeros(())).sum() for i in range(len(firsts))])
     positions = (
         start if isinstance(start, Tensor) else torch.arange(start, start + values.shape[1], device=values.device)
     )
