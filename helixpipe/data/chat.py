@@ -42,9 +42,12 @@ class ChatTemplate:
             json.dumps(messages, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError:
             raise ValueError("a message has a lone surrogate, which is no character") from None
-        if self._says_generation:
-            return _taken_out(self._run(messages))
+        except RecursionError:
+            raise ValueError("a message is too deeply nested") from None
         whole = self._run(messages)
+        self._check_all_said(messages, whole)
+        if self._says_generation:
+            return _taken_out(whole)
         spans = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -64,6 +67,22 @@ class ChatTemplate:
                 raise DataError(f"{_UNTOLD} turn {index + 1} is rendered otherwise when turns follow it")
             spans.append((len(before), len(after)))
         return whole, spans
+
+    def _check_all_said(self, messages: list[dict[str, Any]], whole: str) -> None:
+        """Raise ValueError for a turn that the template leaves out, as many do where they do not know its role."""
+        for index, message in enumerate(messages):
+            if message["role"] in ("user", "assistant") or not message.get("content"):
+                continue
+            if self._is_the_same_without(messages, index, whole):
+                raise ValueError(
+                    f"the chat template leaves turn {index + 1} out, of role '{message['role']}'; rename its role, or remove it"
+                )
+
+    def _is_the_same_without(self, messages: list[dict[str, Any]], index: int, whole: str) -> bool:
+        try:
+            return self._run(messages[:index] + messages[index + 1 :]) == whole
+        except ValueError:  # the others need it
+            return False
 
     def _run(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}

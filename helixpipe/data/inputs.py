@@ -51,8 +51,10 @@ def find(given: Sequence[str], output: Path) -> tuple[list[Input], list[str]]:
                 raise DataError(f"'{path}' has no files to prepare{more}; give text, .jsonl, .parquet or a dataset")
         elif path.is_file():
             found.append(_input(path))
+        elif path.exists():
+            raise DataError(f"'{path}' is neither a file nor a folder; write what it gives to a file")
         elif os.path.lexists(path):
-            raise DataError(f"'{path}' is neither a file nor a folder")
+            raise DataError(f"'{path}' is a link to nowhere; mend it, or give the file itself")
         else:
             raise DataError(f"'{path}' does not exist; give text, .jsonl, .parquet, a dataset, or a folder of them")
     return found, left_out
@@ -117,6 +119,8 @@ def is_prepared(folder: Path) -> bool:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         raise DataError(f"'{path}' cannot be read as JSON; save it anew") from None

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -75,7 +76,8 @@ class Journal:
 
     def close(self) -> None:
         if self.manifest is None:
-            self._file.close()
+            with suppress(OSError):  # what was not written is written again, where the disk was full
+                self._file.close()
 
     def _write(self, table: dict[str, Any]) -> None:
         try:
@@ -104,17 +106,20 @@ class Journal:
             return
         _check_same(self.folder, lines[0]["asked"], asked)
         self.kept = lines[0]["kept"]
-        self.done = {each["unit"]: from_table(each) for each in lines[1:]}
+        done = [from_table(each) for each in lines[1:]]
+        self.done = {each.unit: each for each in done if self._is_there(each)}
+
+    def _is_there(self, done: Done) -> bool:
+        return all((self.folder / f"{shard.name}.tokens").is_file() for shard in done.shards)
 
     def _clean(self) -> None:
         """Take away what an interrupted command left half done."""
         known = {
             f"{shard.name}{suffix}" for done in self.done.values() for shard in done.shards for suffix in _SUFFIXES
         }
-        for path in self.folder.iterdir():
-            half = path.name.endswith(_SUFFIXES) and path.name not in known
-            if half or path.name.endswith(TEMPORARY):
-                path.unlink(missing_ok=True)
+        half = [path for path in self.folder.iterdir() if path.name.endswith(_SUFFIXES) and path.name not in known]
+        for path in (*half, *self.folder.rglob(f"*{TEMPORARY}")):
+            path.unlink(missing_ok=True)
 
 
 _SUFFIXES = (".tokens", ".documents", ".mask")
@@ -123,6 +128,8 @@ _SUFFIXES = (".tokens", ".documents", ".mask")
 def _whole(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """The manifest of a folder that this command has written before."""
     try:
+        if not (folder / MANIFEST).is_file():  # a pipe would be waited for
+            raise ValueError
         found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         before = found["options"] | {"inputs": found["inputs"], "tokenizer": found["tokenizer"]["digest"]}
     except (ValueError, KeyError, TypeError):

@@ -149,7 +149,7 @@ def open_documents(path: str | os.PathLike[str]) -> Documents:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    if not (folder / MANIFEST).exists():
+    if not (folder / MANIFEST).is_file():
         if (folder / JOURNAL).exists():
             _refuse(folder, "its preparation has not ended; give the same helixpipe prepare again, which goes on")
         raise DataError(f"data.path: '{folder}' has no {MANIFEST}; it is not what helixpipe prepare writes")

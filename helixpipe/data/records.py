@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,8 +14,9 @@ from helixpipe.data.options import Options
 from helixpipe.data.tables import groups, rows
 from helixpipe.errors import DataError
 
-# so much of the inputs is a unit of work, and about so many units there are at most
-UNIT_BYTES, MOST_UNITS = 2**22, 4096
+# so much of the inputs is a unit of work; less of small inputs, so that workers end together, and more of huge ones
+UNIT_BYTES, LEAST_UNIT_BYTES = 2**22, 2**20
+_FEW_UNITS, MOST_UNITS = 64, 4096
 
 Content = tuple[str, ...] | list[dict[str, Any]]
 """A document as it was read: its text, or prompt and completion, or a conversation."""
@@ -41,7 +43,8 @@ class Found(NamedTuple):
 
 def units(inputs: Sequence[Input], options: Options) -> list[tuple[Span, ...]]:
     """All of the inputs, in order; raises DataError for one that cannot be read as documents."""
-    size = max(UNIT_BYTES, math.ceil(sum(each.size_bytes for each in inputs) / MOST_UNITS))
+    total = sum(each.size_bytes for each in inputs)
+    size = max(min(UNIT_BYTES, max(LEAST_UNIT_BYTES, total // _FEW_UNITS)), math.ceil(total / MOST_UNITS))
     made: list[tuple[Span, ...]] = []
     gathered: list[Span] = []
     gathered_bytes = 0
@@ -138,9 +141,27 @@ def _read_rows(span: Span, options: Options) -> Iterator[Found]:
         yield Found(None, row + 1, done, str(error))
 
 
+class _Repeated(dict[str, Any]):
+    """An object with names that stand more than once, of which JSON's readers keep the last. `names`: these."""
+
+    names: set[str]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    repeated = _Repeated(found)
+    repeated.names = {name for name, count in Counter(name for name, _ in pairs).items() if count > 1}
+    return repeated
+
+
+_decode = json.JSONDecoder(object_pairs_hook=_object).decode
+
+
 def _record(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        found = _decode(text)
     except json.JSONDecodeError as error:
         raise DataError(f"is not JSON: {error.msg} at character {error.pos + 1}") from None
     except (ValueError, RecursionError):
@@ -156,6 +177,8 @@ def _content(record: dict[str, Any], options: Options) -> Content:
         if name not in record:
             known = ", ".join(f"'{each}'" for each in list(record)[:8]) or "none"
             raise DataError(f"has no field '{name}'; its fields: {known}; name it (see --text)")
+        if isinstance(record, _Repeated) and name in record.names:
+            raise DataError(f"has the field '{name}' more than once; leave one of them")
     if options.messages:
         return _conversation(record[options.messages], options.messages)
     found = tuple(record[name] for name in options.fields())
@@ -184,6 +207,10 @@ def _conversation(value: Any, name: str) -> list[dict[str, Any]]:
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DataError(f"field '{name}' has a message without a role: {_told(message)}")
+        if isinstance(message, _Repeated):
+            raise DataError(
+                f"field '{name}' has a message with '{min(message.names)}' more than once; leave one of them"
+            )
     return [_without_nulls(message) for message in value]
 
 

@@ -6,6 +6,7 @@ and, where any target is masked, `NAME.mask` (a bit a token, the lowest first; 1
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from helixpipe.data.tokenizer import Encoded, Tokenizer
 from helixpipe.errors import DataError, HelixpipeError
 
 # a shard is closed when it has so many tokens
-SHARD_TOKENS = 2**26
+SHARD_TOKENS = 2**24
 # documents go to the tokenizer so many letters, and so many, at a time
 _BATCH_LETTERS, _BATCH = 2**19, 512
 # so many faults are named one by one
@@ -176,7 +177,7 @@ class _Writer:
         self._ids, self._counted, self._lengths, self._tokens = [], [], [], 0
 
     def _save(self, name: str, array: NDArray[Any]) -> None:
-        save(self._folder / name, array.tobytes())
+        save(self._folder / name, memoryview(array).cast("B"))
 
 
 def save(path: Path, content: bytes | memoryview) -> None:
@@ -195,8 +196,12 @@ def save(path: Path, content: bytes | memoryview) -> None:
         raise cannot_write(path.parent, error) from None
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def cannot_write(folder: Path, error: OSError) -> WriteError:
-    return WriteError(
-        f"--output: '{folder}' cannot be written: {(error.strerror or str(error)).lower()}; "
-        "make room and give the same command again: it goes on from what is written"
-    )
+    why = f"--output: '{folder}' cannot be written: {(error.strerror or str(error)).lower()}; "
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return WriteError(why + "give a folder that you may write to")
+    todo = "make room" if error.errno in _FULL else "mend this"
+    return WriteError(why + f"{todo} and give the same command again: it goes on from what is written")

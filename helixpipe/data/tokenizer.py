@@ -35,7 +35,11 @@ class Source(NamedTuple):
     files: dict[str, bytes]
 
     def digest(self) -> str:
-        return "sha256:" + hashlib.sha256(self.files[FILE]).hexdigest()
+        """Of all its files: the chat template and the special tokens decide what is written too."""
+        found = hashlib.sha256()
+        for name, content in sorted(self.files.items()):
+            found.update(f"{name} {len(content)}\n".encode() + content)
+        return "sha256:" + found.hexdigest()
 
 
 class Encoded(NamedTuple):
@@ -54,7 +58,16 @@ def read_source(given: str) -> Source:
     if path.is_file():
         return Source(given, {FILE: _read(path)})
     if not path.is_dir():
+        if os.path.lexists(path):
+            raise ConfigError(
+                f"--tokenizer: '{path}' is neither a file nor a folder; give a folder with {FILE}, or that file"
+            )
         raise ConfigError(f"--tokenizer: '{path}' does not exist; give a folder with {FILE}, or that file")
+    odd = next(
+        (path / name for name in (FILE, *_BESIDE) if os.path.lexists(path / name) and not (path / name).is_file()), None
+    )
+    if odd is not None:  # a pipe would be waited for
+        raise ConfigError(f"--tokenizer: '{odd}' is no file, or a link to nowhere; get it anew")
     files = {name: _read(path / name) for name in _BESIDE if (path / name).is_file()}
     file = path / FILE
     return Source(given, files | {FILE: _read(file) if file.is_file() else _converted(path)})
@@ -219,6 +232,9 @@ class Tokenizer:
         begins, ends = np.array(found.offsets, np.int64).reshape(-1, 2).T
         for begin, end in spans:  # a token counts where any letter of it is the assistant's
             counted |= (begins < end) & (ends > begin)
+        if not counted.any():
+            roles = ", ".join(f"'{role}'" for role in dict.fromkeys(message["role"] for message in messages))
+            return f"nothing of it would count: the assistant writes nothing in it (roles: {roles}); rename roles, or leave it out"
         ended = self._ended(ids)
         return Encoded(ended, np.concatenate([counted, np.ones(len(ended) - len(ids), bool)]), len(ids))
 
