@@ -76,9 +76,8 @@ def helix(
             f"schedule.work: {len(work)} costs of {microbatches} micro-batches; give each one's, none below 0"
         )
     size = folds * ranks
-    costs = work or (0.0,) * microbatches
-    order = sorted(range(microbatches), key=lambda mb: -costs[mb])
-    batches = [_offsets(order[first : first + size], ranks, costs) for first in range(0, microbatches, size)]
+    places = by_work(work or (0.0,) * microbatches, ranks, folds)
+    batches = [places[first : first + size] for first in range(0, microbatches, size)]
     runs = [batches] if groups == "forward_first" else [[batch] for batch in batches]
     orders = []
     for rank in range(ranks):
@@ -88,6 +87,12 @@ def helix(
             order += forward + [action.sibling(Pass.B) for action in reversed(forward)]
         orders.append(tuple(order))
     return Schedule(_stages(ranks, layers, travel), tuple(orders))
+
+
+def by_work(work: Sequence[float], ranks: int, folds: int) -> list[int]:
+    """The micro-batches whose attention costs so much, by place: what `balance="work"` puts where n has number n."""
+    size, order = folds * ranks, sorted(range(len(work)), key=lambda mb: -work[mb])
+    return [mb for first in range(0, len(work), size) for mb in _offsets(order[first : first + size], ranks, work)]
 
 
 def _offsets(group: Sequence[int], ranks: int, costs: Sequence[float]) -> list[int]:
