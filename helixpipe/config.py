@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from helixpipe.config_data import DataConfig
 from helixpipe.config_lora import LoraConfig
 from helixpipe.config_rope import RopeConfig
-from helixpipe.config_sources import SourceConfig, Sources
 from helixpipe.errors import ConfigError
 from helixpipe.hub.adapter import Adapter
 from helixpipe.hub.folder import Folder
@@ -165,37 +165,6 @@ class MeshConfig:
     """Which tokens a cp rank of a ring has: the first two give all ranks the same work; ulysses is always plain."""
     optimizer: Literal["replicated", "sharded"] = "replicated"
     """sharded: each of the dp x cp replicas keeps the state of its share of the parameters, and updates it (ZeRO-1)."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where tokens come from."""
-
-    path: Sources = ""
-    """A folder that helixpipe prepare wrote, .npy/.bin tokens, or a text file or a folder of them (bytes are tokens); "" is Python's standard library. What is neither is refused by name. Several sources by weight: a list of tables {path = "...", weight = 2} in a file, path:weight,path:weight on the command line."""
-    held_out: float = 0.1
-    """The share never trained on: the tail of the tokens; 0 is none."""
-    dtype: Literal["uint16", "uint32"] | None = None
-    """What a .bin file holds: left out, what Megatron's .idx beside it says, or else uint16."""
-    packing: Literal["windows", "documents", "balanced"] = "windows"
-    """What a sequence is: a window of continuous text, or whole documents put together; balanced: so that the micro-batches of a
-    step cost the same. Each window or document comes once an epoch, in an order that the seed decides."""
-    longest: Literal["cut", "drop"] = "cut"
-    """A document that is longer than a sequence: cut into several, or never read."""
-    look_ahead: int = 16
-    """balanced: steps whose sequences are dealt among them; more balance better, and move documents further."""
-    document_mask: bool | None = None
-    """Whether attention and positions keep to each document; unset: where whole documents are packed."""
-
-    @property
-    def sources(self) -> tuple[SourceConfig, ...]:
-        """The sources, one or several."""
-        return (SourceConfig(self.path),) if isinstance(self.path, str) else self.path
-
-    @property
-    def masks_documents(self) -> bool:
-        """Whether attention keeps to each document."""
-        return self.packing != "windows" if self.document_mask is None else self.document_mask
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import tomli_w
 
 from helixpipe.config import FAMILY_OPTIONS, Config, ScheduleConfig
 from helixpipe.config_check import MASK_KEYS, OBJECTIVES, check_config
-from helixpipe.config_sources import SourceConfig, Sources, sources_from_text, typed_sources
+from helixpipe.config_data import SourceConfig, Sources, sources_from_text, typed_sources
 from helixpipe.errors import ConfigError, nearest
 
 Table = dict[str, dict[str, Any]]

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -48,21 +48,21 @@ class Checkpoints:
         self.folder, self.keep, self.group, self.data = folder, keep, group, data
         self.rank = 0 if group is None else dist.get_rank(group)
 
-    def save(self, state: dict[str, Tensor], step: int, config: Config) -> Path:
-        """Write a checkpoint of what all ranks give, keep the newest ones.
+    def save(self, state: dict[str, Tensor], step: int, config: Config, read: dict[str, Any] | None = None) -> Path:
+        """Write a checkpoint of what all ranks give, keep the newest ones. `read`: what the manifest says of data read.
 
         At every instant the last good one is whole. Raises CheckpointError, the same on all ranks, when
         any of them cannot write; the folder is then as it was before.
         """
         temporary = self.folder / manifests.temporary_name(step)
         try:
-            return self._save(temporary, state, step, config)
+            return self._save(temporary, state, step, config, read or {})
         except CheckpointError as error:
             if self.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(f"checkpoint of step {step}: {error}; {self._last_good()}") from None
 
-    def _save(self, temporary: Path, state: dict[str, Tensor], step: int, config: Config) -> Path:
+    def _save(self, temporary: Path, state: dict[str, Tensor], step: int, config: Config, read: dict[str, Any]) -> Path:
         self._together(lambda: self._prepare(temporary) if self.rank == 0 else None)
         with quiet(), self._lost():
             try:
@@ -74,7 +74,7 @@ class Checkpoints:
                 raise CheckpointError(_blame(rank, "write", cause)) from None
         sealed = self._together(lambda: self._seal(temporary))
         files = {name: seal for each in sealed for name, seal in each.items()}
-        made = Manifest(step, dataclasses.asdict(config.shape()), to_table(config), files, self.data)
+        made = Manifest(step, dataclasses.asdict(config.shape()), to_table(config), files, self.data, read)
         self._together(lambda: self._finish(temporary, made) if self.rank == 0 else None)
         return self.folder / manifests.folder_name(step)
 

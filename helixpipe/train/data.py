@@ -18,15 +18,14 @@ from numpy.typing import NDArray
 from helixpipe.config import Config
 from helixpipe.errors import DataError
 from helixpipe.parts.head import IGNORED
-from helixpipe.train.balance import LengthWork
+from helixpipe.train.layouts import held_out_layout, open_sources, reading_of
 from helixpipe.train.mixture import Mixture
-from helixpipe.train.packing import Packs
 from helixpipe.train.pieces import Tokens
 from helixpipe.train.reading import Reading
 from helixpipe.train.rows import Layout, Row, padding
-from helixpipe.train.source import Source, check_mixture, open_source
+from helixpipe.train.source import Source
 from helixpipe.train.token_files import misfit
-from helixpipe.train.windows import Windows
+from helixpipe.train.usage import Epochs
 
 # so many windows of so many tokens are what data is known by
 _SAMPLES, _SAMPLE_TOKENS = 16, 256
@@ -93,6 +92,20 @@ class Corpus:
         """The batch of a training step, from 1 on: decided by seed and step alone."""
         return self.read(self.reading.step(step))
 
+    def epochs(self, steps: int) -> Epochs:
+        """How often each source has been read after so many steps."""
+        return tuple(zip((source.name for source in self.sources), self.reading.epochs(steps), strict=True))
+
+    def described(self) -> str:
+        """A line on what is read, and how."""
+        total = sum(self.reading.weights)
+        shares = [f" ({weight / total:.1%})" if len(self.sources) > 1 else "" for weight in self.reading.weights]
+        told = [
+            f"{source.name}{share}: {layout.told()}"
+            for source, share, layout in zip(self.sources, shares, self.reading.layouts, strict=True)
+        ]
+        return f"reads {'; '.join([*told, *self.reading.told()])}"
+
     def windows(self, asked: int) -> int:
         """How many sequences an evaluation of so many has: no more than give every held-out token as a target once."""
         return sum(self._evaluated(asked))
@@ -154,70 +167,21 @@ class Corpus:
 def open_corpus(config: Config) -> Corpus:
     """The corpus of a config; raises DataError for data that cannot be trained on."""
     data, train, shape = config.data, config.train, config.shape()
-    by_documents = data.packing != "windows" or data.masks_documents
-    sources = tuple(open_source(each.path, data, shape.vocabulary, by_documents) for each in data.sources)
-    check_mixture(sources)
-    layouts, held_out = [], []
-    for source in sources:
-        layouts.append(_layout(config, source.training, source.training_ends, train.seed))
-        held_out.append(_layout(config, source.held_out, source.held_out_ends, 0))
-        _check_rows(config, source, layouts[-1], held_out[-1])
-    reading = Reading(
-        tuple(layouts),
-        tuple(each.weight for each in data.sources),
+    sources = open_sources(data, shape.vocabulary)
+    reading = reading_of(
+        sources,
+        data,
+        shape,
         train.sequence_length,
-        config.schedule.microbatches,
-        train.microbatch_size,
-        config.mesh.dp,
-        train.seed,
-        data.look_ahead if data.packing == "balanced" else 0,
-        LengthWork(shape) if data.masks_documents else None,
+        microbatches=config.schedule.microbatches,
+        microbatch_size=train.microbatch_size,
+        replicas=config.mesh.dp,
+        seed=train.seed,
     )
+    held_out = tuple(held_out_layout(source, data, train.sequence_length) for source in sources)
     remarks = tuple(dict.fromkeys(remark for source in sources for remark in source.remarks))
     ahead = 1 if train.objective == "next_token" else 0
-    return Corpus(sources, reading, tuple(held_out), shape.vocabulary, remarks, ahead)
-
-
-def _layout(config: Config, tokens: Tokens, ends: NDArray[np.int64] | None, seed: int) -> Layout:
-    data, length = config.data, config.train.sequence_length
-    if data.packing == "windows" or ends is None:
-        return Windows(len(tokens), length, ends)
-    return Packs(ends, length, data.longest, data.masks_documents, seed)
-
-
-def _check_rows(config: Config, source: Source, training: Layout, held_out: Layout) -> None:
-    """Raise DataError where there is nothing to train on, or nothing to evaluate on where something is held out."""
-    data, length, named = config.data, config.train.sequence_length, source.named
-    if not len(training):
-        if data.packing == "windows":
-            raise DataError(
-                f"{named} has {len(source.training)} tokens to train on, fewer than a sequence and its next token "
-                f"({length + 1}); shorten train.sequence_length or give more data"
-            )
-        raise DataError(f"{named} has no document to train on: {_without(training, data.longest, length)}")
-    if data.held_out and not len(held_out):
-        if data.packing == "windows":
-            raise DataError(
-                f"{named} leaves {len(source.held_out)} tokens held out, fewer than a sequence and its next token "
-                f"({length + 1}); raise data.held_out, set it to 0, or give more data"
-            )
-        raise DataError(
-            f"{named} holds out no document to evaluate on: {_without(held_out, data.longest, length)}; "
-            "or set data.held_out to 0"
-        )
-
-
-def _without(layout: Layout, longest: str, length: int) -> str:
-    """Why documents make no rows, and what to do."""
-    assert isinstance(layout, Packs)
-    if layout.dropped:
-        return (
-            f"{layout.dropped} of {layout.documents} are longer than train.sequence_length {length}, and data.longest is "
-            f"{longest}; set it to cut or lengthen the sequence"
-        )
-    if layout.documents:
-        return f"all {layout.documents} have a single token, which has no next one; give longer documents"
-    return "whole documents are held out, by data.held_out, and there are too few; give more documents"
+    return Corpus(sources, reading, held_out, shape.vocabulary, remarks, ahead)
 
 
 def _checksum(source: Source, before: int) -> int:

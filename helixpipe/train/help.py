@@ -9,7 +9,6 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from helixpipe.config import (
     Config,
-    DataConfig,
     MeshConfig,
     ModelConfig,
     RunConfig,
@@ -17,7 +16,7 @@ from helixpipe.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from helixpipe.config_sources import Sources
+from helixpipe.config_data import DataConfig, Sources
 
 _DEFAULTS = Config()
 _KINDS = ConstructorRegistry()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from helixpipe.config import Config
-from helixpipe.config_sources import Sources
+from helixpipe.config_data import Sources
 from helixpipe.config_text import Arguments, Table, build_config, merged, parse_arguments, read_toml, renewed, to_table
 from helixpipe.errors import CheckpointError, ConfigError
 from helixpipe.files import fault
@@ -261,10 +261,12 @@ def _tell_remarks(corpus: Corpus, config: Config, warn: Callable[[str], None]) -
     asked, length = config.train.evaluate_sequences, config.train.sequence_length
     count = corpus.windows(asked)
     if len(corpus.held_out) and count < asked:
-        warn(
-            f"train.evaluate_sequences: {asked}, and the {len(corpus.held_out):,} tokens held out have room for {count} of "
-            f"{length:,} side by side: {count} will be evaluated"
+        room = (
+            f"the {len(corpus.held_out):,} tokens held out have room for {count} of {length:,} side by side"
+            if config.data.packing == "windows"
+            else f"the documents held out fill {count}"
         )
+        warn(f"train.evaluate_sequences: {asked}, and {room}: {count} will be evaluated")
 
 
 def _tell_other_data(

@@ -76,6 +76,11 @@ class Log:
         if self.speaks and kind is None:
             self._summary()
 
+    def reading(self, line: str) -> None:
+        """What is read and how, or what was read."""
+        if self.speaks:
+            self._say(line)
+
     def step(self, record: StepRecord) -> None:
         """One training step: a line to read, a line to compute with."""
         if not self.speaks:

@@ -14,9 +14,11 @@ from helixpipe.train.data import Corpus, open_corpus
 from helixpipe.train.held_out import held_out_losses, tensors
 from helixpipe.train.job import Job
 from helixpipe.train.log import Log, StepRecord
+from helixpipe.train.manifest import read_manifest
 from helixpipe.train.objective import Objective
 from helixpipe.train.optimizer import Optimizer
 from helixpipe.train.start import check_same_data, make_pipeline
+from helixpipe.train.usage import Usage
 
 
 def train(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
@@ -42,15 +44,19 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
     checkpoints = Checkpoints(job.checkpoints, run.keep, group, data)
     if job.checkpoint is not None:
         checkpoints.load(job.checkpoint, optimizer.state(job.step))
+    used = Usage.from_table(read_manifest(job.checkpoint).read) if job.checkpoint else Usage()
 
     with Log(job, pipeline.mesh.rank, device) as log:
+        log.reading(corpus.described())
         if job.step == 0:
             evaluate(pipeline, corpus, objective, settings.evaluate_sequences, log, step=0)
         for step in range(job.step + 1, settings.steps + 1):
             begun = time.perf_counter()
 
             # forward and backward of every micro-batch, gradients of all ranks, one update
-            batch = objective.training(corpus, step)
+            rows = corpus.reading.step(step)
+            batch = objective.training(corpus.read(rows), step)
+            used += corpus.reading.used(rows)
             pipeline.zero_gradients()
             loss = pipeline.step(**tensors(batch))
             gradient_norm = pipeline.clip_gradients(settings.clip_norm or math.inf)
@@ -72,7 +78,8 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
                 evaluate(pipeline, corpus, objective, settings.evaluate_sequences, log, step)
             if run.checkpoint_every and (last or step % run.checkpoint_every == 0):
                 log.flush()
-                checkpoints.save(optimizer.state(step), step, config)
+                checkpoints.save(optimizer.state(step), step, config, used.table(corpus.epochs(step)))
+        log.reading(used.told(corpus.epochs(settings.steps)))
     pipeline.close()
 
 

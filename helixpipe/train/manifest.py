@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ class Manifest:
     """Every other file in the folder."""
     data: tuple[int, ...] = ()
     """The fingerprint of what was trained on; of older checkpoints nothing is known."""
+    read: dict[str, Any] = field(default_factory=dict)
+    """How much of it, and what padding and imbalance cost (`usage`)."""
 
     def to_json(self) -> str:
         body = dataclasses.asdict(self) | {"format": _FORMAT}
@@ -90,7 +92,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
         if digest != _digest(body):
             raise ValueError
         files = {name: FileSeal(**seal) for name, seal in body["files"].items()}
-        return Manifest(body["step"], _with_tuples(body["shape"]), body["config"], files, tuple(body.get("data", ())))
+        data, read = tuple(body.get("data", ())), body.get("read", {})
+        return Manifest(body["step"], _with_tuples(body["shape"]), body["config"], files, data, read)
     except OSError as error:
         raise CheckpointError(f"{path}: {_reason(error)}; this is no whole checkpoint, choose another") from None
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -58,9 +58,8 @@ class Objective:
             train.mask_replace or MASK_REPLACE,
         )
 
-    def training(self, corpus: Corpus, step: int) -> Batch:
-        """The batch of a training step."""
-        batch = corpus.batch(step)
+    def training(self, batch: Batch, step: int) -> Batch:
+        """What the batch of a training step becomes."""
         if self.name == "next_token":
             return batch
         draws = [_stream(_TRAINING, row, self.seed, step) for row in range(len(batch.tokens))]

@@ -30,8 +30,9 @@ class Packs:
         self.documents = len(ends)
         self.empty = int((positions == 0).sum())
         """Documents of one token or none: nothing can be asked of them."""
-        self.dropped = int((positions > length).sum()) if longest == "drop" else 0
-        kept = (positions > 0) & ((positions <= length) | (longest == "cut"))
+        long = positions > length
+        self.cut, self.dropped = (int(long.sum()), 0) if longest == "cut" else (0, int(long.sum()))
+        kept = (positions > 0) & (~long | (longest == "cut"))
         starts, counts = _cut(begins[kept], positions[kept], length)
         order = Permutation(max(len(starts), 1), seed)(np.arange(len(starts)))
         rows = best_fit(counts[order], length)
@@ -41,6 +42,20 @@ class Packs:
 
     def __len__(self) -> int:
         return len(self.begins) - 1
+
+    @property
+    def padding_share(self) -> float:
+        """Of all positions of an epoch."""
+        return 1 - int(self.counts.sum()) / max(len(self) * self.length, 1)
+
+    def told(self) -> str:
+        kept = self.documents - self.empty - self.dropped
+        words = [f"{kept:,} documents in {len(self):,} sequences of {self.length:,} tokens an epoch"]
+        words.append(f"padding {self.padding_share:.2%}")
+        words += [f"{self.cut:,} longer ones cut"] if self.cut else []
+        words += [f"{self.dropped:,} longer ones dropped"] if self.dropped else []
+        words += [f"{self.empty:,} of a single token left out"] if self.empty else []
+        return ", ".join(words)
 
     def row(self, number: int, source: int, draw: int = 0) -> Row:
         pieces = slice(self.begins[number], self.begins[number + 1])
@@ -73,11 +88,11 @@ def best_fit(counts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
     found = np.zeros(len(counts), np.int64)
     descending = counts[order]
     firsts = np.flatnonzero(np.diff(descending, prepend=-1))
-    sizes = descending[firsts]
+    sizes, stops = descending[firsts], np.append(firsts, len(counts))[1:]
     rooms: list[int] = []  # ascending
     waiting: dict[int, NDArray[np.int64]] = {}  # room -> rows that have it
     rows = 0
-    for size, first, stop in zip(sizes.tolist(), firsts.tolist(), [*firsts[1:].tolist(), len(counts)], strict=True):
+    for size, first, stop in zip(sizes.tolist(), firsts.tolist(), stops.tolist(), strict=True):
         while first < stop:
             at = bisect.bisect_left(rooms, size)
             room = rooms[at] if at < len(rooms) else length

@@ -44,12 +44,16 @@ class Tokens:
     def gather(self, starts: Sequence[int], counts: Sequence[int]) -> list[NDArray[np.int64]]:
         """The tokens of many runs: from each start on so many. Raises DataError as `read`."""
         with _Opened() as files:
-            return self._gathered(starts, counts, lambda *part: read_piece(*part, files))
+            return self._gathered(
+                starts, counts, lambda piece, skipped, count: read_piece(piece, skipped, count, files)
+            )
 
     def gather_counted(self, starts: Sequence[int], counts: Sequence[int]) -> list[NDArray[np.bool_]]:
         """Which tokens of many runs count as targets."""
         with _Opened() as files:
-            return self._gathered(starts, counts, lambda *part: _read_mask(*part, files))
+            return self._gathered(
+                starts, counts, lambda piece, skipped, count: _read_mask(piece, skipped, count, files)
+            )
 
     def _gathered(
         self, starts: Sequence[int], counts: Sequence[int], read: Callable[[Piece, int, int], NDArray[Scalar]]

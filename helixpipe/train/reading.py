@@ -19,6 +19,7 @@ from helixpipe.train.balance import LengthWork, dealt
 from helixpipe.train.mixture import Mixture
 from helixpipe.train.order import Permutation, drawn
 from helixpipe.train.rows import Layout, Row
+from helixpipe.train.usage import Usage
 
 Packing = Literal["windows", "documents", "balanced"]
 # what a permutation or a draw is for: one seed serves them all
@@ -73,6 +74,17 @@ class Reading:
         work = self._work(rows).reshape(-1, self.microbatch_size).sum(1)
         return float(work.max() / work.mean())
 
+    def told(self) -> list[str]:
+        """In words, what is done with rows."""
+        balanced = [f"balanced over {self.look_ahead} steps"] if self.look_ahead else []
+        return balanced + (["attention keeps to each document"] if self.work else [])
+
+    def used(self, rows: Sequence[Row]) -> Usage:
+        """What a step with these rows reads."""
+        tokens = sum(int(row.counts.sum()) for row in rows)
+        imbalance = self.imbalance(rows)
+        return Usage(1, len(rows), tokens, len(rows) * self.sequence_length - tokens, imbalance, imbalance)
+
     @functools.cached_property
     def mixture(self) -> Mixture:
         return Mixture(self.weights, self.seed)
@@ -90,27 +102,32 @@ class Reading:
         assert self.work is not None
         counts = [len(row.documents) for row in rows]
         each = self.work.of(np.array([length for row in rows for length in row.documents]))
-        return np.bincount(np.repeat(np.arange(len(rows)), counts), each)
+        return np.bincount(np.repeat(np.arange(len(rows)), counts), each).astype(np.float64)
+
+    @functools.cached_property
+    def _latest(self) -> dict[int, list[list[int]]]:
+        """The window of steps that was dealt last, which the next step asks for again."""
+        return {}
 
     def _dealt(self, window: int) -> list[list[int]]:
         """Of each step of a window of steps, its sequences: neighbours in the order of what they cost, steps in a drawn order."""
-        return _dealt(self, window)
+        if window not in self._latest:
+            self._latest.clear()
+            self._latest[window] = self._deal(window)
+        return self._latest[window]
 
-
-@functools.lru_cache(maxsize=4)
-def _dealt(reading: Reading, window: int) -> list[list[int]]:
-    size, steps = reading.rows_a_step, reading.look_ahead
-    first = window * steps * size
-    work = reading._work([reading._row(sequence) for sequence in range(first, first + steps * size)])
-    found = []
-    order = np.argsort(work, kind="stable")
-    for place in Permutation(steps, reading.seed, _STEPS, window)(np.arange(steps)).tolist():
-        rows = np.sort(order[place * size : (place + 1) * size])
-        replicas = dealt(work[rows], reading.replicas)
-        found.append([
-            first + int(rows[replica[row]])
-            for replica in replicas
-            for microbatch in dealt(work[rows][replica], reading.microbatches)
-            for row in microbatch
-        ])  # fmt: skip
-    return found
+    def _deal(self, window: int) -> list[list[int]]:
+        size, steps = self.rows_a_step, self.look_ahead
+        first = window * steps * size
+        work = self._work([self._row(sequence) for sequence in range(first, first + steps * size)])
+        order = np.argsort(work, kind="stable")
+        found = []
+        for place in Permutation(steps, self.seed, _STEPS, window)(np.arange(steps)).tolist():
+            rows = np.sort(order[place * size : (place + 1) * size])
+            found.append([
+                first + int(rows[replica[row]])
+                for replica in map(np.array, dealt(work[rows], self.replicas))
+                for microbatch in dealt(work[rows][replica], self.microbatches)
+                for row in microbatch
+            ])  # fmt: skip
+        return found

@@ -34,6 +34,9 @@ class Layout(Protocol):
     def __len__(self) -> int:
         """Rows of an epoch."""
 
+    def told(self) -> str:
+        """In words, what an epoch is."""
+
     def row(self, number: int, source: int, draw: int) -> Row:
         """A row of an epoch. `draw`: 64 bits that are the epoch's own."""
 

@@ -12,7 +12,7 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from helixpipe.config import DataConfig
+from helixpipe.config_data import DataConfig
 from helixpipe.data.formats import holds_tokens, refusal
 from helixpipe.data.inputs import MANIFEST, is_prepared
 from helixpipe.data.megatron_index import index_of, indexed_dtype, paired

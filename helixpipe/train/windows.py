@@ -21,6 +21,9 @@ class Windows:
     def __len__(self) -> int:
         return self.positions // self.length
 
+    def told(self) -> str:
+        return f"{len(self):,} windows of {self.length:,} tokens an epoch"
+
     def row(self, number: int, source: int, draw: int) -> Row:
         return self.window((draw + number * self.length) % self.positions, source)
 

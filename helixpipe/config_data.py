@@ -1,11 +1,11 @@
-"""The key data.path: one source of tokens, or several with weights."""
+"""The section [data]: sources of tokens, one or several with weights, and how sequences are made of them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from helixpipe.errors import ConfigError, nearest
 
@@ -21,6 +21,37 @@ class SourceConfig:
 
 Sources = str | tuple[SourceConfig, ...]
 _EXPECTED = 'give a path, or a list of paths or of tables {path = "...", weight = 2}'
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from."""
+
+    path: Sources = ""
+    """A folder that helixpipe prepare wrote, .npy/.bin tokens, or a text file or a folder of them (bytes are tokens); "" is Python's standard library. What is neither is refused by name. Several sources by weight: a list of tables {path = "...", weight = 2} in a file, path:weight,path:weight on the command line."""
+    held_out: float = 0.1
+    """The share never trained on: the tail of the tokens; 0 is none."""
+    dtype: Literal["uint16", "uint32"] | None = None
+    """What a .bin file holds: left out, what Megatron's .idx beside it says, or else uint16."""
+    packing: Literal["windows", "documents", "balanced"] = "windows"
+    """What a sequence is: a window of continuous text, or whole documents put together; balanced: so that the micro-batches of a
+    step cost the same. Each window or document comes once an epoch, in an order that the seed decides."""
+    longest: Literal["cut", "drop"] = "cut"
+    """A document that is longer than a sequence: cut into several, or never read."""
+    look_ahead: int = 16
+    """balanced: steps whose sequences are dealt among them; more balance better, and move documents further."""
+    document_mask: bool | None = None
+    """Whether attention and positions keep to each document; unset: where whole documents are packed."""
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """The sources, one or several."""
+        return (SourceConfig(self.path),) if isinstance(self.path, str) else self.path
+
+    @property
+    def masks_documents(self) -> bool:
+        """Whether attention keeps to each document."""
+        return self.packing != "windows" if self.document_mask is None else self.document_mask
 
 
 def typed_sources(value: Any, where: str) -> str | list[dict[str, Any]]:
