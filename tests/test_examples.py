@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import subprocess
 import sys
@@ -30,6 +31,42 @@ def test_the_easy_example_is_short() -> None:
     """Its promise: a model of one's own, trained, in no more than 30 lines."""
     lines = (ROOT / "examples/own_model.py").read_text(encoding="utf-8").splitlines()
     assert len([line for line in lines if line.strip()]) <= 30
+
+
+@pytest.mark.parametrize("example", ["chat", "text", "code"])
+def test_data_of_one_s_own_is_prepared_and_learned(tmp_path: Path, example: str) -> None:
+    """The commands that stand at the head of the config, with fewer steps."""
+    config = ROOT / f"examples/{example}.toml"
+    lines = [
+        line.removeprefix("#     ")
+        for line in config.read_text(encoding="utf-8").splitlines()
+        if line.startswith("#     ")
+    ]
+    assert [line.split()[:2] for line in lines][1:] == [["helixpipe", "prepare"], ["helixpipe", "train"]]
+    more = [
+        "--train.steps",
+        "12",
+        "--train.evaluate-every",
+        "12",
+        "--train.evaluate-sequences",
+        "4",
+        "--run.folder",
+        "run",
+    ]
+    for line in lines:
+        words = line.replace("examples/", f"{ROOT}/examples/").split()
+        command = [sys.executable, *(["-m", "helixpipe"] if words[0] == "helixpipe" else []), *words[1:]]
+        done = subprocess.run(
+            [*command, *(more if "train" in words else [])], cwd=tmp_path, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    held_out = [each["held_out_loss"] for each in told if "held_out_loss" in each]
+    assert len(held_out) == 2
+    assert held_out[-1] < held_out[0] - 0.5
+    manifest = json.loads((tmp_path / example / "tokens/manifest.json").read_text())
+    assert manifest["vocabulary"] == 1024
+    assert (manifest["counted"] < manifest["tokens"] / 2) == (example == "chat")
 
 
 @pytest.mark.parametrize("contender", ["helixpipe", "torch"])

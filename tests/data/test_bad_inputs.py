@@ -210,7 +210,9 @@ def test_paths_without_files(tmp_path: Path, tokenizer: Path, capsys: pytest.Cap
     os.mkfifo(pipe)
     give = "give text, .jsonl, .parquet or a dataset"
     assert refused(capsys, out, tokenizer, empty) == f"'{empty}' has no files to prepare; {give}"
-    assert refused(capsys, out, tokenizer, pipe) == f"'{pipe}' is neither a file nor a folder"
+    assert refused(capsys, out, tokenizer, pipe) == (
+        f"'{pipe}' is neither a file nor a folder; write what it gives to a file"
+    )
     assert refused(capsys, out, tokenizer, empty / "no") == (
         f"'{empty}/no' does not exist; give text, .jsonl, .parquet, a dataset, or a folder of them"
     )

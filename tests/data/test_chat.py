@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ CHATS = [
     chat("What is 1 + 2?", "3"),
     chat("system: Be brief.", "Hello", "Hi.", "And then?", "  leading spaces\n\nand lines\n", "last is the user's"),
     chat("é 日本", "😀 yes 日本語", PLANES, PLANES),
-    chat("only a question"),
+    [*chat("first"), {"role": "tool", "content": "4"}, {"role": "assistant", "content": ""}, *chat("x", "y")],
     chat("<|im_start|> said by the user", "and by the assistant <|im_end|> <|end|>"),
 ]
 
@@ -115,7 +116,7 @@ def test_templates_have_what_transformers_gives_them(tmp_path: Path) -> None:
     template = (
         "{{ bos_token }}{% for message in messages %}{% if loop.index0 == 9 %}{% break %}{% endif %}"
         "{% if message.name is defined %}{{ message.name }}{% endif %}{{ message | tojson }}{{ message.content | trim }}"
-        "{% endfor %}{{ strftime_now('%Y') }}{% if tools is none %}none{% endif %}{{ eos_token }}"
+        "{% endfor %}{% generation %}said{% endgeneration %}{{ strftime_now('%Y') }}{% if tools is none %}none{% endif %}{{ eos_token }}"
     )
     folder = write_tokenizer(tmp_path / "tokenizer", template=template, bos_token="<|im_start|>")
     rows = [
@@ -126,7 +127,6 @@ def test_templates_have_what_transformers_gives_them(tmp_path: Path) -> None:
     found = prepare(tmp_path / "out", folder, tmp_path / "a.parquet", "--messages", "m")
     wanted = [library(folder).apply_chat_template(each, tokenize=True, return_dict=True)["input_ids"] for each in rows]
     assert documents(found) == wanted
-    assert found.manifest["counted"] == 0
 
 
 def test_an_end_token_comes_after_a_conversation_when_asked(tmp_path: Path) -> None:
@@ -151,6 +151,7 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, template: str, m
     )
 
 
+NOTHING = "nothing of it would count: the assistant writes nothing in it (roles: {}); rename roles, or leave it out"
 UNTOLD = "--messages: with this chat template it cannot be told what the assistant wrote, since turn 2 "
 
 
@@ -188,12 +189,44 @@ def test_a_template_that_does_not_tell_is_refused(
         (["x"], "field 'm' has a message without a role: text"),
         ([{"role": "user", "content": "\ud800"}], "a message has a lone surrogate, which is no character"),
         ([{"role": "user"}], "the chat template refuses it: 'dict object' has no attribute 'content'"),
+        (chat("only a question"), NOTHING.format("'user'")),
+        (
+            [{"role": "human", "content": "a"}, {"role": "gpt", "content": "b"}, {"role": "gpt", "content": "c"}],
+            NOTHING.format("'human', 'gpt'"),
+        ),
     ],
 )
 def test_conversations_that_cannot_be_read(
     tmp_path: Path, messages: object, why: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert refused(capsys, tmp_path, CHATML, messages) == why
+
+
+def test_a_turn_that_the_template_leaves_out_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Many templates pass over roles that they do not know, and what was said is gone without a word."""
+    template = "{% for m in messages if m.role in ('system', 'user', 'assistant') %}{{ m.content }}|{% endfor %}"
+    messages = [
+        *chat("system: s", "ask"),
+        {"role": "observation", "content": "seen"},
+        {"role": "assistant", "content": "t"},
+    ]
+    assert refused(capsys, tmp_path, template, messages) == (
+        "the chat template leaves turn 3 out, of role 'observation'; rename its role, or remove it"
+    )
+    shutil.rmtree(tmp_path / "out")
+    strict = template.replace(
+        "{% for", "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}{% for"
+    )
+    messages[2]["role"] = "user"
+    assert refused(capsys, tmp_path, strict, messages, "--max-tokens", "1").startswith("no document is left")
+
+
+def test_a_name_twice_in_a_message_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, file = write_tokenizer(tmp_path / "tokenizer", template=CHATML), tmp_path / "a.jsonl"
+    file.write_text('{"m": [{"role": "user", "content": "a", "role": "assistant"}]}\n')
+    given = ["prepare", str(file), "--tokenizer", str(folder), "--output", str(tmp_path / "out"), "--messages", "m"]
+    assert main([*given, "--workers", "1"]) == 2
+    assert f"{file}:1: field 'm' has a message with 'role' more than once; leave one of them" in capsys.readouterr().err
 
 
 def test_a_template_that_is_no_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -264,8 +264,9 @@ def test_json_goes_to_standard_output_and_progress_to_standard_error(
     assert told["tokens"] == sum(map(len, own(tokenizer, ["some words"] * 3)))
     assert "100% of 0.0 MB  " in err
     assert " tokens/s  0 s left\n" in err
-    before = tree(tmp_path / "out")
-    assert main(given) == 0  # what is whole is left as it is
+    before, inodes = tree(tmp_path / "out"), {path: path.stat().st_ino for path in (tmp_path / "out").rglob("*")}
+    assert main(given) == 0  # what is whole is left as it is, and not done again
+    assert inodes == {path: path.stat().st_ino for path in (tmp_path / "out").rglob("*")}
     assert capsys.readouterr().out == (
         f"{tmp_path}/out: 3 documents, {told['tokens']} tokens, of which {told['tokens']} count; "
         f"vocabulary {told['vocabulary']}\n"

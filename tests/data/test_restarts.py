@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from making import PLANES, WORDS, documents, own, prepare, tree, write_lines
+from making import PLANES, WORDS, byte_level, documents, own, prepare, tree, write_lines, write_tokenizer
 
 from helixpipe.cli import main
 from helixpipe.data import records
@@ -164,6 +164,11 @@ def test_another_command_s_folder_is_left_alone(
                 f"--output: '{out}' was begun with other {said}; give a new folder"
             )
         assert tree(out) == before
+    for change in ("config", "vocabulary"):  # the chat template and the end token are in the files beside
+        made = write_tokenizer(
+            tmp_path / change, byte_level(500 if change == "vocabulary" else 400), model_max_length=9
+        )
+        assert fails(capsys, out, made, file) == f"--output: '{out}' was begun with other tokenizer; give a new folder"
     changed = tmp_path / "b.jsonl"
     changed.write_text('{"text": "x"}\n')
     prepare(tmp_path / "b", tokenizer, changed)
