@@ -18,15 +18,15 @@ from helixpipe.model.attn import Attention
 from helixpipe.model.chunked import Chunked
 from helixpipe.model.decoder import Model
 from helixpipe.parts.part import Part
-from helixpipe.parts.work import Batch, Keeping, Work
+from helixpipe.parts.work import Batch, Keeping
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
 from helixpipe.runtime.buffers import Buffers
 from helixpipe.runtime.context import Context
 from helixpipe.runtime.executor import execute
-from helixpipe.runtime.live import Needs
 from helixpipe.runtime.losses import Losses, divisor, of_rank, of_ranks
 from helixpipe.runtime.mesh import Mesh
 from helixpipe.runtime.modules import Modules
+from helixpipe.runtime.programs import Arrange, Programs
 from helixpipe.runtime.randomness import Stream, evaluating
 from helixpipe.runtime.recorder import Recorder
 from helixpipe.runtime.reduction import Reduction, used_anywhere
@@ -40,8 +40,8 @@ from helixpipe.runtime.transport import Transport
 from helixpipe.runtime.weights import Weights
 from helixpipe.schedule.action import Action
 from helixpipe.schedule.check import check
-from helixpipe.schedule.lower import flops, lower
-from helixpipe.schedule.partition import as_training
+from helixpipe.schedule.lower import lower
+from helixpipe.schedule.partition import Documents, as_training
 from helixpipe.schedule.program import Program
 from helixpipe.schedule.schedule import Schedule
 
@@ -68,6 +68,7 @@ class Pipeline:
         segment_lengths: Sequence[int] | None = None,
         context_method: str = "ring",
         layout: str = "zigzag",
+        arrange: Arrange | None = None,
     ) -> None:
         """`mesh`: dimensions named pp, dp, cp, tp, as few as there are; without names it is all pp, and None is all
         ranks of the default group. `context_method` (ring or ulysses) and `layout` (zigzag, striped or plain, of a
@@ -76,7 +77,8 @@ class Pipeline:
         `dtype` is what parts compute in; the masters, their gradients and the optimizer stay float32 (float64
         for float64). `recompute`: none, full or selective (see `runtime.tape`). `segment_lengths`, in tokens: of a
         schedule with segments, over all cp ranks; when not given, segments of as much computation each, as training cuts
-        them. Raises ConfigError, ScheduleError.
+        them, of each micro-batch by its documents. `arrange`: the schedule of a step's micro-batches, where their order and
+        places depend on what they cost. Raises ConfigError, ScheduleError.
         """
         check(schedule)
         if recompute not in POLICIES:
@@ -125,11 +127,12 @@ class Pipeline:
             if self.rank in schedule.ranks_of[s]
         }
         self._recorder = Recorder(self.device)
-        self._programs: dict[tuple[Batch, bool], Program] = {}
-        self._needs: dict[Batch, list[Needs]] = {}
         self.keeping = Keeping(
             recompute, dtype.itemsize, *_chunks_of(model), self.device.type, tensor_parallel=self.mesh.shape.tp,
             threads=torch.get_num_threads(), processes=self.mesh.shape.cp * self.mesh.shape.tp,
+        )  # fmt: skip
+        self._programs = Programs(
+            schedule, model.shape, self._shape, self._shares.local, self.keeping, dtype, arrange
         )  # fmt: skip
         self._seed = torch.initial_seed()
         self.steps = 0
@@ -245,28 +248,30 @@ class Pipeline:
         assert self._last is not None, "no step was taken yet"
         return self._last
 
-    def program(self, batch: Batch, training: bool = True) -> Program:
-        """The program of a batch's shape, whole over cp and tp: lowered once."""
-        key = batch, training
-        if key not in self._programs:
-            schedule = self.schedule if training else self.schedule.forward_only()
-            # every rank divides the work alike, so the whole's orders messages
-            local = self._shares.local(batch)
-            self._programs[key] = lower(schedule, self._shape, local, flops(schedule, self.model.shape, batch))
-        return self._programs[key]
+    def program(self, batches: Batch | Sequence[Batch], training: bool = True) -> Program:
+        """The program of a step's micro-batches, whole over cp and tp, one batch for all or of each its own: lowered once."""
+        return self._programs.of(batches, training).program
+
+    def prepare(self, batches: Batch | Sequence[Batch], training: bool = True) -> None:
+        """Begin to lower the program of the next step's micro-batches, in a thread, while this one runs."""
+        self._programs.prepare(batches, training)
 
     def close(self) -> None:
         """Stop this rank's threads: it will not step again."""
+        self._programs.close()
         self._watch.close()
         self._transport.close()
 
     def _run(self, tokens: Tensor, targets: Tensor, scale: float, training: bool) -> list[list[float]]:
         """Of each rank: its loss times `scale`, where its buffers are, and of an evaluation what `losses.of_rank` says."""
         batch = self._shares.batch(tokens, targets)
-        self._divided.check(self.model.shape, batch.segment_lengths)
         _check_positions(self.model, batch)
-        self._last = program = self.program(batch, training)
-        feeds = self._shares.feeds(tokens, targets, batch)
+        batches = self._shares.batches(batch, ())
+        for lengths in dict.fromkeys(each.segment_lengths for each in batches):
+            self._divided.check(self.model.shape, lengths)
+        step = self._programs.of(batches, training)
+        self._last = program = step.program
+        feeds = self._shares.feeds(tokens, targets, batches)
         stages = Stages(
             program,
             self._tapes,
@@ -275,7 +280,7 @@ class Pipeline:
             feeds,
             scale,
             training,
-            self._needs_of(batch),
+            step.needs,
             self._stream,
         )
         self._watch.doing = "the start of a step"
@@ -300,26 +305,12 @@ class Pipeline:
         self._watch.doing = "work between steps"
         return rows
 
-    def _cut(self, lengths: tuple[int, ...] | None, recompute: str) -> Callable[[int], tuple[int, ...]]:
-        """Tokens of a sequence -> those of its segments."""
+    def _cut(self, lengths: tuple[int, ...] | None, recompute: str) -> Callable[[int, Documents], tuple[int, ...]]:
+        """Tokens of a sequence, and a micro-batch's documents -> tokens of its segments."""
         if lengths is not None:
-            return lambda length: lengths
+            return lambda length, documents: lengths
         shape, segments, unit = self.model.shape, self.schedule.segments, self._divided.unit
-        return lambda length: as_training(shape, length, segments, recompute, unit)
-
-    def _needs_of(self, batch: Batch) -> list[Needs]:
-        """What parts need here, segment by segment."""
-        if batch not in self._needs:
-            local = self._shares.local(batch)
-            self._needs[batch] = [
-                Needs(
-                    Work(self.model.shape, batch, segment, self.keeping),
-                    Work(self._shape, local, segment, self.keeping),
-                    self.dtype,
-                )
-                for segment in range(self.schedule.segments)
-            ]
-        return self._needs[batch]
+        return lambda length, documents: as_training(shape, length, segments, recompute, unit, documents)
 
     def _stream(self, microbatch: int, segment: int) -> Stream:
         here = self.mesh.here

@@ -9,7 +9,7 @@ Targets are cut with their tokens, and losses divided by the whole batch's count
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,26 +20,31 @@ from helixpipe.model.rope import Start
 from helixpipe.parts.work import Batch
 from helixpipe.runtime.context import Context
 from helixpipe.runtime.mesh import Mesh
+from helixpipe.runtime.programs import Recent
 from helixpipe.runtime.tape import Feed
+from helixpipe.schedule.partition import Documents
+
+# ways to cut a sequence of which it is remembered where their tokens are
+MOST_CUTS = 64
 
 
 class Shares:
-    """Of one rank. `cut`: tokens of a sequence -> those of each of its segments, whole."""
+    """Of one rank. `cut`: tokens of a sequence and a micro-batch's documents -> tokens of each segment, whole."""
 
     def __init__(
         self,
         mesh: Mesh,
         context: Context | None,
         microbatches: int,
-        cut: Callable[[int], tuple[int, ...]],
+        cut: Callable[[int, Documents], tuple[int, ...]],
         device: torch.device,
     ) -> None:
         self.mesh, self.context, self.microbatches, self.cut = mesh, context, microbatches, cut
         self.device = device
-        self._starts: dict[Batch, list[tuple[Start, Start]]] = {}
+        self._starts: Recent[tuple[int, ...], list[tuple[Start, Start]]] = Recent(MOST_CUTS)
 
     def batch(self, tokens: Tensor, targets: Tensor) -> Batch:
-        """What a micro-batch is, whole: on all cp and tp ranks together. Raises ConfigError."""
+        """What a micro-batch without documents is, whole: on all cp and tp ranks together. Raises ConfigError."""
         m, dp = self.microbatches, self.mesh.shape.dp
         if tokens.dim() != 2 or tokens.shape != targets.shape or not tokens.numel():
             raise ConfigError(
@@ -48,28 +53,42 @@ class Shares:
         if tokens.shape[0] % (m * dp):
             over = f" on each of {dp} dp ranks" if dp > 1 else ""
             raise ConfigError(f"tokens: {tokens.shape[0]} sequences do not divide into {m} micro-batches{over}")
-        lengths = self.cut(tokens.shape[1])
+        lengths = self.cut(tokens.shape[1], ())
         if sum(lengths) != tokens.shape[1]:
             raise ConfigError(
                 f"tokens: {tokens.shape[1]} a sequence, and the segments {list(lengths)} add up to {sum(lengths)}"
             )
         return Batch(tokens.shape[0] // (m * dp), lengths)
 
-    def local(self, whole: Batch) -> Batch:
-        """The tokens that this rank's attention asks for."""
-        return replace(whole, segment_lengths=tuple(n // self.mesh.shape.cp for n in whole.segment_lengths))
-
-    def feeds(self, tokens: Tensor, targets: Tensor, whole: Batch) -> dict[tuple[int, int], Feed]:
-        """By micro-batch and segment."""
-        if whole not in self._starts:
-            self._starts[whole] = [self._places(whole, seg) for seg in range(len(whole.segment_lengths))]
+    def batches(self, whole: Batch, documents: Documents) -> tuple[Batch, ...]:
+        """Of each micro-batch of this replica what `batch` says, with its documents of the whole batch's, and cut by them."""
         size = whole.microbatch_size
+        first = self.mesh.here.dp * self.microbatches * size
+        found = []
+        for at in range(first, first + self.microbatches * size, size):
+            mine = tuple(map(tuple, documents[at : at + size]))
+            if any(len(lengths) > 1 for lengths in mine):
+                found.append(Batch(size, self.cut(whole.sequence_length, mine), mine))
+            else:
+                found.append(whole)
+        return tuple(found)
+
+    def local(self, whole: Batch) -> Batch:
+        """The tokens that this rank's attention asks for; where documents begin is said of whole sequences alone."""
+        if self.mesh.shape.cp == 1:
+            return whole
+        lengths = tuple(n // self.mesh.shape.cp for n in whole.segment_lengths)
+        return replace(whole, segment_lengths=lengths, documents=())
+
+    def feeds(self, tokens: Tensor, targets: Tensor, batches: Sequence[Batch]) -> dict[tuple[int, int], Feed]:
+        """By micro-batch and segment."""
+        size = batches[0].microbatch_size
         first = self.mesh.here.dp * self.microbatches * size
         mine = [t[first : first + self.microbatches * size].to(self.device) for t in (tokens, targets)]
         found = {}
-        for mb in range(self.microbatches):
+        for mb, whole in enumerate(batches):
             rows = slice(mb * size, (mb + 1) * size)
-            for seg, (start, gathered) in enumerate(self._starts[whole]):
+            for seg, (start, gathered) in enumerate(self._starts_of(whole)):
                 length = whole.segment_lengths[seg] // (self.mesh.shape.cp * self.mesh.shape.tp)
                 here = start if isinstance(start, Tensor) else slice(start, start + length)
                 ours, theirs = (t[rows, here] for t in mine)
@@ -77,6 +96,10 @@ class Shares:
                     ours, theirs, start, seg, gathered_start=gathered, sequence_length=whole.sequence_length
                 )
         return found
+
+    def _starts_of(self, whole: Batch) -> list[tuple[Start, Start]]:
+        segments = range(len(whole.segment_lengths))
+        return self._starts.get(whole.segment_lengths, lambda: [self._places(whole, seg) for seg in segments])
 
     def _places(self, whole: Batch, segment: int) -> tuple[Start, Start]:
         """Where this rank's tokens are, and where those that its q, k and v are of."""

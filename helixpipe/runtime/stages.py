@@ -6,7 +6,7 @@ on this rank too, or by a message. Gradients wait in the same way on their road 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -40,10 +40,10 @@ class Stages:
         feeds: dict[tuple[int, int], Feed],
         scale: float,
         training: bool,
-        needs: Sequence[Needs] = (),
+        needs: Callable[[int, int], Needs] | None = None,
         streams: Callable[[int, int], Stream] | None = None,
     ) -> None:
-        """`needs`: of each segment. `streams`: where random numbers of a micro-batch and segment come from."""
+        """By micro-batch and segment: `needs`, what parts need; `streams`, where random numbers come from."""
         self.program, self.tapes, self.weights, self.ledger = program, tapes, weights, ledger
         self.feeds, self._needs, self._streams = feeds, needs, streams
         self.scale, self.training = scale, training
@@ -81,7 +81,7 @@ class Stages:
         past = None
         if self.program.schedule.segments > 1:
             past = self._key_values.setdefault(mb, KeyValuesByLayer(self.ledger))
-        needs = self._needs[seg] if self._needs else None
+        needs = self._needs(mb, seg) if self._needs else None
         stream = self._streams(mb, seg) if self._streams else None
         return replace(self.feeds[mb, seg], key_values=past, needs=needs, stream=stream, by_token=not self.training)
 
