@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -41,7 +41,7 @@ from helixpipe.runtime.weights import Weights
 from helixpipe.schedule.action import Action
 from helixpipe.schedule.check import check
 from helixpipe.schedule.lower import lower
-from helixpipe.schedule.partition import Documents, as_training
+from helixpipe.schedule.partition import Cut, as_training
 from helixpipe.schedule.program import Program
 from helixpipe.schedule.schedule import Schedule
 
@@ -65,7 +65,7 @@ class Pipeline:
         dtype: torch.dtype = torch.float32,
         recompute: str = "selective",
         timeout_s: float = 300.0,
-        segment_lengths: Sequence[int] | None = None,
+        segment_lengths: Sequence[int] | Cut | None = None,
         context_method: str = "ring",
         layout: str = "zigzag",
         arrange: Arrange | None = None,
@@ -77,14 +77,14 @@ class Pipeline:
         `dtype` is what parts compute in; the masters, their gradients and the optimizer stay float32 (float64
         for float64). `recompute`: none, full or selective (see `runtime.tape`). `segment_lengths`, in tokens: of a
         schedule with segments, over all cp ranks; when not given, segments of as much computation each, as training cuts
-        them, of each micro-batch by its documents. `arrange`: the schedule of a step's micro-batches, where their order and
+        them, of each micro-batch by its documents; or a function of a sequence's tokens and a micro-batch's documents. `arrange`: the schedule of a step's micro-batches, where their order and
         places depend on what they cost. Raises ConfigError, ScheduleError.
         """
         check(schedule)
         if recompute not in POLICIES:
             raise ConfigError(f"runtime.recompute: '{recompute}' is not known; known: {', '.join(POLICIES)}")
-        segment_lengths = None if segment_lengths is None else tuple(segment_lengths)
-        _check_segments(model, schedule, segment_lengths)
+        given = None if segment_lengths is None or callable(segment_lengths) else tuple(segment_lengths)
+        _check_segments(model, schedule, given)
         self.model, self.schedule, self.device, self.dtype = model, schedule, torch.device(device), dtype
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # events, kernels and gathered objects go to the current one
@@ -95,13 +95,12 @@ class Pipeline:
                 f"schedule.ranks: the schedule has {len(schedule.ranks)} ranks and {self.ranks} are running; start as many"
             )
         self._divided = MeshShape(*self.mesh.shape, context_method, layout)
-        self._divided.check(model.shape, segment_lengths or ())
+        self._divided.check(model.shape, given or ())
         cp, tp = self.mesh.group("cp"), self.mesh.group("tp")
         self._tensor = None if tp is None else TensorParallel(tp, model.shape)
         context = None if cp is None else Context(cp, context_method, layout)
-        self._shares = Shares(
-            self.mesh, context, schedule.microbatches, self._cut(segment_lengths, recompute), self.device
-        )
+        cut = segment_lengths if callable(segment_lengths) else self._cut(given, recompute)
+        self._shares = Shares(self.mesh, context, schedule.microbatches, cut, self.device)
         modules = Modules(model, schedule, self.rank, self.device, dtype, self._tensor, self.mesh.told)
         self._shape, self._weights = modules.shape, Weights(modules)
         _check_attention(self._weights.modules, schedule.segments)
@@ -305,7 +304,7 @@ class Pipeline:
         self._watch.doing = "work between steps"
         return rows
 
-    def _cut(self, lengths: tuple[int, ...] | None, recompute: str) -> Callable[[int, Documents], tuple[int, ...]]:
+    def _cut(self, lengths: tuple[int, ...] | None, recompute: str) -> Cut:
         """Tokens of a sequence, and a micro-batch's documents -> tokens of its segments."""
         if lengths is not None:
             return lambda length, documents: lengths

@@ -9,7 +9,7 @@ Targets are cut with their tokens, and losses divided by the whole batch's count
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -22,7 +22,7 @@ from helixpipe.runtime.context import Context
 from helixpipe.runtime.mesh import Mesh
 from helixpipe.runtime.programs import Recent
 from helixpipe.runtime.tape import Feed
-from helixpipe.schedule.partition import Documents
+from helixpipe.schedule.partition import Cut, Documents
 
 # ways to cut a sequence of which it is remembered where their tokens are
 MOST_CUTS = 64
@@ -36,7 +36,7 @@ class Shares:
         mesh: Mesh,
         context: Context | None,
         microbatches: int,
-        cut: Callable[[int, Documents], tuple[int, ...]],
+        cut: Cut,
         device: torch.device,
     ) -> None:
         self.mesh, self.context, self.microbatches, self.cut = mesh, context, microbatches, cut

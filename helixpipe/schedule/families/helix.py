@@ -77,8 +77,8 @@ def helix(
         )
     size = folds * ranks
     costs = work or (0.0,) * microbatches
-    order = sorted(range(microbatches), key=lambda mb: -costs[mb])
-    batches = [_offsets(order[first : first + size], ranks, costs) for first in range(0, microbatches, size)]
+    dearest = sorted(range(microbatches), key=lambda mb: -costs[mb])
+    batches = [_offsets(dearest[first : first + size], ranks, costs) for first in range(0, microbatches, size)]
     runs = [batches] if groups == "forward_first" else [[batch] for batch in batches]
     orders = []
     for rank in range(ranks):
