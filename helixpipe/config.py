@@ -7,9 +7,8 @@ A key is `section.name` everywhere: in a TOML file under `[section]`, on the com
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +22,7 @@ from helixpipe.mesh import MeshShape
 from helixpipe.parts.freezing import freeze
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.shapes import named_shape
-from helixpipe.parts.work import Keeping
+from helixpipe.parts.work import Batch, Keeping
 from helixpipe.predict.estimate import Setting
 from helixpipe.predict.profile import Profile
 from helixpipe.schedule import families
@@ -288,8 +287,8 @@ class Config:
         """What the model is called."""
         return self.model.name or (Path(self.model.path).name if self.model.path else DEFAULT_MODEL)
 
-    def build_schedule(self) -> Schedule:
-        """The schedule, checked; raises ConfigError."""
+    def build_schedule(self, batches: Sequence[Batch] = ()) -> Schedule:
+        """The schedule, checked; of these micro-batches, where they take places by what they cost. Raises ConfigError."""
         asked = self.schedule
         family, ranks, microbatches = asked.family, asked.ranks, asked.microbatches
         given = {key: value for key in FAMILY_OPTIONS if (value := getattr(asked, key)) is not None}
@@ -304,6 +303,8 @@ class Config:
             refuse_bidirectional(setting.shape, asked.segments)
             check_cut(setting.sequence_length, asked.segments, setting.segment_multiple)
         given |= {key: value for key, value in setting.balance.items() if key in families.options(family)}
+        if batches and asked.balance == "work":
+            given["work"] = setting.attention_costs(batches)
         layers = setting.shape.layers
         return families.build_schedule(family, ranks=ranks, layers=layers, microbatches=microbatches, **given)
 
@@ -346,10 +347,6 @@ class Config:
     def segment_lengths(self, schedule: Schedule) -> tuple[int, ...] | None:
         """Tokens of each segment; None when sequences stay whole."""
         return None if schedule.segments == 1 else self.setting().segment_lengths(schedule.segments)
-
-    def cut(self, schedule: Schedule) -> Callable[..., tuple[int, ...]] | None:
-        """The same as a function of a micro-batch's documents, by whose cost it is cut."""
-        return None if schedule.segments == 1 else partial(self.setting().segment_lengths, schedule.segments)
 
     def mesh_shape(self) -> MeshShape:
         """All ranks, by direction."""

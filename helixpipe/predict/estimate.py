@@ -18,7 +18,7 @@ from helixpipe.hub.folder import model_shape
 from helixpipe.mesh import MeshShape
 from helixpipe.parts.part import ends, layer_parts
 from helixpipe.parts.shape import ModelShape, Shaped, shape_of
-from helixpipe.parts.work import Batch, Keeping
+from helixpipe.parts.work import Batch, Keeping, first_alike
 from helixpipe.predict.cost import Analytic, PartCosts, accelerator_bytes, action_seconds
 from helixpipe.predict.hardware import Accelerator, Link, named_accelerator, named_link
 from helixpipe.predict.simulate import simulate_program
@@ -133,8 +133,7 @@ class Setting:
         In FLOPs where nothing was measured, whatever the accelerator: training, which is told of none, does the same.
         Rounded here, once, so that plan, simulate and training build one schedule.
         """
-        costs = self.profile or Analytic(self.shape, named_accelerator("ideal"))
-        shape = self.shape
+        costs, shape = self._balancing, self.shape
         # blocks may differ, and so may windows: the mean of all stands for one
         layers = shape.layers if shape.opaque or len(shape.windows) > 1 else 1
         parts = [part for layer in range(layers) for part in layer_parts(layer, layer in shape.opaque)]
@@ -150,6 +149,24 @@ class Setting:
         found = {"ends": (embed, head), "costs": (layer, inputs + again, weights)}
         # to three digits, not decimals: where attention is nearly all, W is little but never nothing
         return {name: tuple(float(f"{each / layer:.3g}") for each in times) for name, times in found.items()}
+
+    @property
+    def _balancing(self) -> PartCosts:
+        return self.profile or Analytic(self.shape, named_accelerator("ideal"))
+
+    def attention_costs(self, batches: Sequence[Batch]) -> tuple[float, ...]:
+        """What each micro-batch's attention costs, forward: the `work` by which a family places them, as `balance` measures."""
+        costs, alike = self._balancing, first_alike(batches)
+        parts = {layer: [p for p in layer_parts(layer) if p.about.attends] for layer in self.shape.sorts()}
+
+        def total(batch: Batch) -> float:
+            shares = self.shape.sorts().items()
+            return math.fsum(
+                share * costs.forward_s(p, batch.whole, 0) for layer, share in shares for p in parts[layer]
+            )
+
+        known = {first: total(batches[first]) for first in dict.fromkeys(alike)}
+        return tuple(known[first] for first in alike)
 
     def of_family(self, family: str) -> Setting:
         """With the family's own partition, unless one was asked for."""

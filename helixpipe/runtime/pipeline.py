@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -20,16 +19,16 @@ from helixpipe.model.chunked import Chunked
 from helixpipe.model.decoder import Model
 from helixpipe.model.head import takes_weights
 from helixpipe.parts.part import Part
-from helixpipe.parts.work import Batch, Keeping, Work
+from helixpipe.parts.work import Batch, Keeping
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
 from helixpipe.runtime.buffers import Buffers
 from helixpipe.runtime.context import Context
 from helixpipe.runtime.documents import Given, Lengths, document_lengths
 from helixpipe.runtime.executor import execute
-from helixpipe.runtime.live import Needs
 from helixpipe.runtime.losses import Counted, Losses, check_head, check_weights, divisor, of_rank, of_ranks
 from helixpipe.runtime.mesh import Mesh
 from helixpipe.runtime.modules import Modules
+from helixpipe.runtime.programs import Arrange, Programs
 from helixpipe.runtime.randomness import Stream, evaluating
 from helixpipe.runtime.recorder import Recorder
 from helixpipe.runtime.reduction import Reduction, used_anywhere
@@ -43,21 +42,13 @@ from helixpipe.runtime.transport import Transport
 from helixpipe.runtime.weights import Weights
 from helixpipe.schedule.action import Action
 from helixpipe.schedule.check import check
-from helixpipe.schedule.lower import flops, lower, of_each
-from helixpipe.schedule.partition import as_training
+from helixpipe.schedule.lower import lower
+from helixpipe.schedule.partition import Cut, as_training
 from helixpipe.schedule.program import Program
 from helixpipe.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-KEPT_PROGRAMS = 8
-
-
-class Cut(Protocol):
-    """Tokens of each segment, for a micro-batch's documents: of each of its sequences their lengths."""
-
-    def __call__(self, documents: Lengths = ()) -> Sequence[int]: ...
 
 
 class Pipeline:
@@ -79,6 +70,7 @@ class Pipeline:
         segment_lengths: Sequence[int] | Cut | None = None,
         context_method: str = "ring",
         layout: str = "zigzag",
+        arrange: Arrange | None = None,
     ) -> None:
         """`mesh`: dimensions named pp, dp, cp, tp, as few as there are; without names it is all pp, and None is all
         ranks of the default group. `context_method` (ring or ulysses) and `layout` (zigzag, striped or plain, of a
@@ -86,16 +78,16 @@ class Pipeline:
 
         `dtype` is what parts compute in; the masters, their gradients and the optimizer stay float32 (float64
         for float64). `recompute`: none, full or selective (see `runtime.tape`). `segment_lengths`, in tokens: of a
-        schedule with segments, over all cp ranks; or a function that gives them for a micro-batch's documents (of each of its
-        sequences their lengths, or () where none has several); when not given, segments of as much computation each, as
-        training cuts them, by the documents of each micro-batch. Raises ConfigError, ScheduleError.
+        schedule with segments, over all cp ranks; when not given, segments of as much computation each, as training cuts
+        them, of each micro-batch by its documents; or a function of a sequence's tokens and a micro-batch's documents (of
+        each of its sequences their lengths, () where none has several). `arrange`: the schedule of a step's micro-batches,
+        where their order and places depend on what they cost. Raises ConfigError, ScheduleError.
         """
         check(schedule)
         if recompute not in POLICIES:
             raise ConfigError(f"runtime.recompute: '{recompute}' is not known; known: {', '.join(POLICIES)}")
-        given = segment_lengths if segment_lengths is None or callable(segment_lengths) else tuple(segment_lengths)
-        fixed = tuple(given()) if callable(given) else given
-        _check_segments(model, schedule, fixed)
+        given = None if segment_lengths is None or callable(segment_lengths) else tuple(segment_lengths)
+        _check_segments(model, schedule, given)
         self.model, self.schedule, self.device, self.dtype = model, schedule, torch.device(device), dtype
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # events, kernels and gathered objects go to the current one
@@ -106,11 +98,12 @@ class Pipeline:
                 f"schedule.ranks: the schedule has {len(schedule.ranks)} ranks and {self.ranks} are running; start as many"
             )
         self._divided = MeshShape(*self.mesh.shape, context_method, layout)
-        self._divided.check(model.shape, fixed or ())
+        self._divided.check(model.shape, given or ())
         cp, tp = self.mesh.group("cp"), self.mesh.group("tp")
         self._tensor = None if tp is None else TensorParallel(tp, model.shape)
         context = None if cp is None else Context(cp, context_method, layout)
-        self._shares = Shares(self.mesh, context, schedule.microbatches, self._cut(given, recompute), self.device)
+        cut = segment_lengths if callable(segment_lengths) else self._cut(given, recompute)
+        self._shares = Shares(self.mesh, context, schedule.microbatches, cut, self.device)
         modules = Modules(model, schedule, self.rank, self.device, dtype, self._tensor, self.mesh.told)
         self._shape, self._weights, self._of_one_document = modules.shape, Weights(modules), modules.of_one_document
         _check_attention(self._weights.modules, schedule.segments)
@@ -136,13 +129,14 @@ class Pipeline:
             if self.rank in schedule.ranks_of[s]
         }
         self._recorder = Recorder(self.device)
-        self._programs: OrderedDict[tuple[tuple[Batch, ...], bool], Program] = OrderedDict()
-        self._needs: dict[Batch, list[Needs]] = {}
         self.keeping = Keeping(
             recompute, dtype.itemsize, *_chunks_of(model), self.device.type, tensor_parallel=self.mesh.shape.tp,
             threads=torch.get_num_threads(), processes=self.mesh.shape.cp * self.mesh.shape.tp,
         )  # fmt: skip
         self._head, self._takes_weights = schedule.stages[-1].parts[-1], False
+        self._programs = Programs(
+            schedule, model.shape, self._shape, self._shares.local, self.keeping, dtype, arrange
+        )  # fmt: skip
         self._seed = torch.initial_seed()
         self.steps = 0
         """Steps so far, of which random numbers are a function: set it where a run goes on."""
@@ -292,24 +286,16 @@ class Pipeline:
         return self._last
 
     def program(self, batches: Batch | Sequence[Batch], training: bool = True) -> Program:
-        """The program of a step's micro-batches, one batch for all or of each its own, whole over cp and tp.
+        """The program of a step's micro-batches, whole over cp and tp, one batch for all or of each its own: lowered once."""
+        return self._programs.of(batches, training).program
 
-        Lowered once, as long as no more than `KEPT_PROGRAMS` others come between: steps of packed documents have one each.
-        """
-        schedule = self.schedule if training else self.schedule.forward_only()
-        each = of_each(schedule, batches)
-        key = each, training
-        if key not in self._programs:
-            # every rank divides the work alike, so the whole's orders messages
-            local = [self._shares.local(batch) for batch in each]
-            self._programs[key] = lower(schedule, self._shape, local, flops(schedule, self.model.shape, each))
-            if len(self._programs) > KEPT_PROGRAMS:
-                self._programs.popitem(last=False)
-        self._programs.move_to_end(key)
-        return self._programs[key]
+    def prepare(self, batches: Batch | Sequence[Batch], training: bool = True) -> None:
+        """Begin to lower the program of the next step's micro-batches, in a thread, while this one runs."""
+        self._programs.prepare(batches, training)
 
     def close(self) -> None:
         """Stop this rank's threads: it will not step again."""
+        self._programs.close()
         self._watch.close()
         self._transport.close()
 
@@ -328,11 +314,11 @@ class Pipeline:
         self._check_weighed(weights, targets)
         _check_positions(self.model, batch, documents)
         batches = self._shares.batches(batch, documents)
-        for lengths in {each.segment_lengths for each in batches}:
+        for lengths in dict.fromkeys(each.segment_lengths for each in batches):
             self._divided.check(self.model.shape, lengths)
-        self._last = program = self.program(batches, training)
+        step = self._programs.of(batches, training)
+        self._last = program = step.program
         feeds = self._shares.feeds(tokens, targets, batches, weights)
-        needs = {each: self._needs_of(each) for each in set(batches)}
         stages = Stages(
             program,
             self._tapes,
@@ -341,7 +327,7 @@ class Pipeline:
             feeds,
             scale,
             training,
-            lambda microbatch, segment: needs[batches[microbatch]][segment],
+            step.needs,
             self._stream,
         )
         self._watch.doing = "the start of a step"
@@ -375,31 +361,12 @@ class Pipeline:
             check_head(all(took for (took,) in self._gathered([mine])), self._head)
             self._takes_weights = True
 
-    def _cut(self, given: tuple[int, ...] | Cut | None, recompute: str) -> Callable[[int, Lengths], tuple[int, ...]]:
-        """Tokens of a sequence, and the documents of a micro-batch's, -> tokens of its segments."""
-        if callable(given):
-            return lambda length, documents: tuple(given(documents))
-        if given is not None:
-            return lambda length, documents: given
+    def _cut(self, lengths: tuple[int, ...] | None, recompute: str) -> Cut:
+        """Tokens of a sequence, and a micro-batch's documents -> tokens of its segments."""
+        if lengths is not None:
+            return lambda length, documents: lengths
         shape, segments, unit = self.model.shape, self.schedule.segments, self._divided.unit
         return lambda length, documents: as_training(shape, length, segments, recompute, unit, documents)
-
-    def _needs_of(self, batch: Batch) -> list[Needs]:
-        """What parts need here, segment by segment. Documents do not come again: what they need is of one step."""
-        if batch in self._needs:
-            return self._needs[batch]
-        local = self._shares.local(batch)
-        found = [
-            Needs(
-                Work(self.model.shape, batch, segment, self.keeping),
-                Work(self._shape, local, segment, self.keeping),
-                self.dtype,
-            )
-            for segment in range(self.schedule.segments)
-        ]
-        if not batch.documents:
-            self._needs[batch] = found
-        return found
 
     def _stream(self, microbatch: int, segment: int) -> Stream:
         here = self.mesh.here

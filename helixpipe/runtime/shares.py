@@ -9,7 +9,7 @@ Targets and their weights are cut with their tokens, and losses divided by the w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -20,29 +20,31 @@ from helixpipe.parts.work import Batch
 from helixpipe.runtime.context import Context
 from helixpipe.runtime.documents import Lengths, positions
 from helixpipe.runtime.mesh import Mesh
+from helixpipe.runtime.programs import Recent
 from helixpipe.runtime.tape import Feed
+from helixpipe.schedule.partition import Cut
 
-# cuts whose positions are kept: those of whole sequences come again, those by documents seldom do
-KEPT_CUTS = 64
+# ways to cut a sequence of which it is remembered where their tokens are
+MOST_CUTS = 64
 
 
 class Shares:
-    """Of one rank. `cut`: tokens of a sequence, and a micro-batch's documents -> tokens of each of its segments, whole."""
+    """Of one rank. `cut`: tokens of a sequence and a micro-batch's documents -> tokens of each segment, whole."""
 
     def __init__(
         self,
         mesh: Mesh,
         context: Context | None,
         microbatches: int,
-        cut: Callable[[int, Lengths], tuple[int, ...]],
+        cut: Cut,
         device: torch.device,
     ) -> None:
         self.mesh, self.context, self.microbatches, self.cut = mesh, context, microbatches, cut
         self.device = device
-        self._starts: dict[Batch, list[tuple[int | Tensor, int | Tensor]]] = {}
+        self._starts: Recent[tuple[int, ...], list[tuple[int | Tensor, int | Tensor]]] = Recent(MOST_CUTS)
 
     def batch(self, tokens: Tensor, targets: Tensor) -> Batch:
-        """What a micro-batch is, whole: on all cp and tp ranks together. Raises ConfigError."""
+        """What a micro-batch without documents is, whole: on all cp and tp ranks together. Raises ConfigError."""
         m, dp = self.microbatches, self.mesh.shape.dp
         if tokens.dim() != 2 or tokens.shape != targets.shape or not tokens.numel():
             raise ConfigError(
@@ -58,22 +60,23 @@ class Shares:
             )
         return Batch(tokens.shape[0] // (m * dp), lengths)
 
+    def batches(self, whole: Batch, documents: Lengths) -> tuple[Batch, ...]:
+        """Of each micro-batch of this replica what `batch` says, with its documents of the whole batch's, and cut by them."""
+        size = whole.microbatch_size
+        first = self.mesh.here.dp * self.microbatches * size
+        found = []
+        for at in range(first, first + self.microbatches * size, size):
+            mine = documents[at : at + size]
+            if any(len(lengths) > 1 for lengths in mine):
+                found.append(Batch(size, self.cut(whole.sequence_length, mine), mine))
+            else:
+                found.append(whole)
+        return tuple(found)
+
     def local(self, whole: Batch) -> Batch:
         """The tokens that this rank's attention asks for; where documents begin is said of whole sequences alone."""
         lengths = tuple(n // self.mesh.shape.cp for n in whole.segment_lengths)
         return replace(whole, segment_lengths=lengths, documents=())
-
-    def batches(self, whole: Batch, documents: Lengths) -> list[Batch]:
-        """Of each micro-batch of this rank, whole over cp and tp: with its documents of the whole batch's, and cut by these."""
-        size, first = whole.microbatch_size, self.mesh.here.dp * self.microbatches * whole.microbatch_size
-        found = []
-        for mb in range(self.microbatches):
-            mine = documents[first + mb * size : first + (mb + 1) * size]
-            if any(len(lengths) > 1 for lengths in mine):
-                found.append(replace(whole, segment_lengths=self.cut(whole.sequence_length, mine), documents=mine))
-            else:
-                found.append(whole)
-        return found
 
     def feeds(
         self, tokens: Tensor, targets: Tensor, batches: Sequence[Batch], weights: Tensor | None = None
@@ -87,7 +90,7 @@ class Shares:
         for mb, batch in enumerate(batches):
             rows = slice(mb * size, (mb + 1) * size)
             packed = positions(batch, self.device) if batch.documents else None
-            for seg, (start, gathered) in enumerate(self._starts_of(replace(batch, documents=()))):
+            for seg, (start, gathered) in enumerate(self._starts_of(batch)):
                 length = batch.segment_lengths[seg] // self.mesh.shape.cp
                 here = _tokens(start, length // self.mesh.shape.tp)
                 ours, theirs, *weighing = (t[rows, here] for t in mine)
@@ -102,11 +105,8 @@ class Shares:
         return found
 
     def _starts_of(self, whole: Batch) -> list[tuple[int | Tensor, int | Tensor]]:
-        if whole not in self._starts:
-            if len(self._starts) > KEPT_CUTS:
-                self._starts.clear()
-            self._starts[whole] = [self._places(whole, seg) for seg in range(len(whole.segment_lengths))]
-        return self._starts[whole]
+        segments = range(len(whole.segment_lengths))
+        return self._starts.get(whole.segment_lengths, lambda: [self._places(whole, seg) for seg in segments])
 
     def _places(self, whole: Batch, segment: int) -> tuple[int | Tensor, int | Tensor]:
         """Where this rank's tokens are, and where those that its q, k and v are of."""

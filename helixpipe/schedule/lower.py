@@ -81,7 +81,11 @@ def lower(
     drafts.sort(key=lambda draft: draft[:2])
     messages = tuple(Message(number, *draft[2:]) for number, draft in enumerate(drafts))
     when = [draft[:2] for draft in drafts]
-    ranks = tuple(_place(rank, schedule, clock, messages, when) for rank in range(len(schedule.ranks)))
+    posted: list[list[Message]] = [[] for _ in schedule.ranks]
+    for message in messages:
+        posted[message.src].append(message)
+        posted[message.dst].append(message)
+    ranks = tuple(_place(rank, schedule, clock, mine, when) for rank, mine in enumerate(posted))
     return Program(schedule, shape, each, messages, ranks)
 
 
@@ -194,9 +198,9 @@ def _early(order: tuple[Action, ...], clock: Times, first: Action) -> tuple[floa
 
 
 def _place(
-    rank: int, schedule: Schedule, clock: Times, messages: tuple[Message, ...], when: list[tuple[float, int]]
+    rank: int, schedule: Schedule, clock: Times, messages: list[Message], when: list[tuple[float, int]]
 ) -> tuple[Instruction, ...]:
-    """One rank's instructions: its actions, and between them the messages it posts, in the order of their numbers."""
+    """One rank's instructions: its actions, and between them the messages it posts, `messages`, in the order of their numbers."""
     order = schedule.ranks[rank]
     # place settles equal times: an action that takes no time must not seem to end before what it waits for
     ends = [(clock.end[action], clock.place[action]) for action in order]
@@ -207,8 +211,6 @@ def _place(
     floor = 0  # the slot of the last message
     posts: list[tuple[int, Message]] = []
     for message in messages:
-        if rank not in (message.src, message.dst):
-            continue
         running = bisect.bisect_right(ends, when[message.number])  # the first action that ends later
         if message.src == rank and message.producer is not None:
             slot = index[message.producer] + 1

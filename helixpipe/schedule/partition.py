@@ -35,6 +35,8 @@ BISECTIONS = 60
 GRAIN = 1.01  # bounds closer than this are one
 Documents = Sequence[Sequence[int]]
 """Of each row of a micro-batch the lengths of its documents (tokens); none: a row is one document."""
+Cut = Callable[[int, Documents], tuple[int, ...]]
+"""(tokens of a sequence, a micro-batch's documents) -> tokens of each segment."""
 Seconds = Callable[[int, int], float]
 """(length, context) -> cost of a segment of `length` tokens behind `context` earlier ones.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -11,9 +12,12 @@ from helixpipe.config import Config
 from helixpipe.errors import DataError
 from helixpipe.runtime.mesh import make_device_mesh
 from helixpipe.runtime.pipeline import Pipeline
+from helixpipe.schedule.partition import Cut, Documents
+from helixpipe.schedule.schedule import Schedule
 from helixpipe.train.initial import initial_model
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+_CUTS = 64  # remembered: those of a step's micro-batches
 
 
 def make_pipeline(config: Config, device: str, checkpoint: Path | None) -> Pipeline:
@@ -30,10 +34,24 @@ def make_pipeline(config: Config, device: str, checkpoint: Path | None) -> Pipel
             dtype=_DTYPES[runtime.dtype],
             recompute=runtime.recompute,
             timeout_s=runtime.timeout_s,
-            segment_lengths=config.cut(schedule),
+            segment_lengths=_cut(config, schedule),
             context_method=config.mesh.context_method,
             layout=config.mesh.layout,
+            arrange=config.build_schedule if config.schedule.balance == "work" else None,
         )
+
+
+def _cut(config: Config, schedule: Schedule) -> Cut | None:
+    """As the config cuts sequences, each micro-batch's by its documents; None when they stay whole."""
+    if schedule.segments == 1:
+        return None
+    setting = config.setting()
+
+    @lru_cache(maxsize=_CUTS)
+    def cut(length: int, documents: Documents) -> tuple[int, ...]:
+        return setting.segment_lengths(schedule.segments, documents)
+
+    return cut
 
 
 def check_same_data(mine: tuple[int, ...], pipeline: Pipeline, group: dist.ProcessGroup | None) -> None:

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from helixpipe.config_text import build_config
 from helixpipe.errors import ConfigError
+from helixpipe.parts.work import Batch
 from helixpipe.predict.simulate import simulate_schedule
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.check import check
@@ -122,3 +124,23 @@ def test_on_average_a_step_is_shorter(ranks: int, microbatches: int, folds: int,
 def test_what_is_no_balance_is_refused(options: dict, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         build_schedule("helix", ranks=2, layers=2, microbatches=4, **options)
+
+
+def test_a_config_places_micro_batches_by_the_pairs_of_their_documents() -> None:
+    config = build_config(
+        {
+            "model": {"name": "tiny"},
+            "schedule": {"family": "helix", "ranks": 2, "microbatches": 4, "folds": 1, "balance": "work"},
+            "train": {"sequence_length": 64},
+        }
+    )
+    batches = [Batch(1, (64,), (lengths,)) for lengths in ((64,), (8,) * 8, (60, 4), (32, 32))]
+    assert config.setting().attention_costs([Batch(1, (64,))] * 2 + batches)[:3] == pytest.approx(
+        [config.setting().attention_costs(batches)[0]] * 3
+    )
+    costs = config.setting().attention_costs(batches)
+    pairs = [sum(n * n for n in batch.documents[0]) for batch in batches]
+    assert [each / costs[0] for each in costs] == pytest.approx([each / pairs[0] for each in pairs])
+    by_number, by_work = config.build_schedule(), config.build_schedule(batches)
+    assert places(by_number, 2) == [(0, [1, 3]), (1, [0, 2])]
+    assert places(by_work, 2) == [(0, [0, 3]), (1, [2, 1])]
