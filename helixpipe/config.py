@@ -250,7 +250,7 @@ class RunConfig:
     keep: int = 2
     """Checkpoints to keep: the newest ones."""
     resume: str = ""
-    """'auto' continues the newest good checkpoint of the run folder; a path, that run's or that checkpoint."""
+    """'auto' continues the newest good checkpoint of the run folder, or starts where there is none; a path, that run's or that checkpoint."""
     timeline_step: int = 10
     """The step whose timeline is written, as .json, .svg, .html and for Perfetto; 0 is none."""
 

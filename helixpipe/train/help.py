@@ -17,6 +17,7 @@ from helixpipe.config import (
     TrainConfig,
 )
 from helixpipe.config_data import DataConfig, Sources
+from helixpipe.train.stop import STOPPED
 
 _DEFAULTS = Config()
 _KINDS = ConstructorRegistry()
@@ -26,8 +27,9 @@ _DESCRIPTION = {
     "train": f"""\
 Train a model under a pipeline schedule. The config file is TOML with a key per option below, as key = value \
 under [section]; options on the command line go before it. Starts its ranks itself; under torchrun it joins them. \
---resume alone continues the newest good checkpoint of the run folder, --resume PATH that of another run or one \
-checkpoint of it. {_OF_RESUME}""",
+--resume alone continues the newest good checkpoint of the run folder, or starts where there is none, so that one command \
+does both; --resume PATH continues that of another run or one checkpoint of it. {_OF_RESUME} \
+SIGTERM, SIGUSR1 and Ctrl-C end a run after its step, with a checkpoint and exit code {STOPPED}; a second Ctrl-C ends it at once.""",
     "evaluate": f"""\
 Tell the loss of a checkpoint on held-out data, in all and by position in the sequence, under any schedule and mesh: \
 --resume PATH is a run folder or one of its checkpoints, --resume alone the newest run's; without it, --model.path is a Hugging Face folder. {_OF_RESUME} --json prints one JSON \

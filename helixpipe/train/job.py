@@ -38,6 +38,10 @@ class Job:
     task: Literal["train", "evaluate"] = "train"
     as_json: bool = False
     """Whether an evaluation is told as one JSON object."""
+    numbered: bool = False
+    """Whether the run folder has a number of our choice, so that another will do."""
+    afresh: bool = False
+    """Whether the run folder holds a run that came to no checkpoint, which starts again."""
 
     @property
     def folder(self) -> Path:
@@ -49,7 +53,8 @@ class Job:
 
     def to_json(self) -> str:
         checkpoint = self.checkpoint and str(self.checkpoint)
-        return json.dumps([to_table(self.config), checkpoint, self.step, self.task, self.as_json])
+        others = self.step, self.task, self.as_json, self.numbered, self.afresh
+        return json.dumps([to_table(self.config), checkpoint, *others])
 
     @staticmethod
     def from_json(text: str) -> Job:
@@ -70,22 +75,24 @@ class Prepare(Protocol):
 def prepare(arguments: Sequence[str], warn: Callable[[str], None], ranks: int | None = None) -> Job:
     """A job of training."""
     given = parse_arguments(arguments)
-    config, checkpoint, manifest = _read(given, warn, ranks)
+    config, checkpoint, manifest = _read(given, warn, ranks, may_begin=True)
     config = with_mask_token(config)
     check_model(config, checkpoint)
     corpus = open_corpus(config)
     data = corpus.fingerprint()
-    config = _resolved(config, given, checkpoint)
+    is_auto = config.run.resume == "auto"
+    config, numbered = _resolved(config, given, checkpoint)
     if manifest and checkpoint:
         manifests.check_shape(manifest, config.shape(), checkpoint)
-        if manifest.step >= config.train.steps:
+        if manifest.step >= config.train.steps and not is_auto:
             raise ConfigError(
                 f"train.steps: {config.train.steps}, and {checkpoint} has done {manifest.step}; raise it to continue"
             )
         _tell_changes(renewed(manifest.config), config, warn)
         _tell_other_data(manifest.data, data, warn)
     _tell_remarks(corpus, config, warn)
-    return Job(config, checkpoint, manifest.step if manifest else 0)
+    step = manifest.step if manifest else 0
+    return Job(config, checkpoint, step, numbered=numbered, afresh=is_auto and checkpoint is None)
 
 
 def prepare_evaluation(arguments: Sequence[str], warn: Callable[[str], None], ranks: int | None = None) -> Job:
@@ -111,12 +118,22 @@ def prepare_evaluation(arguments: Sequence[str], warn: Callable[[str], None], ra
 
 
 def _read(
-    given: Arguments, warn: Callable[[str], None], ranks: int | None
+    given: Arguments, warn: Callable[[str], None], ranks: int | None, may_begin: bool = False
 ) -> tuple[Config, Path | None, Manifest | None]:
-    """The config of a command line, and the checkpoint that it goes on from: without a config file, its config is beneath."""
+    """The config of a command line, and the checkpoint that it goes on from: without a config file, its config is beneath.
+
+    `may_begin`: whether a bare --resume that finds no checkpoint is a start, so that one command both starts and goes on.
+    """
     over = _over(given)
     resume = over.get("run", {}).get("resume", "")
-    checkpoint, manifest = _find(resume, over, given, warn) if resume else (None, None)
+    checkpoint, manifest = None, None
+    try:
+        checkpoint, manifest = _find(resume, over, given, warn) if resume else (None, None)
+    except _NothingThere as nothing:
+        if resume != "auto" or not may_begin:
+            raise
+        what, _, _ = str(nothing).partition("; ")
+        warn(f"{what}; starting from the beginning")
     base = renewed(manifest.config) if manifest and given.path is None else {}
     base = {section: keys for section, keys in base.items() if section != "run"} | _kept_run_keys(base)
     config = build_config(merged(base, over))
@@ -136,6 +153,10 @@ def _kept_run_keys(base: Table) -> Table:
     return {"run": run} if run else {}
 
 
+class _NothingThere(CheckpointError):
+    """There is no checkpoint, not even a bad one."""
+
+
 def _find(resume: str, over: Table, given: Arguments, warn: Callable[[str], None]) -> tuple[Path, Manifest]:
     """The checkpoint to continue: a good one, or an error."""
     folder = _latest_run(over, given) if resume == "auto" else Path(resume)
@@ -148,7 +169,7 @@ def _find(resume: str, over: Table, given: Arguments, warn: Callable[[str], None
             return folder.resolve(), manifests.verify(folder)
     inside = folder if folder.name == "checkpoints" else folder / "checkpoints"
     if not manifests.checkpoints(inside):
-        raise CheckpointError(f"--resume: no checkpoint in {inside}; start anew without --resume, in a new folder")
+        raise _NothingThere(f"--resume: no checkpoint in {inside}; start anew without --resume, in a new folder")
     found = manifests.find_newest(inside, warn)
     if found is None:
         raise CheckpointError(f"--resume: no good checkpoint in {inside}; start anew without --resume, in a new folder")
@@ -162,22 +183,25 @@ def _latest_run(over: Table, given: Arguments) -> Path:
     name = _name(over.get("run", {}).get("name", ""), given)
     numbers = _numbers(name)
     if not numbers:
-        raise CheckpointError(f"--resume: no run {_RUNS / name}-<number> here; give --resume PATH or --run.folder")
+        raise _NothingThere(f"--resume: no run {_RUNS / name}-<number> here; give --resume PATH or --run.folder")
     return _RUNS / f"{name}-{numbers[-1]}"
 
 
-def _resolved(config: Config, given: Arguments, checkpoint: Path | None) -> Config:
-    """The config with its run folder decided: the given one, the continued one, or a new one."""
+def _resolved(config: Config, given: Arguments, checkpoint: Path | None) -> tuple[Config, bool]:
+    """The config with its run folder decided: the given one, the continued one, or a new one; whether that is by a number."""
     name = _name(config.run.name, given)
+    may_be_used = config.run.resume == "auto"
     continued = checkpoint.parent.parent if checkpoint and checkpoint.parent.name == "checkpoints" else None
     if config.run.folder:
         folder = Path(config.run.folder).resolve()
         if folder != continued:
-            refuse_used(folder)
+            refuse_used(folder, may_be_used)
     else:
-        folder = continued or (_RUNS / f"{name}-{(_numbers(name) or [0])[-1] + 1}").resolve()
+        last = (_numbers(name) or [0])[-1]
+        folder = continued or (_RUNS / f"{name}-{last if last and may_be_used else last + 1}").resolve()
     run = dataclasses.replace(config.run, name=name, folder=str(folder), resume="")
-    return _anywhere(dataclasses.replace(config, run=run))
+    is_numbered = not config.run.folder and continued is None
+    return _anywhere(dataclasses.replace(config, run=run)), is_numbered
 
 
 def _anywhere(config: Config) -> Config:
@@ -205,13 +229,17 @@ def _absolute_sources(given: Sources) -> Sources:
     return tuple(dataclasses.replace(each, path=_absolute(each.path)) for each in given)
 
 
-def refuse_used(folder: Path) -> None:
-    """Raise ConfigError when a new run would write over another, or nothing can be written."""
+def refuse_used(folder: Path, may_be_used: bool = False) -> None:
+    """Raise ConfigError when a new run would write over another, or nothing can be written.
+
+    `may_be_used`: by a run that came to no checkpoint.
+    """
     if why := fault(folder / "config.toml"):
         raise ConfigError(f"run.folder: '{folder}' cannot be made: {why}")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"run.folder: '{folder}' is a file; choose another folder")
-    if (folder / "config.toml").exists() or (folder / "checkpoints").exists():
+    is_used = (folder / "config.toml").exists() or (folder / "checkpoints").exists()
+    if is_used and not (may_be_used and not manifests.checkpoints(folder / "checkpoints")):
         raise ConfigError(
             f"run.folder: '{folder}' has a run already; continue it with --resume or choose another folder"
         )

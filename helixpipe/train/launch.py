@@ -23,7 +23,9 @@ from types import FrameType
 from helixpipe import errors
 from helixpipe.errors import ConfigError, HelixpipeError, RankError
 from helixpipe.train.job import Job, Prepare
+from helixpipe.train.lock import claimed
 from helixpipe.train.manifest import checkpoints
+from helixpipe.train.stop import SIGNALS, STOPPED, Stop
 
 POLL_S = 0.05
 # after a rank said that it lost another, so long for that one to be found dead
@@ -56,7 +58,7 @@ class _Rank:
 
     @property
     def failed(self) -> bool:
-        return self.ended() and self.process.returncode != 0
+        return self.ended() and self.process.returncode not in (0, STOPPED)
 
     def __str__(self) -> str:
         return f"rank {self.number} (pid {self.process.pid})"
@@ -68,16 +70,15 @@ def launch(arguments: Sequence[str], prepare: Prepare) -> int:
         from helixpipe.train.worker import join
 
         return join(arguments, warn, prepare)
-    job = prepare(arguments, warn)
+    job, stop = prepare(arguments, warn), Stop()
     try:
-        with _terminated_as_interrupted():
+        with claimed(job) as job, stop.listening() if job.task == "train" else _terminated_as_interrupted():
             if job.config.mesh_shape().size == 1:
                 from helixpipe.runtime.place import Place
                 from helixpipe.train.worker import work
 
-                work(job, Place(0, 1, 0, 1), None)
-                return 0
-            return _launch(job)
+                return work(job, Place(0, 1, 0, 1), None, stop)
+            return _launch(job, stop)
     except KeyboardInterrupt:
         warn(f"interrupted{_going_on(job)}")
         return 130
@@ -88,7 +89,7 @@ def warn(line: str) -> None:
     print(f"helixpipe: {line}", file=sys.stderr, flush=True)
 
 
-def _launch(job: Job) -> int:
+def _launch(job: Job, stop: Stop) -> int:
     listener = _listen(job.config.runtime.port)
     port = listener.getsockname()[1]
     ranks: list[_Rank] = []
@@ -96,9 +97,14 @@ def _launch(job: Job) -> int:
         for number in range(job.config.mesh_shape().size):
             ranks += [_start(job, number, port)]  # one by one, so that those started are stopped
         with _host(listener, len(ranks)):  # imports torch while the ranks do
+            told = 0
             while not all(rank.ended() for rank in ranks):
                 if any(rank.failed for rank in ranks):
                     break
+                if stop.asked != told:
+                    told = stop.asked
+                    for rank in ranks:
+                        rank.process.send_signal(told if told != signal.SIGINT else signal.SIGTERM)
                 time.sleep(POLL_S)
             return _outcome(job, ranks)
     finally:
@@ -170,7 +176,7 @@ def _outcome(job: Job, ranks: list[_Rank]) -> int:
     """What to tell the user of ranks of which one or all have ended: the cause, not what followed from it."""
     failed = [rank for rank in ranks if rank.failed]
     if not failed:
-        return 0
+        return max(rank.process.returncode for rank in ranks)
     deadline = time.monotonic() + SETTLE_S
     while min(map(_distance, failed)) > 1 and time.monotonic() < deadline and not all(rank.ended() for rank in ranks):
         time.sleep(POLL_S)
@@ -206,10 +212,10 @@ def _distance(rank: _Rank) -> int:
 
 
 def _stop(ranks: list[_Rank]) -> None:
-    """End whatever still runs."""
+    """End whatever still runs: a rank whose launcher is silent for good ends by itself, or is killed."""
     for rank in ranks:
-        if rank.process.poll() is None:
-            rank.process.terminate()
+        if rank.process.stdin is not None:
+            rank.process.stdin.close()
     deadline = time.monotonic() + STOP_S
     for rank in ranks:
         try:
@@ -217,15 +223,16 @@ def _stop(ranks: list[_Rank]) -> None:
         except subprocess.TimeoutExpired:
             rank.process.kill()
             rank.process.wait()
-        if rank.process.stdin is not None:
-            rank.process.stdin.close()
         rank.ended()
 
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C reaches every process of the terminal: ranks inherit that they leave it to the launcher."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Ctrl-C reaches every process of the terminal: ranks inherit that they leave it to the launcher.
+
+    The signals that ask for an end wait until a rank can hear them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:

@@ -31,7 +31,7 @@ from helixpipe.predict.timeline import Timeline
 from helixpipe.predict.timeline_text import to_json
 from helixpipe.schedule.program import Program
 from helixpipe.train import manifest as manifests
-from helixpipe.train.job import Job, refuse_used
+from helixpipe.train.job import Job
 from helixpipe.view.html import page
 from helixpipe.view.perfetto import perfetto
 from helixpipe.view.svg import render
@@ -60,6 +60,7 @@ class Log:
         self._first_held_out: float | None = None
         self._held_out: float | None = None
         self._left: list[Path] = []
+        self._end = ""
         self._begun = time.monotonic()
 
     def __enter__(self) -> Log:
@@ -74,7 +75,10 @@ class Log:
         if self._progress is not None:
             self._progress.stop()
         if self.speaks and kind is None:
-            self._summary()
+            if self._end:
+                self._say(self._end)
+            else:
+                self._summary()
 
     def reading(self, line: str) -> None:
         """What is read and how, or what was read."""
@@ -134,6 +138,18 @@ class Log:
         write_text(folder / "timeline.html", page(both, title, facts, stages=stages))
         write_text(folder / "timeline.perfetto.json", perfetto(both, stages))
 
+    @property
+    def was_stopped(self) -> bool:
+        return bool(self._end)
+
+    def stopped(self, step: int, asked: str) -> None:
+        """The run ends after a step because a signal asked it to."""
+        folder = shortened(self.job.folder)
+        goes_on = f"step {step} is in its checkpoint, and --resume {folder} goes on from there"
+        if not self.job.config.run.checkpoint_every:
+            goes_on = f"no checkpoint was written after step {step}, since run.checkpoint_every is 0"
+        self._end = f"helixpipe: stopped by {asked}: {goes_on}"
+
     def flush(self) -> None:
         """Put the metrics on the disk for good: a checkpoint must not know steps that they do not."""
         if self.speaks and self._metrics.exists():
@@ -142,8 +158,6 @@ class Log:
 
     def _open_folder(self) -> None:
         folder = self.job.folder
-        if self.job.checkpoint is None:
-            refuse_used(folder)  # another run may have taken it since the job was made ready
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

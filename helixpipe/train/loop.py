@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 
+import torch
 import torch.distributed as dist
 
 from helixpipe.errors import ConfigError
@@ -18,11 +20,13 @@ from helixpipe.train.manifest import read_manifest
 from helixpipe.train.objective import Objective
 from helixpipe.train.optimizer import Optimizer
 from helixpipe.train.start import check_same_data, make_pipeline
+from helixpipe.train.stop import Stop
 from helixpipe.train.usage import Usage
 
 
-def train(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
-    """Train until the config's last step. `group` carries objects between the ranks' CPUs, None with one rank.
+def train(job: Job, device: str, group: dist.ProcessGroup | None, stop: Stop) -> bool:
+    """Train until the config's last step, or until a step after which `stop` was asked on any rank; whether it came to the
+    last. `group` carries objects between the ranks' CPUs, None with one rank.
 
     The same job gives the same losses, on CPUs bit for bit, however often it is interrupted: weights and optimizer
     come from the checkpoint, batches and learning rate from the step alone. On CUDA attention's backward adds in no
@@ -50,6 +54,7 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
         log.reading(corpus.described())
         if job.step == 0:
             evaluate(pipeline, corpus, objective, settings.evaluate_sequences, log, step=0)
+        step = job.step
         for step in range(job.step + 1, settings.steps + 1):
             begun = time.perf_counter()
 
@@ -74,13 +79,29 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
 
             # how well it does on text it never trains on, and a place to go on from
             last = step == settings.steps
+            asked = "" if last else _asked(stop, group, pipeline)
             if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
                 evaluate(pipeline, corpus, objective, settings.evaluate_sequences, log, step)
-            if run.checkpoint_every and (last or step % run.checkpoint_every == 0):
+            if run.checkpoint_every and (last or asked or step % run.checkpoint_every == 0):
                 log.flush()
                 checkpoints.save(optimizer.state(step), step, config, used.table(corpus.epochs(step)))
-        log.reading(used.told(corpus.epochs(settings.steps)))
+            if asked:
+                log.stopped(step, asked)
+                break
+        log.reading(used.told(corpus.epochs(step)))
     pipeline.close()
+    return not log.was_stopped
+
+
+def _asked(stop: Stop, group: dist.ProcessGroup | None, pipeline: Pipeline) -> str:
+    """The name of the signal by which any rank was asked to stop, the same on all; "" while none was. Collective."""
+    asked = stop.asked
+    if group is not None:
+        heard = torch.tensor([asked])
+        with pipeline.together("the question whether to go on"):
+            dist.all_reduce(heard, dist.ReduceOp.MAX, group)
+        asked = int(heard)
+    return signal.Signals(asked).name if asked else ""
 
 
 def evaluate(pipeline: Pipeline, corpus: Corpus, objective: Objective, sequences: int, log: Log, step: int) -> None:

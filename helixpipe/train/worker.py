@@ -6,9 +6,12 @@ import json
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -22,24 +25,28 @@ from helixpipe.runtime.place import Place
 from helixpipe.runtime.watch import starting
 from helixpipe.train.held_out import evaluate
 from helixpipe.train.job import Job, Prepare
+from helixpipe.train.lock import claimed
 from helixpipe.train.loop import train
+from helixpipe.train.meeting import meet
+from helixpipe.train.stop import STOPPED, Stop
 
 # where rank 0 leaves the job for ranks that torchrun started; "" when it has none
 _JOB = "helixpipe/job"
 
 
-def work(job: Job, place: Place, store: Store | None) -> None:
-    """Carry out a job as one rank. `store` is where ranks meet, None when there is one. Raises HelixpipeError."""
+def work(job: Job, place: Place, store: Store | None, stop: Stop) -> int:
+    """Carry out a job as one rank; the exit code. `store` is where ranks meet, None when there is one. Raises HelixpipeError."""
     torch.set_num_threads(job.config.runtime.threads)
     device = place.device(job.config.runtime.device, "runtime.device")
     group = None
     if store is not None:
         group = _meet(job, place, store, device)
     try:
-        if job.task == "train":
-            train(job, device, group)
-        else:
+        code = 0
+        if job.task == "evaluate":
             evaluate(job, device, group)
+        elif not train(job, device, group, stop):
+            code = STOPPED
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -50,19 +57,31 @@ def work(job: Job, place: Place, store: Store | None) -> None:
         ) from None
     if group is not None:
         dist.destroy_process_group()
+    return code
 
 
 def join(arguments: Sequence[str], warn: Callable[[str], None], prepare: Prepare) -> int:
     """Be a rank that torchrun started; the exit code. Rank 0 prepares the job for all."""
-    place = Place.from_environment()
+    place, stop = Place.from_environment(), Stop()
+    try:
+        with stop.listening(), ExitStack() as held:
+            return _join(place, stop, held, lambda: prepare(arguments, warn, place.ranks))
+    except HelixpipeError as error:
+        _leave_word(error)
+        raise
+
+
+def _join(place: Place, stop: Stop, held: ExitStack, prepare: Callable[[], Job]) -> int:
     try:
         store, _, _ = next(iter(rendezvous("env://")))
     except (RuntimeError, ValueError) as error:
         raise RankError(f"rank {place.rank} did not meet the others: {' '.join(str(error).split())}") from None
+    with starting(place.rank):
+        store = meet(store, place.rank, place.ranks, store.timeout)
     if place.rank == 0:
         text = ""
         try:
-            job = prepare(arguments, warn, place.ranks)
+            job = held.enter_context(claimed(prepare()))
             text = job.to_json()
         finally:
             store.set(_JOB, text)
@@ -74,12 +93,19 @@ def join(arguments: Sequence[str], warn: Callable[[str], None], prepare: Prepare
         job = Job.from_json(text)
     place.device(job.config.runtime.device, "runtime.device")  # a fault of this machine alone: whoever has it says it
     try:
-        work(job, place, store)
+        return work(job, place, store, stop)
     except (CheckpointError, ConfigError):
         if place.rank == 0:
             raise
         return 2  # an error of all ranks, which rank 0 says
-    return 0
+
+
+def _leave_word(error: HelixpipeError) -> None:
+    """For torchrun, which ends its own report with what a rank left in a file."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        said = {"message": str(error), "extraInfo": {"timestamp": str(int(time.time()))}}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": said}), encoding="utf-8")
 
 
 def _meet(job: Job, place: Place, store: Store, device: str) -> dist.ProcessGroup:
@@ -98,10 +124,10 @@ def _main() -> NoReturn:
     """`python -m helixpipe.train.worker`: a rank that the launcher started."""
     line, report = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_launcher, daemon=True, name="helixpipe-launcher").start()
-    code = 1
+    code, stop = 1, Stop()
     try:
-        _work_as_told(Job.from_json(line))
-        code = 0
+        with stop.listening():
+            code = _work_as_told(Job.from_json(line), stop)
     except HelixpipeError as error:
         os.write(report, json.dumps([type(error).__name__, str(error)]).encode())
         code = 2
@@ -112,14 +138,14 @@ def _main() -> NoReturn:
     os._exit(code)  # without the waits for peers that tearing down a broken group would do
 
 
-def _work_as_told(job: Job) -> None:
+def _work_as_told(job: Job, stop: Stop) -> int:
     place = Place.from_environment()
     port, timeout = int(os.environ["MASTER_PORT"]), timedelta(seconds=job.config.runtime.timeout_s)
     try:
         store = TCPStore(os.environ["MASTER_ADDR"], port, place.ranks, False, timeout, wait_for_workers=False)
     except RuntimeError as error:
         raise RankError(f"rank {place.rank} did not meet the others: {' '.join(str(error).split())}") from None
-    work(job, place, store)
+    return work(job, place, store, stop)
 
 
 def _end_with_launcher() -> None:

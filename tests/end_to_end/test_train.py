@@ -161,10 +161,83 @@ def test_ctrl_c_ends_every_rank(tmp_path: Path, start: Callable[..., Run]) -> No
     ranks = run.ranks()
     for pid in (run.process.pid, *ranks):  # as a terminal does: to all of them
         os.kill(pid, signal.SIGINT)
-    assert run.wait(timeout_s=10) == 130
+    assert run.wait(timeout_s=30) == 75
+    assert not any(map(alive, ranks))
+    said = run.err.splitlines()[-1]
+    assert said.startswith("helixpipe: stopped by SIGTERM: no checkpoint was written after step ")
+    assert said.endswith(", since run.checkpoint_every is 0")
+    assert "Traceback" not in run.err
+
+
+def test_ctrl_c_twice_ends_every_rank_at_once(tmp_path: Path, start: Callable[..., Run]) -> None:
+    run = start("small.toml", "--train.steps", "5000", "--run.checkpoint_every", "0")
+    run.until((tmp_path / "runs" / "small-1" / "timeline.svg").exists)
+    ranks = run.ranks()
+    os.kill(ranks[1], signal.SIGSTOP)  # a step that does not end
+    os.kill(run.process.pid, signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        run.wait(timeout_s=1)
+    os.kill(run.process.pid, signal.SIGINT)
+    assert run.wait(timeout_s=20) == 130
     assert not any(map(alive, ranks))
     assert run.err.splitlines()[-1] == "helixpipe: interrupted; there is no checkpoint yet"
     assert "Traceback" not in run.err
+
+
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_is_asked_to_stop_finishes_its_step_and_the_same_command_goes_on(
+    reference: Path, tmp_path: Path, start: Callable[..., Run], asked: signal.Signals
+) -> None:
+    command = ["small.toml", "--run.folder", "here", "--run.resume", "auto", "--run.checkpoint_every", "1000"]
+    run = start(*command)
+    run.until((tmp_path / "here" / "timeline.svg").exists)
+    run.process.send_signal(asked)
+    assert run.wait() == 75, run.err
+    (written,) = (tmp_path / "here" / "checkpoints").iterdir()
+    step = int(written.name.removeprefix("step-"))
+    assert run.err.splitlines()[-1] == (
+        f"helixpipe: stopped by {asked.name}: step {step} is in its checkpoint, and --resume here goes on from there"
+    )
+    assert "starting from the beginning" in run.err
+    again = start(*command)
+    assert again.wait() == 0, again.err
+    assert losses(tmp_path / "here") == losses(reference)
+    done = start(*command)  # once more: nothing is left to do
+    assert done.wait() == 0, done.err
+    assert losses(tmp_path / "here") == losses(reference)
+
+
+def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(
+    reference: Path, tmp_path: Path, start: Callable[..., Run]
+) -> None:
+    command = [*TORCHRUN[:3], "--max-restarts", "2", *TORCHRUN[3:]]
+    run = start("train", "small.toml", "--run.folder", "here", "--run.resume", "auto", command=command)
+    for count, step in enumerate((5, 10)):
+        run.until((tmp_path / "here" / "checkpoints" / f"step-{step:08d}").exists)
+        children = run.ranks()
+        assert len(children) == 2
+        os.kill(children[count], signal.SIGKILL)
+    assert run.wait() == 0, run.err
+    assert losses(tmp_path / "here") == losses(reference)
+
+
+def test_two_runs_in_one_folder_are_one_and_a_refusal(tmp_path: Path, start: Callable[..., Run]) -> None:
+    first = start("small.toml", "--run.folder", "here", "--train.steps", "5000")
+    first.until((tmp_path / "here" / "checkpoints").exists)
+    second = Run(tmp_path / "second", "--resume", str(tmp_path / "here"))
+    assert second.wait(60) == 2
+    assert second.err.splitlines()[-1] == (
+        f"helixpipe: error: run.folder: '{tmp_path}/here' is in use by process {first.process.pid} on "
+        f"{socket.gethostname()}; wait for it or stop it, or choose another folder"
+    )
+    first.process.kill()
+
+
+def test_two_runs_at_once_take_two_numbers(tmp_path: Path, start: Callable[..., Run]) -> None:
+    few = ["small.toml", "--train.steps", "3", "--run.checkpoint_every", "0", "--schedule.ranks", "1"]
+    runs = [start(*few), start(*few)]
+    assert [run.wait() for run in runs] == [0, 0]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["small-1", "small-2"]
 
 
 def test_a_rank_that_stands_still_is_named_in_time(tmp_path: Path, start: Callable[..., Run]) -> None:

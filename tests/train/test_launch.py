@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -21,14 +20,15 @@ JOB = Job(Config(), None, 0)
 
 
 def rank(number: int, code: str, said: HelixpipeError | None = None) -> launch._Rank:
-    return launch._Rank(number, subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL), -1, said)
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    return launch._Rank(number, process, -1, said)
 
 
 KILLED = "import os; os.kill(os.getpid(), 9)"
 SAID = "import sys; sys.exit(2)"
 LOST = "import time, sys; time.sleep(0.2); sys.exit(2)"
 BROKE = "raise RuntimeError"
-RUNS = "import time; time.sleep(60)"
+RUNS = "import sys; sys.stdin.read()"
 
 
 def outcome(*ranks: launch._Rank, job: Job = JOB) -> int:
@@ -70,13 +70,18 @@ def test_a_rank_that_ends_without_a_word_is_named(capsys: pytest.CaptureFixture[
     assert " ended with exit code 1; " in capsys.readouterr().err
 
 
-def test_a_rank_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(launch, "STOP_S", 0.3)
-    ready = tmp_path / "ready"
-    code = f"import signal, time; signal.signal(15, signal.SIG_IGN); open({str(ready)!r}, 'w'); time.sleep(60)"
-    stubborn = rank(0, code)
-    while not ready.exists():
+def test_a_rank_that_stops_as_asked_has_not_failed() -> None:
+    stopped = "import sys; sys.exit(75)"
+    ranks = [rank(0, stopped), rank(1, stopped)]
+    while not all(each.ended() for each in ranks):
         time.sleep(0.01)
+    assert not any(each.failed for each in ranks)
+    assert launch._outcome(JOB, ranks) == 75
+
+
+def test_a_rank_that_does_not_end_by_itself_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "STOP_S", 0.3)
+    stubborn = rank(0, "import time; time.sleep(60)")
     launch._stop([stubborn])
     assert stubborn.process.returncode == -signal.SIGKILL
 

@@ -16,6 +16,7 @@ from helixpipe.errors import ConfigError, HelixpipeError, RankError
 from helixpipe.runtime.oom import out_of_memory
 from helixpipe.train import worker
 from helixpipe.train.job import Job, prepare
+from helixpipe.train.stop import Stop
 from helixpipe.train.worker import Place
 
 JOB = Job(Config(runtime=RuntimeConfig(device="cpu", threads=torch.get_num_threads())), None, 0)
@@ -43,9 +44,9 @@ def _no_python_memory() -> None:
     ],
 )
 def test_out_of_memory_says_what_to_do(monkeypatch: pytest.MonkeyPatch, ask: Callable[[], None], said: str) -> None:
-    monkeypatch.setattr(worker, "train", lambda job, device, group: ask())
+    monkeypatch.setattr(worker, "train", lambda job, device, group, stop: ask())
     with pytest.raises(HelixpipeError) as caught:
-        worker.work(JOB, ALONE, None)
+        worker.work(JOB, ALONE, None, Stop())
     assert re.fullmatch(
         "rank 0 ran out of memory on cpu: lower train.sequence_length or train.microbatch_size, or set runtime.recompute, "
         rf"mlp_chunk and head_chunk \({said}\)",
@@ -54,12 +55,12 @@ def test_out_of_memory_says_what_to_do(monkeypatch: pytest.MonkeyPatch, ask: Cal
 
 
 def test_another_error_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(job: Job, device: str, group: object) -> None:
+    def broken(job: Job, device: str, group: object, stop: Stop) -> None:
         raise RuntimeError("a matrix of the wrong size")
 
     monkeypatch.setattr(worker, "train", broken)
     with pytest.raises(RuntimeError, match=r"^a matrix of the wrong size$"):
-        worker.work(JOB, ALONE, None)
+        worker.work(JOB, ALONE, None, Stop())
     assert not out_of_memory(RuntimeError("a matrix of the wrong size"))
 
 
@@ -82,6 +83,7 @@ def second_of_two(monkeypatch: pytest.MonkeyPatch) -> dist.Store:
         monkeypatch.setenv(name, str(value))
     store = dist.HashStore()
     monkeypatch.setattr(worker, "rendezvous", lambda where: iter([(store, 1, 2)]))
+    monkeypatch.setattr(worker, "meet", lambda store, rank, ranks, timeout: store)
     return store
 
 
