@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -14,11 +14,9 @@ from torch.distributed.distributed_c10d import Store, _get_default_store
 
 from helixpipe.errors import ConfigError, RankError
 from helixpipe.mesh import MeshShape
-from helixpipe.model.attn import Attention
 from helixpipe.model.chunked import Chunked
 from helixpipe.model.decoder import Model
 from helixpipe.model.head import takes_weights
-from helixpipe.parts.part import Part
 from helixpipe.parts.work import Batch, Keeping
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
 from helixpipe.runtime.buffers import Buffers
@@ -36,6 +34,7 @@ from helixpipe.runtime.same import check_same
 from helixpipe.runtime.shards import Shards
 from helixpipe.runtime.shares import Shares
 from helixpipe.runtime.stages import Stages
+from helixpipe.runtime.suited import check_attention, check_positions, check_segments
 from helixpipe.runtime.tape import POLICIES, Tape
 from helixpipe.runtime.tensor import TensorParallel
 from helixpipe.runtime.transport import Transport
@@ -87,7 +86,7 @@ class Pipeline:
         if recompute not in POLICIES:
             raise ConfigError(f"runtime.recompute: '{recompute}' is not known; known: {', '.join(POLICIES)}")
         given = None if segment_lengths is None or callable(segment_lengths) else tuple(segment_lengths)
-        _check_segments(model, schedule, given)
+        check_segments(model, schedule, given)
         self.model, self.schedule, self.device, self.dtype = model, schedule, torch.device(device), dtype
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # events, kernels and gathered objects go to the current one
@@ -106,7 +105,7 @@ class Pipeline:
         self._shares = Shares(self.mesh, context, schedule.microbatches, cut, self.device)
         modules = Modules(model, schedule, self.rank, self.device, dtype, self._tensor, self.mesh.told)
         self._shape, self._weights, self._of_one_document = modules.shape, Weights(modules), modules.of_one_document
-        _check_attention(self._weights.modules, schedule.segments)
+        check_attention(self._weights.modules, schedule.segments)
         for part, module in self._weights.modules.items():
             if context is not None:
                 context.join(part, module)
@@ -312,7 +311,7 @@ class Pipeline:
         """Of each rank: its loss times `scale`, where its buffers are, and of an evaluation what `losses.of_rank` says."""
         batch = self._shares.batch(tokens, targets)
         self._check_weighed(weights, targets)
-        _check_positions(self.model, batch, documents)
+        check_positions(self.model, batch, documents)
         batches = self._shares.batches(batch, documents)
         for lengths in dict.fromkeys(each.segment_lengths for each in batches):
             self._divided.check(self.model.shape, lengths)
@@ -388,44 +387,6 @@ def _squared(gradients: Iterable[Tensor]) -> float:
     """The sum of all elements' squares."""
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
     return float(torch.stack(norms).square().sum()) if norms else 0.0
-
-
-def _check_segments(model: Model, schedule: Schedule, lengths: tuple[int, ...] | None) -> None:
-    """A sequence can be cut only where what comes later does not matter, and where its state is known."""
-    if schedule.segments == 1:
-        return
-    if lengths is not None and (len(lengths) != schedule.segments or min(lengths) < 1):
-        raise ConfigError(
-            f"segment_lengths: {lengths}; the schedule has {schedule.segments} segments: give as many lengths, none 0"
-        )
-    if not model.shape.causal:
-        raise ConfigError(
-            "model.causal: false; a segment of bidirectional attention needs the segments after it: use helix, or one segment"
-        )
-    block = next((part for stage in schedule.stages for part in stage.parts if part.about.opaque), None)
-    if block is not None:
-        raise ConfigError(
-            f"schedule.segments: {block} is opaque, so what it carries from segment to segment is not known"
-        )
-
-
-def _check_attention(modules: Mapping[Part, nn.Module], segments: int) -> None:
-    """Another's attention would see no more than its own segment, and nobody would notice."""
-    for part, module in modules.items():
-        if segments > 1 and part.about.attends and not isinstance(module, Attention):
-            raise ConfigError(
-                f"schedule.segments: {part} is {type(module).__name__}, which is not handed the keys and values of earlier "
-                "segments; use helixpipe.Attention, or segments = 1"
-            )
-
-
-def _check_positions(model: Model, batch: Batch, documents: Lengths) -> None:
-    shape, length = model.shape, max((max(lengths) for lengths in documents), default=batch.sequence_length)
-    if shape.positions == "learned" and length > shape.context:
-        raise ConfigError(
-            f"tokens: {length} a {'document' if documents else 'sequence'}, and learned positions have room for {shape.context}; "
-            "shorten them or raise model.context"
-        )
 
 
 def _store() -> Store:
