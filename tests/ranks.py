@@ -14,6 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+CONTEXT = mp.get_context("forkserver")
+"""How tests start processes that need torch: forked from one that imported it once, before it had threads or groups."""
+CONTEXT.set_forkserver_preload(["helixpipe.runtime.pipeline"])
+
 
 def _serve(rank: int, ranks: int, port: int, jobs: Any, results: Any) -> None:
     torch.set_num_threads(1)
@@ -34,12 +38,11 @@ class Ranks:
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
-        context = mp.get_context("spawn")
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self._results = context.Queue()
-        self._jobs = [context.Queue() for _ in range(ranks)]
+        self._results = CONTEXT.Queue()
+        self._jobs = [CONTEXT.Queue() for _ in range(ranks)]
         self._processes = [
-            context.Process(target=_serve, args=(r, ranks, self._store.port, self._jobs[r], self._results), daemon=True)
+            CONTEXT.Process(target=_serve, args=(r, ranks, self._store.port, self._jobs[r], self._results), daemon=True)
             for r in range(ranks)
         ]
         for process in self._processes:

@@ -20,7 +20,7 @@ from helixpipe.hub.adapter import Adapter
 from helixpipe.hub.folder import Folder, Source
 from helixpipe.hub.headers import DTYPES, Stored
 from helixpipe.hub.pickled import opened
-from helixpipe.model.decoder import Decoder, Held
+from helixpipe.model.decoder import Decoder, Held, put
 from helixpipe.parts.lora import Lora
 from helixpipe.parts.part import Part
 from helixpipe.parts.shape import ModelShape
@@ -81,8 +81,7 @@ class Loaded(Decoder):
             parameter = nn.Parameter(
                 self._values(name, size, sizes[place], held), requires_grad=self.shape.trains(name)
             )
-            *path, leaf = place.split(".")
-            setattr(module.get_submodule(".".join(path)), leaf, parameter)
+            put(module, place, parameter)
         return module
 
     def _values(self, name: str, size: tuple[int, ...], mine: tuple[int, ...], held: Held) -> Tensor:

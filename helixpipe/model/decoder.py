@@ -81,11 +81,12 @@ class Decoder:
 
     def part(self, part: Part) -> nn.Module:
         module = self.bare(part)
-        module.to_empty(device="cpu")
-        for place, parameter in module.named_parameters():
+        for place, bare in list(module.named_parameters()):
             name = self.shape.parameter_name(part, place)
+            # not `to_empty`: on the meta device torch imports sympy for it, a third of a second
+            parameter = nn.Parameter(torch.empty(bare.shape, dtype=bare.dtype), self.shape.trains(name))
             self._initialise(name, parameter)
-            parameter.requires_grad_(self.shape.trains(name))
+            put(module, place, parameter)
         return module
 
     @torch.no_grad()
@@ -108,3 +109,9 @@ class Decoder:
                 return
             residual = name.endswith(("o.weight", "down.weight"))
             parameter.normal_(0.0, 0.02 / math.sqrt(2 * self.shape.layers if residual else 1), generator=generator)
+
+
+def put(module: nn.Module, place: str, parameter: nn.Parameter) -> None:
+    """Let `parameter` be the module's at this place, such as `up.weight`."""
+    path, _, leaf = place.rpartition(".")
+    setattr(module.get_submodule(path), leaf, parameter)

@@ -16,8 +16,8 @@ class Embed(nn.Module):
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(shape.vocabulary, shape.hidden)
-        self.positions = nn.Embedding(shape.context, shape.hidden) if shape.positions == "learned" else None
+        self.tokens = _table(shape.vocabulary, shape.hidden)
+        self.positions = _table(shape.context, shape.hidden) if shape.positions == "learned" else None
         self.norm = norm(shape) if shape.embed_norm else None
         self.scale = shape.embed_scale
 
@@ -31,6 +31,12 @@ class Embed(nn.Module):
             else:
                 x = x + self.positions.weight[start : start + tokens.shape[1]]
         return x if self.norm is None else self.norm(x)
+
+
+def _table(rows: int, hidden: int) -> nn.Embedding:
+    """Without values: drawing normal ones on the meta device takes a second, in which torch imports its compiler."""
+    table: nn.Embedding = nn.Embedding.from_pretrained(torch.empty(rows, hidden), freeze=False)
+    return table
 
 
 def make(recipe: Recipe) -> nn.Module:

@@ -150,7 +150,7 @@ class Tape:
                     record.gradients[value] = gradients.pop(value).tensor
             if record.root is not None:
                 with self.ledger.graphs():  # a chunked part builds its graphs here
-                    torch.autograd.backward([record.root], [feed.tokens.new_zeros((), dtype=torch.float32)])
+                    torch.autograd.backward([record.root])  # it reads no gradient; a given one makes torch import sympy
             for value, leaf in record.leaves.items():
                 gradient = (
                     torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device) if leaf.grad is None else leaf.grad

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import re
 import signal
@@ -15,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import batch
-from ranks import Ranks
+from ranks import CONTEXT, Ranks
 from test_mesh import device_mesh, sized
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
@@ -61,10 +60,9 @@ def _rank(rank: int, port: int, fate: str, results: Any) -> None:
 
 def _told_by_rank_0(work: Callable[..., None], *args: str) -> tuple[str, float]:
     """The message of the error, and after how long."""
-    context = mp.get_context("spawn")
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    results = context.Queue()
-    processes = [context.Process(target=work, args=(rank, store.port, *args, results)) for rank in range(2)]
+    results = CONTEXT.Queue()
+    processes = [CONTEXT.Process(target=work, args=(rank, store.port, *args, results)) for rank in range(2)]
     for process in processes:
         process.start()
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import re
 import signal
@@ -14,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import batch
-from ranks import Ranks
+from ranks import CONTEXT, Ranks
 from test_mesh import device_mesh, sized
 from torch import Tensor, nn
 
@@ -196,10 +195,9 @@ SAID = {
 
 @pytest.mark.parametrize(("axis", "fate"), [("cp", "silent"), ("tp", "killed"), ("dp", "killed")])
 def test_a_rank_that_dies_or_is_silent_in_a_part_is_named(axis: str, fate: str) -> None:
-    context = mp.get_context("spawn")
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    results = context.Queue()
-    processes = [context.Process(target=_rank, args=(rank, store.port, axis, fate, results)) for rank in range(2)]
+    results = CONTEXT.Queue()
+    processes = [CONTEXT.Process(target=_rank, args=(rank, store.port, axis, fate, results)) for rank in range(2)]
     for process in processes:
         process.start()
     try:
