@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from helixpipe.errors import ConfigError
-from helixpipe.parts.work import Batch
+from helixpipe.parts.work import Batch, microbatches
 from helixpipe.runtime.context import Context
 from helixpipe.runtime.documents import Lengths, positions
 from helixpipe.runtime.mesh import Mesh
@@ -65,15 +66,8 @@ class Shares:
 
     def batches(self, whole: Batch, documents: Lengths) -> list[Batch]:
         """Of each micro-batch of this rank, whole over cp and tp: with its documents of the whole batch's, and cut by these."""
-        size, first = whole.microbatch_size, self.mesh.here.dp * self.microbatches * whole.microbatch_size
-        found = []
-        for mb in range(self.microbatches):
-            mine = documents[first + mb * size : first + (mb + 1) * size]
-            if any(len(lengths) > 1 for lengths in mine):
-                found.append(replace(whole, segment_lengths=self.cut(whole.sequence_length, mine), documents=mine))
-            else:
-                found.append(whole)
-        return found
+        first = self.mesh.here.dp * self.microbatches * whole.microbatch_size
+        return microbatches(whole, self.microbatches, documents[first:], partial(self.cut, whole.sequence_length))
 
     def feeds(
         self, tokens: Tensor, targets: Tensor, batches: Sequence[Batch], weights: Tensor | None = None

@@ -15,9 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from helixpipe.config import Config
+from helixpipe.config import Config, DataConfig
 from helixpipe.errors import DataError
 from helixpipe.parts.head import IGNORED
+from helixpipe.parts.shape import ModelShape
 from helixpipe.train.balance import LengthWork
 from helixpipe.train.mixture import Mixture
 from helixpipe.train.packing import Packs
@@ -154,57 +155,85 @@ class Corpus:
 def open_corpus(config: Config) -> Corpus:
     """The corpus of a config; raises DataError for data that cannot be trained on."""
     data, train, shape = config.data, config.train, config.shape()
-    by_documents = data.packing != "windows" or data.masks_documents
-    sources = tuple(open_source(each.path, data, shape.vocabulary, by_documents) for each in data.sources)
-    check_mixture(sources)
-    layouts, held_out = [], []
-    for source in sources:
-        layouts.append(_layout(config, source.training, source.training_ends, train.seed))
-        held_out.append(_layout(config, source.held_out, source.held_out_ends, 0))
-        _check_rows(config, source, layouts[-1], held_out[-1])
-    reading = Reading(
-        tuple(layouts),
-        tuple(each.weight for each in data.sources),
-        train.sequence_length,
-        config.schedule.microbatches,
-        train.microbatch_size,
-        config.mesh.dp,
+    sources = open_sources(data, shape.vocabulary)
+    reading = make_reading(
+        sources, data, shape, train.sequence_length, config.schedule.microbatches, train.microbatch_size, config.mesh.dp,
         train.seed,
-        data.look_ahead if data.packing == "balanced" else 0,
-        LengthWork(shape) if data.masks_documents else None,
-    )
+    )  # fmt: skip
+    held_out = [_layout(data, train.sequence_length, each.held_out, each.held_out_ends, 0) for each in sources]
+    for source, layout in zip(sources, held_out, strict=True):
+        _check_held_out(data, train.sequence_length, source, layout)
     remarks = tuple(dict.fromkeys(remark for source in sources for remark in source.remarks))
     ahead = 1 if train.objective == "next_token" else 0
     return Corpus(sources, reading, tuple(held_out), shape.vocabulary, remarks, ahead)
 
 
-def _layout(config: Config, tokens: Tokens, ends: NDArray[np.int64] | None, seed: int) -> Layout:
-    data, length = config.data, config.train.sequence_length
+def open_sources(data: DataConfig, vocabulary: int) -> tuple[Source, ...]:
+    """The sources, cut into training and held-out; raises DataError for what is not there, or not of one vocabulary."""
+    by_documents = data.packing != "windows" or data.masks_documents
+    sources = tuple(open_source(each.path, data, vocabulary, by_documents) for each in data.sources)
+    check_mixture(sources)
+    return sources
+
+
+def make_reading(
+    sources: Sequence[Source],
+    data: DataConfig,
+    shape: ModelShape,
+    sequence_length: int,
+    microbatches: int,
+    microbatch_size: int = 1,
+    replicas: int = 1,
+    seed: int = 0,
+) -> Reading:
+    """Which rows the steps of a run have, from lengths alone; raises DataError where a source has none."""
+    layouts = [_layout(data, sequence_length, each.training, each.training_ends, seed) for each in sources]
+    for source, layout in zip(sources, layouts, strict=True):
+        _check_training(data, sequence_length, source, layout)
+    return Reading(
+        tuple(layouts),
+        tuple(each.weight for each in data.sources),
+        sequence_length,
+        microbatches,
+        microbatch_size,
+        replicas,
+        seed,
+        data.look_ahead if data.packing == "balanced" else 0,
+        LengthWork(shape) if data.masks_documents else None,
+    )
+
+
+def _layout(data: DataConfig, length: int, tokens: Tokens, ends: NDArray[np.int64] | None, seed: int) -> Layout:
     if data.packing == "windows" or ends is None:
         return Windows(len(tokens), length, ends)
     return Packs(ends, length, data.longest, data.masks_documents, seed)
 
 
-def _check_rows(config: Config, source: Source, training: Layout, held_out: Layout) -> None:
-    """Raise DataError where there is nothing to train on, or nothing to evaluate on where something is held out."""
-    data, length, named = config.data, config.train.sequence_length, source.named
-    if not len(training):
-        if data.packing == "windows":
-            raise DataError(
-                f"{named} has {len(source.training)} tokens to train on, fewer than a sequence and its next token "
-                f"({length + 1}); shorten train.sequence_length or give more data"
-            )
-        raise DataError(f"{named} has no document to train on: {_without(training, data.longest, length)}")
-    if data.held_out and not len(held_out):
-        if data.packing == "windows":
-            raise DataError(
-                f"{named} leaves {len(source.held_out)} tokens held out, fewer than a sequence and its next token "
-                f"({length + 1}); raise data.held_out, set it to 0, or give more data"
-            )
+def _check_training(data: DataConfig, length: int, source: Source, training: Layout) -> None:
+    """Raise DataError where there is nothing to train on."""
+    if len(training):
+        return
+    if data.packing == "windows":
         raise DataError(
-            f"{named} holds out no document to evaluate on: {_without(held_out, data.longest, length)}; "
-            "or set data.held_out to 0"
+            f"{source.named} has {len(source.training)} tokens to train on, fewer than a sequence and its next token "
+            f"({length + 1}); shorten train.sequence_length or give more data"
         )
+    raise DataError(f"{source.named} has no document to train on: {_without(training, data.longest, length)}")
+
+
+def _check_held_out(data: DataConfig, length: int, source: Source, held_out: Layout) -> None:
+    """Raise DataError where something is held out, and nothing to evaluate on."""
+    if not data.held_out or len(held_out):
+        return
+    if data.packing == "windows":
+        raise DataError(
+            f"{source.named} leaves {len(source.held_out)} tokens held out, fewer than a sequence and its next token "
+            f"({length + 1}); raise data.held_out, set it to 0, or give more data"
+        )
+    raise DataError(
+        f"{source.named} holds out no document to evaluate on: {_without(held_out, data.longest, length)}; "
+        "or set data.held_out to 0"
+    )
 
 
 def _without(layout: Layout, longest: str, length: int) -> str:
