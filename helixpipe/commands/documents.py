@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from helixpipe.config import DataConfig
 from helixpipe.config_check import check_packing
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PACKINGS = ("windows", "documents", "balanced")
 LONGEST = ("cut", "drop")
+ACROSS = "attention goes across documents: all steps cost the same; see --packing"
 # what stands in messages of a config's keys, and its flag here
 _FLAGS = {
     "data.path": "--data", "data.packing": "--packing", "data.longest": "--longest",
@@ -40,8 +41,16 @@ def add_data_flags(parser: Parser, steps: int) -> None:
     own.add_argument("--seed", type=number, metavar="S", help="of their order, as train.seed [0]")
 
 
-def data_from(args: argparse.Namespace, steps: int) -> tuple[DataConfig, int, int] | None:
-    """What is read, its seed and how many steps; None where no data is named. `steps`: where nothing says how many."""
+class Read(NamedTuple):
+    """What is read, and of how many steps."""
+
+    data: DataConfig
+    seed: int
+    steps: int
+
+
+def data_from(args: argparse.Namespace, steps: int) -> Read | None:
+    """None where no data is named. `steps`: where nothing says how many. Raises ConfigError."""
     given = [name for name in ("packing", "longest", "steps", "seed") if getattr(args, name) is not None]
     if args.data is None:
         if given:
@@ -59,7 +68,13 @@ def data_from(args: argparse.Namespace, steps: int) -> tuple[DataConfig, int, in
     data = DataConfig(args.data, packing=packing, longest=longest)
     with named_as_flags():
         check_packing(data, args.sequence_length)
-    return data, count, seed
+    return Read(data, seed, count)
+
+
+def packing_told(data: DataConfig, seed: int) -> str:
+    """How rows are made, in words."""
+    longest = f", longest {data.longest}" if data.packing != "windows" else ""
+    return f"packing {data.packing}{longest}, seed {seed}"
 
 
 def open_reading(data: DataConfig, setting: Setting, microbatches: int, seed: int) -> Reading:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from helixpipe.commands.documents import open_reading
+from helixpipe.commands.documents import ACROSS, Read, open_reading, packing_told
 from helixpipe.commands.setting import as_flags, duration, gibibytes, schedule_from
 from helixpipe.config import DataConfig
 from helixpipe.predict.estimate import Estimate, Setting
@@ -63,10 +63,10 @@ class Steps:
         return f"step {self.shown_step}, the nearest to the median{replica}"
 
 
-def simulate_steps(args: argparse.Namespace, read: tuple[DataConfig, int, int]) -> Steps:
+def simulate_steps(args: argparse.Namespace, read: Read) -> Steps:
     """Price the first steps of a run over data. Raises ConfigError, DataError."""
     setting, schedule = schedule_from(args)
-    data, count, seed = read
+    data, seed, count = read
     reading = open_reading(data, setting, args.microbatches, seed)
     known: dict[Lengths, Figures] = {}  # windows of text are all alike
     steps = []
@@ -124,16 +124,15 @@ def steps_table(found: Steps) -> list[str]:
     """What all steps together are like, above the one that is shown."""
     mean, tail_s, data = found.mean, found.tail("step_s"), found.data
     imbalances = [step.imbalance for step in found.steps]
-    how = f"packing {data.packing}" + (f", longest {data.longest}" if data.packing != "windows" else "")
     rows = [
         ("step", duration(mean.step_s), duration(tail_s)),
         ("tokens/s", f"{found.tokens_per_s(mean.step_s):,.0f}", f"{found.tokens_per_s(tail_s):,.0f}"),
         ("bubble", f"{mean.bubble_ratio:.1%}", f"{found.tail('bubble_ratio'):.1%}"),
         ("imbalance", f"{_mean(imbalances):.3f}", f"{percentile(imbalances, TAIL):.3f}"),
     ]
-    note = [] if data.masks_documents else ["attention goes across documents: all steps cost the same; see --packing"]
+    note = [] if data.masks_documents else [ACROSS]
     return [
-        f"steps 1 to {len(found.steps)} of {data.path}: {how}, seed {found.seed}",
+        f"steps 1 to {len(found.steps)} of {data.path}: {packing_told(data, found.seed)}",
         f"{'':<10} {'mean':>12} {'95th percentile':>16}",
         *(f"{name:<10} {one:>12} {other:>16}" for name, one, other in rows),
         f"fullest rank {gibibytes(mean.peak_bytes)} at most; padding {_mean([s.padding_share for s in found.steps]):.1%}; "
