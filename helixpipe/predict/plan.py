@@ -231,7 +231,7 @@ def plan(
     return replace(
         on_steps,
         misses=tuple(sorted(misses, key=lambda choice: choice.peak_bytes)),
-        refused=found.refused | on_steps.refused,
+        refused={**found.refused, **on_steps.refused},
         unpriced=len(pipelines) - len(again),
     )
 
