@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from helixpipe.config import Config, TrainConfig
+from helixpipe.config import Config, DataConfig, TrainConfig
 from helixpipe.errors import ConfigError
 from helixpipe.parts.shape import ModelShape
 
@@ -66,7 +66,7 @@ def _check_together(config: Config) -> None:
     _check_objective(train, shape)
     shape.check_length(train.sequence_length)
     _check_rates(train)
-    _check_packing(config)
+    check_packing(config.data, train.sequence_length)
 
 
 def _check_objective(train: TrainConfig, shape: ModelShape) -> None:
@@ -107,8 +107,8 @@ def _check_rates(train: TrainConfig) -> None:
         raise ConfigError(f"train.decay_steps: {decay} are more than train.steps {train.steps}; lower it")
 
 
-def _check_packing(config: Config) -> None:
-    data, length = config.data, config.train.sequence_length
+def check_packing(data: DataConfig, length: int) -> None:
+    """Raise ConfigError where sequences of so many tokens cannot be packed so."""
     if data.packing != "windows" and length < 2:
         raise ConfigError(
             f"train.sequence_length: {length}, and data.packing {data.packing} needs at least 2; raise it"

@@ -17,6 +17,7 @@ from helixpipe.flags import Parser
 from helixpipe.predict.estimate import priced
 from helixpipe.predict.hardware import named_accelerator, named_link
 from helixpipe.predict.replay import replayed
+from helixpipe.predict.steps import Lengths, step_batches
 from helixpipe.predict.timeline import Timeline
 from helixpipe.predict.timeline_text import load
 from helixpipe.schedule.lower import lower
@@ -24,7 +25,8 @@ from helixpipe.schedule.lower import lower
 ABOUT = "A run's measured step beside the predicted one, number by number."
 EPILOG = """\
 Without --profile and --hardware the prediction takes this step's own action times (the median of each stage, pass and
-segment) and free messages: what then differs is waiting and the runtime itself, not the speed of the machine.
+segment, over micro-batches that are alike) and free messages: what then differs is waiting and the runtime itself, not the
+speed of the machine. Where documents were masked, the run's data is opened: the step is predicted with its own documents.
 """
 
 
@@ -109,7 +111,9 @@ def _predicted(
         raise ConfigError("link: messages of a replay take no time; give --profile or --hardware with it")
     setting = config.setting(_device(config))
     schedule = config.build_schedule()
-    program = lower(schedule, setting.shape, setting.batch(schedule.segments))
+    documents = _documents(config)
+    # cut as the run cut them; the measured pipeline is the first replica's
+    batches = step_batches(setting, schedule, documents)[0]
     joined = None if link is None else named_link(link)
     if profile is not None:
         costs = load_profile(profile)
@@ -129,5 +133,14 @@ def _predicted(
         )
         source = hardware
     else:
-        return replayed(schedule, measured, setting), "this step's own action times"
-    return priced(program, setting).timeline, source
+        return replayed(schedule, measured, setting, documents), "this step's own action times"
+    return priced(lower(schedule, setting.shape, batches), setting).timeline, source
+
+
+def _documents(config: Config) -> Lengths:
+    """Of the rows of the step that was measured; none where attention went across them."""
+    if not config.data.masks_documents:
+        return ()
+    from helixpipe.train.data import open_corpus
+
+    return open_corpus(config).reading.documents(config.run.timeline_step)

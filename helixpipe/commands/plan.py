@@ -9,8 +9,10 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
+from helixpipe.commands.documents import ACROSS, Read, add_data_flags, data_from, open_reading, packing_told
 from helixpipe.commands.setting import (
     ONLY_RATIOS,
     add_setting_flags,
@@ -21,7 +23,7 @@ from helixpipe.commands.setting import (
     gibibytes,
     setting_from,
 )
-from helixpipe.config import Config
+from helixpipe.config import Config, DataConfig
 from helixpipe.config_text import build_config, write_toml
 from helixpipe.errors import ConfigError
 from helixpipe.files import write_text
@@ -29,6 +31,7 @@ from helixpipe.flags import Parser, number
 from helixpipe.predict.estimate import Setting
 from helixpipe.predict.plan import Choice, Plan
 from helixpipe.predict.plan import plan as search
+from helixpipe.predict.steps import Lengths
 from helixpipe.view.front import picture
 
 ABOUT = "The best schedules for a model, a sequence length, a cluster and its memory: every family with its options."
@@ -37,7 +40,10 @@ Each schedule is lowered to the program that training would run, and simulated: 
 gradients, optimizer, activations and messages. fsdp and context_parallel are priced on the same accelerators beside them.
 What a CUDA context, libraries' buffers, passing gradients and fragmentation take is not in these bytes: without --memory,
 8% of the hardware's is kept free for them.
+With --data all schedules are priced as if every micro-batch were the one of mean work; the fastest that fit, and those that
+nothing beats in both time and memory, then on the first --steps steps of a run over the documents that training would read.
 """
+STEPS = 4
 RESERVE = 0.08
 
 
@@ -52,23 +58,34 @@ def plan(given: list[str]) -> int:
         if args.processes < 0:
             raise ConfigError(f"processes: {args.processes}; give at least 1, or 0 for one a core")
         only = tuple(args.families.split(",")) if args.families else ()
-        begun = time.monotonic()
         processes = args.processes or min(8, os.cpu_count() or 1)
-        found = search(setting, args.ranks, args.microbatches, memory_bytes, only, processes, _progress)
+        read = data_from(args, STEPS)
+        steps = () if read is None else _steps(setting, args.ranks, args.microbatches, read)
+        begun = time.monotonic()
+        found = search(setting, args.ranks, args.microbatches, memory_bytes, only, processes, _progress, steps)
         taken_s = time.monotonic() - begun
         if not found.is_answer:
             _ = found.best  # raises, and says why
     if args.json:
-        print(json.dumps([_as_json(choice, setting) for choice in found.fits]))
+        data = None if read is None else _data_as_json(*read)
+        print(json.dumps([_as_json(choice, setting) | ({"data": data} if data else {}) for choice in found.fits]))
     else:
-        print("\n".join(_table(found, setting, args, taken_s)))
+        print("\n".join(_table(found, setting, args, taken_s, [] if read is None else _data_told(found, *read))))
     # an answer that is no pipeline is told above; it has no config
     if args.svg is not None:
         write_text(args.svg, picture(found, _title(args)))
     if args.config is not None:
         with as_flags():
-            write_text(args.config, write_toml(_config(found.best, args, dtype_of(setting))))
+            write_text(args.config, write_toml(_config(found.best, args, dtype_of(setting), read)))
     return 0
+
+
+def _steps(setting: Setting, ranks: int, microbatches: int, read: Read) -> tuple[Lengths, ...]:
+    """The documents of the steps that schedules are ranked by."""
+    if ranks < 1 or microbatches < 1:
+        return ()  # the search refuses it
+    reading = open_reading(read.data, setting, microbatches, read.seed)
+    return tuple(reading.documents(number) for number in range(1, read.steps + 1))
 
 
 def _parser() -> Parser:
@@ -84,6 +101,7 @@ def _parser() -> Parser:
     parser.add_argument("--processes", type=number, default=0, metavar="N", help="that search [one a core, at most 8]")
     parser.add_argument("--json", action="store_true", help="print one JSON list and nothing else")
     add_setting_flags(parser)
+    add_data_flags(parser, STEPS)
     return parser
 
 
@@ -93,7 +111,9 @@ def _progress(done: int, of: int) -> None:
         print(f"\r{done} of {of} schedules priced", end=end, file=sys.stderr, flush=True)
 
 
-def _table(found: Plan, setting: Setting, args: argparse.Namespace, taken_s: float) -> list[str]:
+def _table(
+    found: Plan, setting: Setting, args: argparse.Namespace, taken_s: float, data: Sequence[str] = ()
+) -> list[str]:
     """The fastest that fit, the front, and what is no pipeline."""
     memory = "any memory" if math.isinf(found.memory_bytes) else f"{gibibytes(found.memory_bytes)} each"
     group = f" of {setting.group} accelerators" if setting.group > 1 else ""
@@ -103,6 +123,7 @@ def _table(found: Plan, setting: Setting, args: argparse.Namespace, taken_s: flo
         f"{args.ranks} ranks{group}; {setting.machine}, {memory}, link {setting.link.name}",
         f"{len(found.fits)} of {len(found.fits) + len(found.misses)} fit; priced in {taken_s:.0f} s",
         *_refused(found),
+        *data,
         *([ONLY_RATIOS] if setting.only_ratios else []),
         "",
     ]
@@ -120,6 +141,21 @@ def _table(found: Plan, setting: Setting, args: argparse.Namespace, taken_s: flo
             f"{choice.bubble_ratio:>6.1%}  {gibibytes(choice.peak_bytes):>12}  {choice}"
         )
     return [*lines, "", "* no pipeline that fits is better in both time and memory", *_not_pipelines(found)]
+
+
+def _data_told(found: Plan, data: DataConfig, seed: int, steps: int) -> list[str]:
+    """What the numbers are of, where steps differ."""
+    lines = [f"{data.path}: {packing_told(data, seed)}"]
+    if not data.masks_documents:
+        return [*lines, ACROSS]
+    more = f"; {found.unpriced} more fit a step of micro-batches of mean work, and are slower there" * bool(
+        found.unpriced
+    )
+    return [*lines, f"step and bubble are means of steps 1 to {steps}, bytes the most of them{more}"]
+
+
+def _data_as_json(data: DataConfig, seed: int, steps: int) -> dict[str, Any]:
+    return {"path": str(data.path), "packing": data.packing, "longest": data.longest, "seed": seed, "steps": steps}
 
 
 def _refused(found: Plan) -> list[str]:
@@ -169,7 +205,7 @@ def _as_json(choice: Choice, setting: Setting) -> dict[str, Any]:
     }
 
 
-def _config(choice: Choice, args: argparse.Namespace, dtype: str) -> Config:
+def _config(choice: Choice, args: argparse.Namespace, dtype: str, read: Read | None = None) -> Config:
     """The choice as a config. What the machine decides, the device and its number, is left to where it runs."""
     candidate = choice.candidate
     options = dict(candidate.options)
@@ -186,6 +222,10 @@ def _config(choice: Choice, args: argparse.Namespace, dtype: str) -> Config:
         },
         "run": {"name": "planned"},
     }  # fmt: skip
+    if read is not None:
+        data = read.data
+        tables["data"] = {"path": str(data.path), "packing": data.packing, "longest": data.longest}
+        tables["train"]["seed"] = read.seed
     return build_config(tables)
 
 

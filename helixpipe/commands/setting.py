@@ -20,6 +20,7 @@ from helixpipe.predict.estimate import Estimate, Setting, check_actions, estimat
 from helixpipe.predict.hardware import ACCELERATORS, LINKS, named_accelerator, named_link
 from helixpipe.predict.profile import Profile
 from helixpipe.schedule.families import FAMILIES
+from helixpipe.schedule.schedule import Schedule
 
 OPTIMIZERS = ("replicated", "sharded")
 RECOMPUTE = ("none", "selective", "full")
@@ -150,13 +151,26 @@ def dtype_of(setting: Setting) -> str:
 def estimate_from(args: argparse.Namespace) -> Estimate:
     """What the flags of `family_parser` ask for, priced; raises ConfigError."""
     with as_flags():
-        setting, options = setting_from(args), given_options(args)
-        for name in ("ranks", "microbatches"):
-            if getattr(args, name) < 1:
-                raise ConfigError(f"{name}: {getattr(args, name)}; give at least 1")
-        per_microbatch = options.get("segments", 1) * (2 * setting.shape.layers + 1)
-        check_actions(3 * max(args.ranks, args.microbatches * per_microbatch))
+        setting, options = _asked(args)
         return estimate_family(setting, args.family, args.ranks, args.microbatches, **options)
+
+
+def schedule_from(args: argparse.Namespace) -> tuple[Setting, Schedule]:
+    """The same schedule and its setting, not priced."""
+    with as_flags():
+        setting, options = _asked(args)
+        setting = setting.of_family(args.family)
+        return setting, setting.build(args.family, args.ranks, args.microbatches, **options)
+
+
+def _asked(args: argparse.Namespace) -> tuple[Setting, dict[str, Any]]:
+    setting, options = setting_from(args), given_options(args)
+    for name in ("ranks", "microbatches"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"{name}: {getattr(args, name)}; give at least 1")
+    per_microbatch = options.get("segments", 1) * (2 * setting.shape.layers + 1)
+    check_actions(3 * max(args.ranks, args.microbatches * per_microbatch))
+    return setting, options
 
 
 @contextmanager

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from helixpipe.commands.documents import add_data_flags, data_from
 from helixpipe.commands.pictures import add_picture_flags, write_pictures
 from helixpipe.commands.setting import ONLY_RATIOS, duration, estimate_from, family_parser, gibibytes, options_told
+from helixpipe.commands.simulated_steps import Steps, simulate_steps, steps_as_json, steps_table
 from helixpipe.flags import given_options
 from helixpipe.predict.estimate import Estimate
 from helixpipe.predict.explain import Reason, critical_path, idle_by_reason
@@ -15,31 +17,42 @@ ABOUT = "Predicted time, bubble and memory of a schedule, per rank, from the pro
 EPILOG = """\
 ideal is the step if ranks shared the work evenly, never waited and recomputed nothing. Idle time: warm-up before a rank's
 first action and drain after its last; imbalance, while another rank is at what it needs; message, while that travels.
+With --data each of the first --steps steps of a run is priced with the very documents that training would read, and cut by
+them; a step lasts as long as its slowest --dp replica. The table and pictures are of the step nearest to the median.
 """
 MOST_ROWS = 16
+STEPS = 20
 
 
 def simulate(given: list[str]) -> int:
     """`helixpipe simulate FAMILY ...`"""
     parser = family_parser("simulate", ABOUT, EPILOG)
+    add_data_flags(parser, STEPS)
     add_picture_flags(parser)
     args = parser.read(given)
-    estimate = estimate_from(args)
+    read = data_from(args, STEPS)
+    steps = None if read is None else simulate_steps(args, read)
+    estimate = estimate_from(args) if steps is None else steps.shown
     title = f"{args.family} on {args.ranks} ranks: {args.model} at {args.sequence_length:,} tokens, predicted"
+    title += "" if steps is None else f" ({steps.told})"
     stages = tuple(map(str, estimate.schedule.stages))
-    write_pictures(args, {"predicted": estimate.timeline}, title, stages, _facts(estimate))
+    write_pictures(args, {"predicted": estimate.timeline}, title, stages, _facts(estimate, steps))
     if args.json:
-        print(json.dumps({"family": args.family, "options": given_options(args)} | as_json(estimate)))
+        told = {"family": args.family, "options": given_options(args)} | as_json(estimate)
+        print(json.dumps(told if steps is None else told | {"data": steps_as_json(steps)}))
         return 0
+    print("\n".join(steps_table(steps) if steps else []), end="\n" if steps else "")
     print(_head(args.family, given_options(args), estimate))
     print("\n".join(table(estimate)))
     return 0
 
 
-def _facts(estimate: Estimate) -> list[tuple[str, str]]:
+def _facts(estimate: Estimate, steps: Steps | None) -> list[tuple[str, str]]:
     """What the page's head tells."""
     setting, timeline = estimate.setting, estimate.timeline
+    data = [] if steps is None else [("data", str(steps.data.path)), ("shown", steps.told)]
     return [
+        *data,
         ("step", duration(estimate.step_s)),
         ("of ideal", f"{estimate.step_s / estimate.ideal_s:.4f}"),
         ("bubble", f"{timeline.bubble_ratio:.1%}"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -101,6 +101,25 @@ class Batch:
         """The segment that has a position."""
         ends = itertools.accumulate(self.segment_lengths)
         return next(segment for segment, end in enumerate(ends) if position < end)
+
+
+def microbatches(
+    whole: Batch,
+    count: int,
+    documents: Sequence[tuple[int, ...]],
+    cut: Callable[[tuple[tuple[int, ...], ...]], tuple[int, ...]],
+) -> list[Batch]:
+    """So many micro-batches of sequences that follow one another: each with its documents and cut by them.
+
+    `documents`: of each sequence the lengths of its documents, or none at all. A micro-batch whose sequences are one document
+    each is `whole`. `cut`: a micro-batch's documents -> tokens of each segment.
+    """
+    size = whole.microbatch_size
+    rows = [tuple(documents[number * size : (number + 1) * size]) for number in range(count)]
+    return [
+        replace(whole, segment_lengths=cut(mine), documents=mine) if any(len(row) > 1 for row in mine) else whole
+        for mine in rows
+    ]
 
 
 def first_alike(batches: Sequence[Batch]) -> tuple[int, ...]:

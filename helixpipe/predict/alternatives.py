@@ -14,9 +14,12 @@ divided by all ranks, two layers are whole at a time; activations are those of t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from helixpipe.parts.part import attention_part, ends, layer_parts
+from helixpipe.parts.work import Batch
 from helixpipe.predict.cost import action_seconds
 from helixpipe.predict.estimate import Setting
 from helixpipe.predict.memory import peak_activation_bytes
@@ -37,25 +40,27 @@ class Alternative:
     peak_bytes: int
 
 
-def alternatives(setting: Setting, ranks: int, microbatches: int) -> tuple[Alternative, ...]:
-    """Those that this many sequences and tokens allow."""
+def alternatives(setting: Setting, ranks: int, microbatches: int | Sequence[Batch]) -> tuple[Alternative, ...]:
+    """Those that this many sequences and tokens allow. `microbatches`: how many, or of each its batch, not cut."""
     if ranks == 1:
         return ()
-    found = [_sharded(setting, ranks, microbatches)]
+    batches = [setting.whole] * microbatches if isinstance(microbatches, int) else list(microbatches)
+    found = [_sharded(setting, ranks, batches)]
     if setting.sequence_length % (2 * ranks) == 0 and not setting.shape.opaque:
-        found.append(_context(setting, ranks, microbatches))
+        found.append(_context(setting, ranks, batches))
     return tuple(found)
 
 
-def _sharded(setting: Setting, ranks: int, microbatches: int) -> Alternative:
-    turns = math.ceil(microbatches / ranks)  # of the rank with the most
-    compute_s = _compute_s(setting)
-    message_s = _weights_s(setting, ranks)
-    activations = _activations(setting)
-    return _alternative("fsdp", setting, ranks, turns, compute_s, max(compute_s, message_s), activations)
+def _sharded(setting: Setting, ranks: int, batches: list[Batch]) -> Alternative:
+    """Ranks take micro-batches in turns, and gather weights together: a turn lasts as long as its dearest one."""
+    turns = [batches[first : first + ranks] for first in range(0, len(batches), ranks)]
+    compute_s, message_s = _compute_s(setting), _weights_s(setting, ranks)
+    step_s = math.fsum(max(message_s, *map(compute_s, turn)) for turn in turns)
+    busy_s = max(math.fsum(map(compute_s, batches[rank::ranks])) for rank in range(ranks))
+    return _alternative("fsdp", setting, ranks, step_s, busy_s, _activations(setting))
 
 
-def _context(setting: Setting, ranks: int, microbatches: int) -> Alternative:
+def _context(setting: Setting, ranks: int, batches: list[Batch]) -> Alternative:
     """Zigzag layout, so that every rank has an equal share of a causal attention."""
     shape, keeping = setting.shape, setting.keeping
     tokens = setting.microbatch_size * setting.sequence_length
@@ -64,19 +69,27 @@ def _context(setting: Setting, ranks: int, microbatches: int) -> Alternative:
     forward_ring = hops + ring * keeping.element_bytes / setting.link.bytes_per_s
     backward_ring = hops + ring * (keeping.element_bytes + keeping.wide_bytes) / setting.link.bytes_per_s
     forwards = 2 if keeping.recompute == "full" else 1
-    slower = 0.0  # a layer, in the mean
-    for layer, layers in shape.sorts().items():
-        forward = setting.costs.forward_s(attention_part(layer), setting.whole, 0) / ranks
-        backward = setting.costs.input_s(attention_part(layer), setting.whole, 0) / ranks
-        slower += layers * (forwards * (max(forward, forward_ring) - forward) + max(backward, backward_ring) - backward)
-    compute_s = _compute_s(setting) / ranks
-    step_s = max(compute_s + slower * shape.layers, _weights_s(setting, ranks))
+    computed_s, message_s = _compute_s(setting), _weights_s(setting, ranks)
+
+    @cache
+    def taken_s(batch: Batch) -> float:
+        slower = 0.0  # a layer, in the mean
+        for layer, layers in shape.sorts().items():
+            forward = setting.costs.forward_s(attention_part(layer), batch, 0) / ranks
+            backward = setting.costs.input_s(attention_part(layer), batch, 0) / ranks
+            slower += layers * (
+                forwards * (max(forward, forward_ring) - forward) + max(backward, backward_ring) - backward
+            )
+        return max(computed_s(batch) / ranks + slower * shape.layers, message_s)
+
+    step_s = math.fsum(map(taken_s, batches))
+    busy_s = math.fsum(computed_s(batch) / ranks for batch in batches)
     activations = math.ceil(_activations(setting) / ranks)
-    return _alternative("context_parallel", setting, ranks, microbatches, compute_s, step_s, activations)
+    return _alternative("context_parallel", setting, ranks, step_s, busy_s, activations)
 
 
 def _alternative(
-    name: str, setting: Setting, ranks: int, turns: int, compute_s: float, step_s: float, activations: int
+    name: str, setting: Setting, ranks: int, step_s: float, busy_s: float, activations: int
 ) -> Alternative:
     share, keeping = setting.share, setting.keeping
     narrow, wide = keeping.element_bytes, keeping.wide_bytes
@@ -86,14 +99,19 @@ def _alternative(
     largest = max(sum(share.parameter_elements(p).values()) for p in (*layers, ends(share.layers)[1:]))
     whole = 2 * largest * (narrow + wide)  # gathered weights and their gradients: this layer and the next
     standing = math.ceil(shared + whole)
-    return Alternative(name, turns * step_s, turns * compute_s, activations, standing + activations)
+    return Alternative(name, step_s, busy_s, activations, standing + activations)
 
 
-def _compute_s(setting: Setting) -> float:
+def _compute_s(setting: Setting) -> Callable[[Batch], float]:
     """One micro-batch, forward, recompute and backward, on one rank; chunked parts with their one more forward."""
     alone = _alone(setting)
-    seconds = action_seconds(alone, setting.shape, setting.whole, setting.costs, setting.keeping)
-    return math.fsum(map(seconds, alone.ranks[0]))
+
+    @cache
+    def taken_s(batch: Batch) -> float:
+        seconds = action_seconds(alone, setting.shape, batch, setting.costs, setting.keeping)
+        return math.fsum(map(seconds, alone.ranks[0]))
+
+    return taken_s
 
 
 def _alone(setting: Setting) -> Schedule:

@@ -5,24 +5,31 @@
     front        the choices that no other beats in both time and memory
 
 Programs are lowered once a schedule and shared by all policies and chunk sizes; estimates are spread over processes.
+
+Steps of real documents differ, and pricing several for each of hundreds of candidates would take minutes. So all candidates are
+priced as if every micro-batch were the one of mean work, and the best of those that fit, and the front, once more on the steps.
 """
 
 from __future__ import annotations
 
 import gc
 import itertools
+import math
 import multiprocessing
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, NamedTuple
 
 from helixpipe.errors import ConfigError
 from helixpipe.parts.part import AROUND_ATTENTION
 from helixpipe.parts.shape import ModelShape
-from helixpipe.parts.work import Keeping
+from helixpipe.parts.work import Keeping, microbatches
 from helixpipe.predict.alternatives import alternatives
-from helixpipe.predict.estimate import Estimate, Setting, check_actions, priced
+from helixpipe.predict.estimate import Estimate, Setting, check_actions
+from helixpipe.predict.steps import Batches, Lengths, RankFigures, figures, mean, price_step, typical
 from helixpipe.schedule import families
 from helixpipe.schedule.lower import lower
 from helixpipe.schedule.program import Program
@@ -36,6 +43,8 @@ STAGES_PER_RANK = (2, 4, 8)
 EVENNESS = (0.0, 0.5)
 MOST_PIECES = 64
 """Segments times stages a rank: more pieces gain nothing and cost a start each."""
+MOST_ON_STEPS = 16
+"""The fastest so many are priced on steps of real documents."""
 
 
 class Candidate(NamedTuple):
@@ -67,18 +76,12 @@ class Made:
     programs: dict[Any, Program] = field(default_factory=dict)
 
 
-class RankFigures(NamedTuple):
-    """What a choice asks of one rank."""
-
-    busy_s: float
-    idle_s: float
-    peak_activation_bytes: int
-    peak_bytes: int
-
-
 @dataclass(frozen=True)
 class Choice:
-    """A candidate priced. An alternative that is no pipeline has no options, and all its ranks alike."""
+    """A candidate priced; of several steps times are means, and bytes the most of all.
+
+    An alternative that is no pipeline has no options, and all its ranks alike.
+    """
 
     candidate: Candidate
     makespan_s: float
@@ -109,6 +112,8 @@ class Plan:
     memory_bytes: float
     refused: Mapping[str, str] = field(default_factory=dict)
     """Candidates that cannot be, and why."""
+    unpriced: int = 0
+    """Of steps of documents: choices that fit where all micro-batches are the one of mean work, not priced on the steps."""
 
     @property
     def best(self) -> Choice:
@@ -197,10 +202,12 @@ def plan(
     only: Sequence[str] = (),
     processes: int = 1,
     progress: Callable[[int, int], None] = lambda done, of: None,
+    steps: Sequence[Lengths] = (),
 ) -> Plan:
     """Price every candidate. `setting.keeping` gives the precision; recompute and chunks are the candidates' own.
 
-    `only`: families to consider. Raises ConfigError, before it searches, for what no candidate can have.
+    `only`: families to consider. `steps`: of each step that the best are ranked by, the documents of its rows. Raises
+    ConfigError, before it searches, for what no candidate can have.
     """
     for name in only:
         families.options(name)
@@ -213,24 +220,53 @@ def plan(
     asked = candidates(ranks, shape.layers, setting.sequence_length, setting.segment_multiple, shape.causal, only)
     if not _slices(shape):
         asked = [candidate for candidate in asked if not candidate.chunk]
+    of_step = _Of(setting, ranks, microbatches, (typical(setting, steps) * (microbatches * setting.data_parallel),))
+    found = _ranked(of_step, asked, memory_bytes, processes, progress)
+    if not any(steps):
+        return found
+    pipelines = [choice for choice in found.fits if choice.is_pipeline]
+    again = dict.fromkeys(choice.candidate for choice in (*pipelines[:MOST_ON_STEPS], *found.front))
+    on_steps = _ranked(of_step._replace(steps=tuple(steps)), list(again), memory_bytes, processes, progress)
+    misses = [*on_steps.misses, *(choice for choice in found.misses if choice.is_pipeline)]
+    return replace(
+        on_steps,
+        misses=tuple(sorted(misses, key=lambda choice: choice.peak_bytes)),
+        refused={**found.refused, **on_steps.refused},
+        unpriced=len(pipelines) - len(again),
+    )
+
+
+class _Of(NamedTuple):
+    """What candidates are priced for; `steps`: of each the documents of its rows."""
+
+    setting: Setting
+    ranks: int
+    microbatches: int
+    steps: tuple[Lengths, ...]
+
+
+def _ranked(
+    of: _Of, asked: Sequence[Candidate], memory_bytes: float, processes: int, progress: Callable[[int, int], None]
+) -> Plan:
+    """These candidates and the alternatives, priced."""
     # one schedule at a time, with all its policies: the program is shared
     by_schedule: dict[tuple[Any, ...], list[Candidate]] = {}
     for candidate in asked:
         by_schedule.setdefault((candidate.family, candidate.options, candidate.evenness), []).append(candidate)
-    work = [(setting, ranks, microbatches, group) for group in by_schedule.values()]
+    work = [(of, group) for group in by_schedule.values()]
     choices: list[Choice] = []
     refused: dict[str, str] = {}
     for done, (good, bad) in enumerate(_spread(work, processes), start=1):
         choices += good
         refused |= bad
         progress(done, len(work))
-    choices += _alternatives(setting, ranks, microbatches)
+    choices += _alternatives(of)
     fits = sorted((c for c in choices if c.peak_bytes <= memory_bytes), key=lambda c: (c.makespan_s, c.peak_bytes))
     misses = sorted((c for c in choices if c.peak_bytes > memory_bytes), key=lambda c: c.peak_bytes)
     return Plan(tuple(fits), tuple(misses), memory_bytes, refused)
 
 
-_Work = tuple[Setting, int, int, list[Candidate]]
+_Work = tuple[_Of, list[Candidate]]
 
 
 def _spread(work: list[_Work], processes: int) -> Iterator[tuple[list[Choice], dict[str, str]]]:
@@ -249,14 +285,14 @@ def _price(work: _Work) -> tuple[list[Choice], dict[str, str]]:
 
     Chunks that no segment is longer than change nothing: such a candidate is another one.
     """
-    setting, ranks, microbatches, group = work
+    of, group = work
     good, bad = [], {}
     made = Made()
     for candidate in group:
         try:
-            check_actions(_actions(candidate, ranks, setting.shape.layers, microbatches))
-            if not candidate.chunk or candidate.chunk < _longest(setting, candidate):
-                good.append(_choice(setting, ranks, microbatches, candidate, made))
+            check_actions(_actions(candidate, of.ranks, of.setting.shape.layers, of.microbatches))
+            if not candidate.chunk or candidate.chunk < _longest(of.setting, candidate):
+                good.append(_choice(of, candidate, made))
         except ConfigError as error:
             bad[str(candidate)] = str(error)
     return good, bad
@@ -274,31 +310,38 @@ def _longest(setting: Setting, candidate: Candidate) -> int:
     return max(_own(setting, candidate).segment_lengths(dict(candidate.options).get("segments", 1)))
 
 
-def _choice(setting: Setting, ranks: int, microbatches: int, candidate: Candidate, made: Made) -> Choice:
-    found = estimate_candidate(setting, ranks, microbatches, candidate, made)
-    timeline = found.timeline
-    columns = timeline.busy_s, timeline.idle_s, timeline.peak_activation_bytes, timeline.peak_bytes
-    figures = tuple(RankFigures(*row) for row in zip(*columns, strict=True))
-    return Choice(candidate, found.step_s, found.ideal_s, timeline.bubble_ratio, figures)
+def _choice(of: _Of, candidate: Candidate, made: Made) -> Choice:
+    steps = [estimate_step(of.setting, of.ranks, of.microbatches, candidate, made, step) for step in of.steps]
+    return Choice(candidate, *mean([figures(replicas) for replicas in steps]))
 
 
 def estimate_candidate(
     setting: Setting, ranks: int, microbatches: int, candidate: Candidate, made: Made | None = None
 ) -> Estimate:
     """The whole estimate behind a choice. `made` keeps what candidates of one schedule share."""
+    return estimate_step(setting, ranks, microbatches, candidate, made)[0]
+
+
+def estimate_step(
+    setting: Setting, ranks: int, microbatches: int, candidate: Candidate, made: Made | None = None, step: Lengths = ()
+) -> tuple[Estimate, ...]:
+    """The same of a step of documents, for each replica, or a single one where all are alike."""
     setting = _own(setting, candidate)
     options = dict(candidate.options)
-    made = Made() if made is None else made
+    shared = Made() if made is None else made
     # some families are ordered by what their actions cost, most are cut by what embed and head do
     own = families.options(candidate.family)
     balance = tuple(value for name, value in setting.balance.items() if name in own)
-    if balance not in made.schedules:
-        made.schedules[balance] = setting.build(candidate.family, ranks, microbatches, **options)
-    schedule = made.schedules[balance]
-    batch = setting.batch(schedule.segments)
-    if (balance, batch) not in made.programs:
-        made.programs[balance, batch] = lower(schedule, setting.shape, batch)
-    return priced(made.programs[balance, batch], setting)
+    if balance not in shared.schedules:
+        shared.schedules[balance] = setting.build(candidate.family, ranks, microbatches, **options)
+    schedule = shared.schedules[balance]
+
+    def program(batches: Batches) -> Program:
+        if (balance, batches) not in shared.programs:
+            shared.programs[balance, batches] = lower(schedule, setting.shape, batches)
+        return shared.programs[balance, batches]
+
+    return price_step(schedule, setting, step, program)
 
 
 def _own(setting: Setting, candidate: Candidate) -> Setting:
@@ -309,18 +352,26 @@ def _own(setting: Setting, candidate: Candidate) -> Setting:
     return replace(setting, keeping=keeping, evenness=candidate.evenness).of_family(candidate.family)
 
 
-def _alternatives(setting: Setting, ranks: int, microbatches: int) -> list[Choice]:
+def _alternatives(of: _Of) -> list[Choice]:
     """What is no pipeline, under every policy, on as many accelerators for as many sequences."""
-    found = []
-    ideal_s = setting.microbatch_s * microbatches / ranks
+    setting, ranks, found = of.setting, of.ranks, []
+    count, uncut = of.microbatches * setting.data_parallel, (setting.sequence_length,)
+    steps = [microbatches(setting.whole, count, documents, lambda rows: uncut) for documents in of.steps]
+    ideal_s = statistics.mean(
+        math.fsum(map(cache(setting.batch_s), step)) / setting.data_parallel / ranks for step in steps
+    )
     alone = replace(setting, context_parallel=1, data_parallel=1)
     replicas = ranks * setting.context_parallel * setting.data_parallel
     chunks = _chunks(setting.sequence_length) if _slices(setting.shape) else (0,)
     for recompute, chunk in itertools.product(RECOMPUTE, chunks):
         keeping = replace(setting.keeping, recompute=recompute, mlp_chunk=chunk, head_chunk=chunk)
-        for each in alternatives(replace(alone, keeping=keeping), replicas, microbatches * setting.data_parallel):
-            idle = each.makespan_s - each.busy_s
-            figures = (RankFigures(each.busy_s, idle, each.peak_activation_bytes, each.peak_bytes),) * ranks
-            candidate = Candidate(each.name, (), 0.0, recompute, chunk)
-            found.append(Choice(candidate, each.makespan_s, ideal_s, idle / each.makespan_s, figures, False))
+        of_steps = [alternatives(replace(alone, keeping=keeping), replicas, step) for step in steps]
+        for each in zip(*of_steps, strict=True):
+            makespan_s = statistics.mean(one.makespan_s for one in each)
+            busy_s = statistics.mean(one.busy_s for one in each)
+            idle = makespan_s - busy_s
+            one = each[0]  # bytes are the same whatever documents are, where sequences are whole
+            alike = (RankFigures(busy_s, idle, one.peak_activation_bytes, one.peak_bytes),) * ranks
+            candidate = Candidate(one.name, (), 0.0, recompute, chunk)
+            found.append(Choice(candidate, makespan_s, ideal_s, idle / makespan_s, alike, False))
     return found

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from helixpipe.errors import ConfigError
-from helixpipe.parts.work import Batch
+from helixpipe.parts.work import Batch, microbatches
 from helixpipe.runtime.context import Context
 from helixpipe.runtime.documents import Lengths, positions
 from helixpipe.runtime.mesh import Mesh
@@ -62,16 +63,9 @@ class Shares:
 
     def batches(self, whole: Batch, documents: Lengths) -> tuple[Batch, ...]:
         """Of each micro-batch of this replica what `batch` says, with its documents of the whole batch's, and cut by them."""
-        size = whole.microbatch_size
-        first = self.mesh.here.dp * self.microbatches * size
-        found = []
-        for at in range(first, first + self.microbatches * size, size):
-            mine = documents[at : at + size]
-            if any(len(lengths) > 1 for lengths in mine):
-                found.append(Batch(size, self.cut(whole.sequence_length, mine), mine))
-            else:
-                found.append(whole)
-        return tuple(found)
+        first = self.mesh.here.dp * self.microbatches * whole.microbatch_size
+        cut = partial(self.cut, whole.sequence_length)
+        return tuple(microbatches(whole, self.microbatches, documents[first:], cut))
 
     def local(self, whole: Batch) -> Batch:
         """The tokens that this rank's attention asks for; where documents begin is said of whole sequences alone."""

@@ -27,6 +27,7 @@ from helixpipe.errors import HelixpipeError
 from helixpipe.files import write_text
 from helixpipe.parts.shape import ModelShape
 from helixpipe.predict.replay import replayed
+from helixpipe.predict.steps import Lengths
 from helixpipe.predict.timeline import Timeline
 from helixpipe.predict.timeline_text import to_json
 from helixpipe.schedule.program import Program
@@ -120,8 +121,11 @@ class Log:
             self._write(step=step, held_out_loss=loss, **more)
             self._say(f"step {step}/{self.job.config.train.steps}  held-out loss {loss:.4f}")
 
-    def draw(self, timeline: Timeline, program: Program, step: int) -> None:
-        """The timeline of a step: as data, as a picture, as a page beside its replay, and for Perfetto."""
+    def draw(self, timeline: Timeline, program: Program, step: int, documents: Lengths = ()) -> None:
+        """The timeline of a step: as data, as a picture, as a page beside its replay, and for Perfetto.
+
+        `documents`: of the step's rows.
+        """
         if not self.speaks:
             return
         config, folder = self.job.config, self.job.folder
@@ -129,7 +133,7 @@ class Log:
         title = (
             f"{schedule.family}, {schedule.ranks} ranks, {schedule.microbatches} micro-batches: step {step}, measured"
         )
-        predicted = replayed(program.schedule, timeline, config.setting(self.device))
+        predicted = replayed(program.schedule, timeline, config.setting(self.device), documents)
         stages = tuple(map(str, program.schedule.stages))
         facts = [("predicted", "from this step's own action times, messages free"), ("device", self.device)]
         both = {"predicted": predicted, "measured": timeline}

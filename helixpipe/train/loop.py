@@ -75,7 +75,7 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None, stop: Stop) ->
             timeline = pipeline.timeline()
             log.step(StepRecord(step, loss, gradient_norm, rate, time.perf_counter() - begun, timeline))
             if step == run.timeline_step:
-                log.draw(timeline, pipeline.last_program, step)
+                log.draw(timeline, pipeline.last_program, step, batch.documents)
 
             # how well it does on text it never trains on, and a place to go on from
             last = step == settings.steps

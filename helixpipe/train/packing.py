@@ -84,8 +84,10 @@ def best_fit(counts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
     Pieces of one length go together, into as many rows with the same room as there are, so that time grows with the number of
     lengths and not with that of pieces.
     """
-    order = _ascending(length - counts)
     found = np.zeros(len(counts), np.int64)
+    if not len(counts):
+        return found
+    order = _ascending(length - counts)
     descending = counts[order]
     firsts = np.flatnonzero(np.diff(descending, prepend=-1))
     sizes, stops = descending[firsts], np.append(firsts, len(counts))[1:]
