@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from helixpipe.config import Config, DataConfig, TrainConfig
+from helixpipe.config import Config, TrainConfig
+from helixpipe.config_data import DataConfig
 from helixpipe.errors import ConfigError
 from helixpipe.parts.shape import ModelShape
 

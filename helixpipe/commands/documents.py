@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from helixpipe.config import DataConfig
 from helixpipe.config_check import check_packing
+from helixpipe.config_data import DataConfig
 from helixpipe.errors import ConfigError, DataError
 from helixpipe.flags import Parser, flag, number
 from helixpipe.predict.estimate import Setting

@@ -23,7 +23,8 @@ from helixpipe.commands.setting import (
     gibibytes,
     setting_from,
 )
-from helixpipe.config import Config, DataConfig
+from helixpipe.config import Config
+from helixpipe.config_data import DataConfig
 from helixpipe.config_text import build_config, write_toml
 from helixpipe.errors import ConfigError
 from helixpipe.files import write_text

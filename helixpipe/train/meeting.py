@@ -15,7 +15,7 @@ import secrets
 import time
 from datetime import timedelta
 
-from torch.distributed import PrefixStore
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
 POLL_S = 0.02
