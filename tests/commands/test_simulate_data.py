@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import struct
 from dataclasses import replace
@@ -36,6 +37,12 @@ LENGTH = 256
 SIZES = f"--ranks 2 --microbatches 4 --model tiny --sequence-length {LENGTH} --hardware laptop-core"
 
 
+def tailed(documents: int, mean: float, spread: float, longest: int) -> list[int]:
+    """Lengths by a law with a long tail."""
+    drawn = np.random.default_rng(0).lognormal(mean, spread, documents)
+    return np.clip(drawn, 3, longest).astype(int).tolist()
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Prepared folders by the lengths of their documents: a document of n + 1 tokens has n positions."""
@@ -43,10 +50,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     words = tokenizers.Tokenizer(models.WordLevel({"a": 0, "<|end|>": 1}, unk_token="a"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = write_tokenizer(top / "tokenizer", words)
-    draw = np.random.default_rng(0)
     lengths = {
         "whole": [LENGTH + 1] * 40,
-        "tailed": np.clip(draw.lognormal(3.2, 1.6, 700), 3, 4 * LENGTH).astype(int).tolist(),
+        "tailed": tailed(700, 3.2, 1.6, 4 * LENGTH),
+        "page": tailed(3000, 4.5, 1.3, 1025),
         "few": [LENGTH + 1] * 4,
         "long": [3 * LENGTH] * 10,
     }
@@ -371,6 +378,26 @@ def test_tokens_beyond_the_model_s_vocabulary_are_told(tmp_path: Path, capsys: p
         f"--data: '{tmp_path / 'large'}' has token 300, beyond the model's vocabulary of 256: lengths are priced as they are, "
         "and training would refuse it\n"
     )
+
+
+def test_the_guide_s_example_is_what_the_commands_say(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs/guide/data.md").read_text(encoding="utf-8")
+    section = page.split("## What it will take\n")[1].split("\n## ")[0]
+    simulating, planning = re.findall(r"(?m)^    helixpipe (.*) \\\n +(.*)$", section)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FOLDER").symlink_to(folders["page"])
+    capsys.readouterr()
+    assert main(" ".join(simulating).split()) == 0
+    shown = re.search(r"(?ms)^    (steps 1 to .*?)^    \.\.\.$", section)
+    assert shown is not None
+    assert capsys.readouterr().out.startswith(re.sub(r"(?m)^    ", "", shown[1]))
+    assert main([*" ".join(planning).split(), "--processes", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "FOLDER: packing balanced, longest cut, seed 0"
+    assert lines[3].startswith("step and bubble are means of steps 1 to 4, bytes the most of them")
+    assert build_config(read_toml("best.toml")).data.packing == "balanced"
 
 
 def test_data_needs_no_torch(folders: dict[str, Path]) -> None:
