@@ -88,6 +88,7 @@ def test_show_passes_the_options_on(capsys: pytest.CaptureFixture[str]) -> None:
 OF_ITS_OWN = {
     "segments": 3, "stages_per_rank": 3, "group": 6, "folds": 3, "travel": "qkv", "groups": "forward_first",
     "costs": (1.0, 2.0, 0.5), "opaque": (1,), "ends": (0.5, 1.5),
+    "balance": "work", "work": (1.0, 3.0, 2.0, 9.0, 2.5, 4.0),
 }  # fmt: skip
 
 
@@ -96,6 +97,7 @@ def test_every_family_has_its_own_options_as_flags(family: str, capsys: pytest.C
     for name in options(family):
         value = OF_ITS_OWN[name]
         own = {name: value} | ({"segments": 1} if name == "opaque" and "segments" in options(family) else {})
+        own |= {"balance": "work"} if name == "work" else {}
         text = {key: ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for key, v in own.items()}
         flags = [f"--{key.replace('_', '-')}={v}" for key, v in text.items()]
         sizes = {"ranks": 2, "layers": 12, "microbatches": 6}
