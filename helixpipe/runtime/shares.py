@@ -69,6 +69,8 @@ class Shares:
 
     def local(self, whole: Batch) -> Batch:
         """The tokens that this rank's attention asks for; where documents begin is said of whole sequences alone."""
+        if self.mesh.shape.cp == 1:
+            return whole
         lengths = tuple(n // self.mesh.shape.cp for n in whole.segment_lengths)
         return replace(whole, segment_lengths=lengths, documents=())
 
