@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 CONTEXT = mp.get_context("forkserver")
 """How tests start processes that need torch: forked from one that imported it once, before it had threads or groups."""
-CONTEXT.set_forkserver_preload(["helixpipe.runtime.pipeline"])
+# the compiler: trials of plain modules make torch import it
+CONTEXT.set_forkserver_preload(["helixpipe.runtime.pipeline", "torch._dynamo"])
 
 
 def _serve(rank: int, ranks: int, port: int, jobs: Any, results: Any) -> None:

@@ -81,6 +81,16 @@ def test_show_and_check_run_without_torch(tmp_path: Path) -> None:
     assert "torch" not in imported_by(code)
 
 
+def test_a_step_of_a_decoder_loads_no_compiler() -> None:
+    """Some harmless calls make torch import its compiler, and sympy with it: more than a second at every rank's start."""
+    code = (
+        "import torch, helixpipe as hp; shape = hp.ModelShape(layers=1, hidden=8, heads=2, ffn=8, vocabulary=5, "
+        "positions='learned', context=4); schedule = hp.build_schedule('1f1b', ranks=1, layers=1, microbatches=1); "
+        "tokens = torch.ones(1, 4, dtype=torch.int64); hp.Pipeline(hp.Decoder(shape), schedule).step(tokens, tokens)"
+    )
+    assert "sympy" not in imported_by(code)
+
+
 @pytest.mark.parametrize("package", MAY_IMPORT)
 def test_imports_point_one_way(package: str) -> None:
     for file in sorted((ROOT / package).rglob("*.py")):
