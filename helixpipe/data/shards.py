@@ -177,7 +177,7 @@ class _Writer:
         self._ids, self._counted, self._lengths, self._tokens = [], [], [], 0
 
     def _save(self, name: str, array: NDArray[Any]) -> None:
-        save(self._folder / name, array.view(np.uint8).data)
+        save(self._folder / name, array.data.cast("B"))
 
 
 def save(path: Path, content: bytes | memoryview) -> None:

@@ -17,7 +17,7 @@ CODE = """
 import os, signal, sys
 from helixpipe.cli import main
 from helixpipe.data import records
-import numpy, tokenizers
+import helixpipe.commands.prepare, helixpipe.data.prepare, tokenizers
 
 records.UNIT_BYTES = 900
 
@@ -61,17 +61,17 @@ def test_killed_at_any_change_of_the_disk_the_output_is_the_same(
     tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(records, "UNIT_BYTES", 900)
-    rows = [{"p": WORDS[: i % 7 * 9], "c": WORDS[i % 50 :]} for i in range(8)]
+    rows = [{"p": WORDS[: i % 7 * 9], "c": WORDS[i % 50 :]} for i in range(9)]
     inputs = write_lines(tmp_path / "a.jsonl", rows)
     options = ["--prompt", "p", "--completion", "c", "--workers", "1"]
     whole = tree(prepare(tmp_path / "whole", tokenizer, inputs, *options).folder)
-    assert sum(name.endswith(".mask") for name in whole) > 2
+    assert sum(name.endswith(".mask") for name in whole) > 1
     (tmp_path / "killed").mkdir()
     given = ["prepare", str(inputs), "--tokenizer", str(tokenizer), *options]
     code = [sys.executable, "-c", CODE, str(tmp_path / "killed"), *given]
-    done = subprocess.run(code, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(code, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     outputs = sorted((tmp_path / "killed").iterdir())
-    assert len(outputs) > 40  # the tokenizer's files, the journal, three files a shard, the manifest
+    assert len(outputs) > 30  # the tokenizer's files, the journal, three files a shard, the manifest
     for output in outputs:
         assert tree(output) == whole, output.name
