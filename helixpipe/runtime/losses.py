@@ -123,7 +123,7 @@ def of_ranks(
     total, whole = math.fsum(loss for loss, _ in told), _number(targets, counted)
     if any(is_sum for _, (is_sum, *_) in told):
         return Losses(total, whole, (), f"{head} gives one sum; let its module have token_losses(x, targets) -> [b, s]")
-    if counted is not None and not isinstance(counted, Tensor):
+    if counted is not None and not (isinstance(counted, Tensor) and counted.dim()):
         return Losses(total, whole, (), "counted is a number; give a mask [b, s] of what counts")
     mask = targets != IGNORED if counted is None else counted
     sums = zip(*(each for _, (_, *each) in told), strict=True)
@@ -184,7 +184,7 @@ def divisor(targets: Tensor, counted: Counted) -> int:
 def _number(targets: Tensor, counted: Counted) -> int:
     if counted is None:
         return count(targets)
-    if not isinstance(counted, Tensor):
+    if not isinstance(counted, Tensor) or not counted.dim():
         return operator.index(counted)
     if counted.shape != targets.shape or counted.dtype is not torch.bool:
         raise ConfigError(

@@ -346,7 +346,7 @@ def test_layers_that_are_not_told_where_documents_begin_are_refused() -> None:
         ("--data {few} --packing documents",
          "error: --data: '{few}' makes 4 sequences to train on, fewer than the 8 of a step; give more data, or fewer or shorter"),
         ("--data {long} --packing documents --longest drop",
-         "error: --data: '{long}' has no document to train on: 9 of 9 are longer than --sequence-length 256, and --longest is drop;"),
+         "error: --data: '{long}' has no document to train on: 9 of 9 are longer than a sequence of 256 and dropped; set --longest to cut"),
         ("--data {few} --sequence-length 8192", "fewer than a sequence and its next token (8193); shorten --sequence-length"),
     ],
 )  # fmt: skip

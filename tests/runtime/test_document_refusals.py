@@ -16,6 +16,8 @@ from values import initial_values
 
 import helixpipe as hp
 from helixpipe.runtime.documents import document_lengths
+from helixpipe.runtime.programs import MOST
+from helixpipe.runtime.shares import MOST_CUTS
 from helixpipe.sequence import Documents
 
 SHAPE = hp.ModelShape(layers=2, hidden=16, heads=4, kv_heads=2, ffn=24, vocabulary=19)
@@ -228,11 +230,8 @@ def test_ever_new_documents_leave_nothing_in_a_pipeline() -> None:
     tokens, targets = batch(SHAPE, 4, 12)
     pipeline = pipeline_of(hp.Decoder(SHAPE), 3)
 
-    def sizes() -> list[int]:
-        return [len(pipeline._needs), len(pipeline._programs), len(pipeline._shares._starts)]
-
-    pipeline.evaluate(tokens, targets, documents=ROWS)
-    before = sizes()
     for first in range(1, 12):
-        pipeline.evaluate(tokens, targets, documents=[[first, 12 - first]] * 4)
-    assert sizes() == before
+        for second in range(1, 12 - first):
+            pipeline.evaluate(tokens, targets, documents=[[first, second, 12 - first - second]] * 4)
+    assert len(pipeline._programs._steps._made) == MOST
+    assert len(pipeline._shares._starts._made) <= MOST_CUTS

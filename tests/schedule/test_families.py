@@ -280,7 +280,7 @@ def test_what_cannot_be_built_says_what_can(family: str, given: dict, message: s
 
 def test_options_are_those_beyond_the_sizes() -> None:
     assert options("1f1b")[0] == "opaque"
-    assert options("helix") == ("folds", "travel", "groups")
+    assert options("helix") == ("folds", "travel", "groups", "balance", "work")
 
 
 def test_messages_that_take_time_do_not_change_the_order() -> None:

@@ -16,6 +16,7 @@ from helixpipe.errors import CheckpointError
 from helixpipe.parts.freezing import freeze
 from helixpipe.train.job import Job, prepare
 from helixpipe.train.loop import train
+from helixpipe.train.stop import Stop
 
 SHAPE = hp.ModelShape(layers=12, hidden=16, heads=2, ffn=16, vocabulary=16)
 NAMES = set(SHAPE.parameter_elements(SHAPE.chain()))
@@ -102,16 +103,19 @@ def test_a_run_trains_the_rest_alone_and_goes_on_bit_for_bit(
 ) -> None:
     for name in ("whole", "halves"):
         (tmp_path / name).mkdir()
-    train(job(tmp_path / "whole"), "cpu", None)
+    train(job(tmp_path / "whole"), "cpu", None, Stop())
     said = capsys.readouterr().err.splitlines()[0]
     shape = job(tmp_path / "halves").config.shape()
     trained = sum(n for name, n in shape.parameter_elements(shape.chain()).items() if shape.trains(name))
     assert f"{shape.parameter_count:,} parameters ({trained:,} trained), 2 layers" in said
 
-    train(job(tmp_path / "halves", "--train.evaluate_every", "0"), "cpu", None)
+    train(job(tmp_path / "halves", "--train.evaluate_every", "0"), "cpu", None, Stop())
     second = tmp_path / "halves/run/checkpoints/step-00000002"
     train(
-        job(tmp_path / "halves", "--resume", str(second), "--run.folder", str(tmp_path / "halves/again")), "cpu", None
+        job(tmp_path / "halves", "--resume", str(second), "--run.folder", str(tmp_path / "halves/again")),
+        "cpu",
+        None,
+        Stop(),
     )
     one, two = (state(tmp_path / place / "checkpoints/step-00000004") for place in ("whole/run", "halves/again"))
     assert one.keys() == two.keys()
