@@ -74,7 +74,7 @@ def _check_objective(train: TrainConfig, shape: ModelShape) -> None:
     masks, share, replace = OBJECTIVES[train.objective], train.mask_share, train.mask_replace
     for key in MASK_KEYS:
         if getattr(train, key) is not None and key not in masks:
-            having = " and ".join(name for name, keys in OBJECTIVES.items() if key in keys)
+            having = " or ".join(name for name, keys in OBJECTIVES.items() if key in keys)
             raise ConfigError(f"train.{key}: {train.objective} has no such key, {having} has; remove it")
     if share is not None and not 0 < share <= 1:
         raise ConfigError(f"train.mask_share: {share:g}; give a share above 0 and at most 1, such as 0.15")

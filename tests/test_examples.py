@@ -1,4 +1,4 @@
-"""What a reader would run: the examples of a model of one's own, and the GPU benchmark where there is no GPU."""
+"""What a reader would run: the examples, and the GPU benchmark where there is no GPU."""
 
 from __future__ import annotations
 
@@ -67,6 +67,24 @@ def test_data_of_one_s_own_is_prepared_and_learned(tmp_path: Path, example: str)
     manifest = json.loads((tmp_path / example / "tokens/manifest.json").read_text())
     assert manifest["vocabulary"] <= 1024
     assert (manifest["counted"] < manifest["tokens"] / 2) == (example == "chat")
+
+
+def test_masked_diffusion_trains_on_two_ranks(tmp_path: Path) -> None:
+    """The example as it stands, with fewer and shorter sequences."""
+    shorter = ["--train.steps=2", "--train.sequence_length=32", "--train.evaluate_sequences=8", "--run.timeline_step=0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "helixpipe", "train", ROOT / "examples/masked_diffusion.toml", *shorter],
+        cwd=tmp_path, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[0] == (
+        "tiny: 853,120 parameters, 4 layers; helix on 2 ranks (cpu), 4 micro-batches of 2 x 32 tokens, objective "
+        "masked_diffusion"
+    )
+    lines = (tmp_path / "runs/masked_diffusion-1/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    held_out = [found["held_out_loss"] for line in lines if "held_out_loss" in (found := json.loads(line))]
+    assert len(held_out) == 2
+    assert 3 < held_out[0] < 9, "of 256 tokens nothing is known: log 256, and as many as were masked"
 
 
 @pytest.mark.parametrize("contender", ["helixpipe", "torch"])

@@ -286,6 +286,12 @@ def _tell_remarks(corpus: Corpus, config: Config, warn: Callable[[str], None]) -
     """What is remarkable about the data, and where it has fewer held-out windows than are asked for."""
     for remark in corpus.remarks:
         warn(remark)
+    mask = config.train.mask_token
+    if mask is not None and (own := int((corpus.batch(1).tokens == mask).sum())):
+        warn(
+            f"train.mask_token: {mask}, and {own:,} tokens of the first batch are it, which no model can tell from masked ones; "
+            "give an id that the data does not have"
+        )
     asked, length = config.train.evaluate_sequences, config.train.sequence_length
     count = corpus.windows(asked)
     if len(corpus.held_out) and count < asked:
