@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import math
 import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -357,9 +356,8 @@ def _alternatives(of: _Of) -> list[Choice]:
     setting, ranks, found = of.setting, of.ranks, []
     count, uncut = of.microbatches * setting.data_parallel, (setting.sequence_length,)
     steps = [microbatches(setting.whole, count, documents, lambda rows: uncut) for documents in of.steps]
-    ideal_s = statistics.mean(
-        math.fsum(map(cache(setting.batch_s), step)) / setting.data_parallel / ranks for step in steps
-    )
+    seconds = cache(setting.batch_s)
+    ideal_s = statistics.mean(seconds(batch) for step in steps for batch in step) * of.microbatches / ranks
     alone = replace(setting, context_parallel=1, data_parallel=1)
     replicas = ranks * setting.context_parallel * setting.data_parallel
     chunks = _chunks(setting.sequence_length) if _slices(setting.shape) else (0,)
