@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from helixpipe.train.data import Batch, Corpus, open_corpus
 from helixpipe.train.held_out import held_out_losses, tensors
 from helixpipe.train.objective import Objective
 from helixpipe.train.pieces import Piece, Tokens
+from helixpipe.train.reading import Reading
+from helixpipe.train.source import Source
 from helixpipe.train.start import make_pipeline
+from helixpipe.train.windows import Windows
 
 VOCABULARY, MASK = 300, 299
 
@@ -48,23 +52,31 @@ def both(config: Config) -> tuple[Corpus, Objective]:
     return open_corpus(config), Objective.of(config)
 
 
+def asked_of(objective: Objective, corpus: Corpus, step: int) -> Batch:
+    return objective.training(corpus.batch(step), step)
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Of batches without documents."""
+    fields = ("tokens", "targets", "weights", "counted")
+    found = {name: [getattr(each, name) for each in batches] for name in fields}
+    return Batch(**{name: np.concatenate(each) for name, each in found.items() if each[0] is not None})
+
+
 def many(config: Config, steps: int = 40) -> tuple[Batch, Batch]:
     """Batches of data and what is asked of them, one after another."""
     corpus, objective = both(config)
-    pairs = [(corpus.batch(step), objective.training(corpus, step)) for step in range(1, steps + 1)]
-    data, asked = (
-        Batch(*(None if each[0] is None else np.concatenate(each) for each in zip(*batches, strict=True)))
-        for batches in zip(*pairs, strict=True)
-    )
+    pairs = [(corpus.batch(step), asked_of(objective, corpus, step)) for step in range(1, steps + 1)]
+    data, asked = (joined(batches) for batches in zip(*pairs, strict=True))
     return data, asked
 
 
 def test_next_token_hands_on_what_the_data_gives(tokens: Path) -> None:
     config = build_config({"data": {"path": str(tokens)}, "model": {"vocabulary": VOCABULARY}})
     corpus, objective = both(config)
-    batch = objective.training(corpus, 3)
+    batch = asked_of(objective, corpus, 3)
     assert (batch.tokens == corpus.batch(3).tokens).all()
-    assert (batch.tokens[:, 1:] == batch.targets[:, :-1]).all()
+    assert (batch.targets == corpus.batch(3).targets).all()
     assert batch.weights is batch.counted is None
     pairs = zip(objective.held_out(corpus, 5), corpus.evaluation(5), strict=True)
     assert all((one.targets == other.targets).all() for one, other in pairs)
@@ -119,14 +131,13 @@ def test_diffusion_masks_a_share_of_each_sequence_that_its_weight_tells(tokens: 
 def test_masks_are_a_function_of_seed_step_and_place(tokens: Path, objective: str) -> None:
     """A batch of twice the size begins with the same masks; another seed, step or place has others."""
     corpus, asking = both(config_of(tokens, objective))
-    once, again = asking.training(corpus, 7), both(config_of(tokens, objective))[1].training(corpus, 7)
-    for one, other in zip(once, again, strict=True):
-        assert (one is None and other is None) or (one == other).all()
+    once, again = asked_of(asking, corpus, 7), asked_of(both(config_of(tokens, objective))[1], corpus, 7)
+    assert all(np.array_equal(one, other) for one, other in zip(once, again, strict=True))  # type: ignore[arg-type]
     large, _ = both(config_of(tokens, objective, size=16))
     chosen = once.targets != -100
-    assert ((asking.training(large, 7).targets != -100)[: len(chosen)] == chosen).all()
+    assert ((asked_of(asking, large, 7).targets != -100)[: len(chosen)] == chosen).all()
     assert len({row.tobytes() for row in chosen}) == len(chosen)
-    for other in (asking.training(corpus, 8), both(config_of(tokens, objective, seed=1))[1].training(corpus, 7)):
+    for other in (asked_of(asking, corpus, 8), asked_of(both(config_of(tokens, objective, seed=1))[1], corpus, 7)):
         assert ((other.targets != -100) != chosen).any(1).all()
 
 
@@ -135,13 +146,12 @@ def test_held_out_masks_are_the_same_whatever_a_batch_and_a_seed_are(tokens: Pat
     found = []
     for size, seed in ((1, 0), (3, 0), (8, 5)):
         corpus, asking = both(config_of(tokens, objective, size=size, seed=seed))
-        batches = list(asking.held_out(corpus, 12))
-        rows = [np.concatenate([batch[i] for batch in batches]) for i in range(4) if batches[0][i] is not None]
-        assert (rows[1][12:] == -100).all(), "what fills a batch up is not asked for"
+        rows = joined(list(asking.held_out(corpus, 12)))
+        assert (rows.targets[12:] == -100).all(), "what fills a batch up is not asked for"
         if objective == "masked_diffusion":
-            assert rows[3][:12].all()
-            assert not rows[3][12:].any()
-        found.append([row[:12].tolist() for row in rows])
+            assert rows.counted[:12].all()
+            assert not rows.counted[12:].any()
+        found.append([array[:12].tolist() for array in rows if isinstance(array, np.ndarray)])
     assert found[0] == found[1] == found[2]
 
 
@@ -163,11 +173,13 @@ def test_what_does_not_count_is_never_chosen(tmp_path: Path, objective: str) -> 
     ids.tofile(tmp_path / "ids")
     np.packbits(counts, bitorder="little").tofile(tmp_path / "mask")
     pieces = Tokens([Piece(str(tmp_path / "ids"), "uint16", 0, 4000, str(tmp_path / "mask"))])
-    corpus = Corpus(pieces, pieces, 50, 64, 4001, 0, ahead=0)
+    windows = Windows(4000, 50)
+    source = Source("a", pieces, pieces, None, None, "ids", ())
+    corpus = Corpus((source,), Reading((windows,), (1.0,), 50, 64), (windows,), 4001, ahead=0)
     asking = Objective(objective, 0, 4001, 4000, 0.9)
-    data = Corpus(pieces, pieces, 50, 64, 4001, 0).batch(1).tokens
+    data = dataclasses.replace(corpus, ahead=1).batch(1).tokens
     held_out = np.concatenate([batch.targets for batch in asking.held_out(corpus, 64)])
-    asked = asking.training(corpus, 1)
+    asked = asked_of(asking, corpus, 1)
     chosen = asked.targets != -100
     may = counts[data]  # a token is its own place in the text
     assert not (chosen & ~may).any()
@@ -201,17 +213,16 @@ def test_diffusion_s_loss_is_that_of_a_plain_implementation(tokens: Path, schedu
     (corpus, asking), shape = both(config), config.shape()
     weights = {name: value.double() for name, value in initial_values(shape).items()}
     pipeline = make_pipeline(config, "cpu", None)
-    asked = asking.training(corpus, 1)
+    asked = asked_of(asking, corpus, 1)
     expected = plain_loss(shape, weights, corpus.batch(1), asked)
     assert pipeline.evaluate(**tensors(asked)) == pytest.approx(expected, abs=1e-12)
     assert pipeline.step(**tensors(asked)) == pytest.approx(expected, abs=1e-12)
     losses = held_out_losses(pipeline, corpus, 10, asking)
     pipeline.close()
     pairs = list(zip(corpus.evaluation(10), asking.held_out(corpus, 10), strict=True))
-    data, questions = (
-        Batch(*(np.concatenate([b[i] for b in each])[:10] for i in (0, 1))) for each in zip(*pairs, strict=True)
-    )
-    questions = questions._replace(weights=np.concatenate([asked.weights for _, asked in pairs])[:10])
+    data, questions = (joined(each) for each in zip(*pairs, strict=True))
+    data, questions = (Batch(each.tokens[:10], each.targets[:10], (), each.weights) for each in (data, questions))
+    questions = questions._replace(weights=None if questions.weights is None else questions.weights[:10])
     assert losses.mean == pytest.approx(plain_loss(shape, weights, data, questions), abs=1e-12)
     assert losses.counted == 200
     assert [bucket.counted for bucket in losses.by_position] == [10, 10, 20, 40, 80, 40]
