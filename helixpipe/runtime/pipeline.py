@@ -241,6 +241,13 @@ class Pipeline:
                 gradient.mul_(max_norm / (norm + 1e-6))
         return norm
 
+    def largest(self, mine: float) -> float:
+        """The largest of all ranks' numbers, the same on every rank. Collective."""
+        self._watch.doing = "a number of all ranks"
+        found = max(number for (number,) in self._gathered([mine]))
+        self._watch.doing = "work between steps"
+        return found
+
     def as_whole(self, name: str, mine: Tensor) -> Tensor:
         """A tensor of a parameter's shape (itself, a moment) as this rank's part of the whole, on the same memory.
 

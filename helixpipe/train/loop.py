@@ -6,7 +6,6 @@ import math
 import signal
 import time
 
-import torch
 import torch.distributed as dist
 
 from helixpipe.errors import ConfigError
@@ -79,29 +78,19 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None, stop: Stop) ->
 
             # how well it does on text it never trains on, and a place to go on from
             last = step == settings.steps
-            asked = "" if last else _asked(stop, group, pipeline)
+            # what any rank was asked, so that all stop after the same step
+            asked = 0 if last else int(pipeline.largest(stop.asked))
             if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
                 evaluate(pipeline, corpus, objective, settings.evaluate_sequences, log, step)
             if run.checkpoint_every and (last or asked or step % run.checkpoint_every == 0):
                 log.flush()
                 checkpoints.save(optimizer.state(step), step, config, used.table(corpus.epochs(step)))
             if asked:
-                log.stopped(step, asked)
+                log.stopped(step, signal.Signals(asked).name)
                 break
         log.reading(used.told(corpus.epochs(step)))
     pipeline.close()
     return not log.was_stopped
-
-
-def _asked(stop: Stop, group: dist.ProcessGroup | None, pipeline: Pipeline) -> str:
-    """The name of the signal by which any rank was asked to stop, the same on all; "" while none was. Collective."""
-    asked = stop.asked
-    if group is not None:
-        heard = torch.tensor([asked])
-        with pipeline.together("the question whether to go on"):
-            dist.all_reduce(heard, dist.ReduceOp.MAX, group)
-        asked = int(heard)
-    return signal.Signals(asked).name if asked else ""
 
 
 def evaluate(pipeline: Pipeline, corpus: Corpus, objective: Objective, sequences: int, log: Log, step: int) -> None:

@@ -223,7 +223,7 @@ def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(
 
 def test_two_runs_in_one_folder_are_one_and_a_refusal(tmp_path: Path, start: Callable[..., Run]) -> None:
     first = start("small.toml", "--run.folder", "here", "--train.steps", "5000")
-    first.until((tmp_path / "here" / "checkpoints").exists)
+    first.until(lambda: manifest.checkpoints(tmp_path / "here" / "checkpoints"))
     second = Run(tmp_path / "second", "--resume", str(tmp_path / "here"))
     assert second.wait(60) == 2
     assert second.err.splitlines()[-1] == (
