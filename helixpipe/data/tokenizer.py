@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -45,7 +46,7 @@ class Source(NamedTuple):
 class Encoded(NamedTuple):
     """A document's tokens. `counted`: which of them count as targets, None for all; `own`: how many are not added ones."""
 
-    ids: NDArray[np.int64]
+    ids: NDArray[np.uint32]
     counted: NDArray[np.bool_] | None
     own: int
 
@@ -215,7 +216,7 @@ class Tokenizer:
         before, after = self._batch([prompt, completion], False)
         if isinstance(before, str) or isinstance(after, str):
             return before if isinstance(before, str) else str(after)
-        ids = self._ended(np.concatenate([self._before, before, after, self._after]).astype(np.int64))
+        ids = self._ended(np.concatenate([self._before, before, after, self._after]).astype(np.uint32))
         return Encoded(ids, np.arange(len(ids)) >= len(self._before) + len(before), len(before) + len(after))
 
     def _conversation(self, messages: list[dict[str, Any]]) -> Encoded | str:
@@ -238,7 +239,7 @@ class Tokenizer:
         ended = self._ended(ids)
         return Encoded(ended, np.concatenate([counted, np.ones(len(ended) - len(ids), bool)]), len(ids))
 
-    def _batch(self, texts: list[str], with_added: bool) -> list[NDArray[np.int64] | str]:
+    def _batch(self, texts: list[str], with_added: bool) -> list[NDArray[np.uint32] | str]:
         try:
             found = self._library.encode_batch_fast(texts, add_special_tokens=with_added)
         except Exception as error:
@@ -247,8 +248,8 @@ class Tokenizer:
             return [ids for text in texts for ids in self._batch([text], with_added)]
         return [self._checked(each.ids) for each in found]
 
-    def _checked(self, ids: list[int]) -> NDArray[np.int64]:
-        found = np.array(ids, np.int64)
+    def _checked(self, ids: list[int]) -> NDArray[np.uint32]:
+        found = np.frombuffer(array("I", ids), np.uint32)  # a third of the time of np.array
         if len(found) and found.max() >= self.vocabulary:
             raise DataError(
                 f"--tokenizer: it gives token {found.max()}, and its vocabulary ends at {self.vocabulary - 1}; "
@@ -256,11 +257,11 @@ class Tokenizer:
             )
         return found
 
-    def _ended(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _ended(self, ids: NDArray[np.uint32]) -> NDArray[np.uint32]:
         """With the end token, which some tokenizers add by themselves."""
         if self.end is None or (len(ids) and ids[-1] == self.end):
             return ids
-        return np.append(ids, self.end)
+        return np.append(ids, np.uint32(self.end))
 
     def _added(self) -> tuple[list[int], list[int]]:
         """The tokens that the tokenizer puts before and after a text."""
