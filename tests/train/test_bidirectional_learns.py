@@ -52,7 +52,7 @@ def trained(objective: str, layout: dict[str, Any], steps: int) -> tuple[list[fl
     losses = []
     for step in range(1, steps + 1):
         pipeline.zero_gradients()
-        losses.append(pipeline.step(**tensors(asking.training(corpus, step))))
+        losses.append(pipeline.step(**tensors(asking.training(corpus.batch(step), step))))
         pipeline.clip_gradients(1.0)
         optimizer.step()
     losses.append(held_out_losses(pipeline, corpus, 64, asking).mean)
