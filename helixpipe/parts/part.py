@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from functools import cache
 from typing import NamedTuple
 
 from helixpipe.errors import ScheduleError
@@ -55,13 +56,13 @@ class Part(NamedTuple):
     @property
     def reads(self) -> tuple[Value, ...]:
         """The values it takes from other parts."""
-        return tuple(Value(name, self.layer) for name in self.about.reads)
+        return _values(self.about.reads, self.layer)
 
     @property
     def makes(self) -> tuple[Value, ...]:
         """The values it gives to other parts."""
         kind = self.about
-        return tuple(Value(name, self.layer + kind.ends_layer) for name in kind.makes)
+        return _values(kind.makes, self.layer + kind.ends_layer)
 
     @staticmethod
     def parse(text: str) -> Part:
@@ -70,6 +71,12 @@ class Part(NamedTuple):
         if not match or match[1] not in KINDS or (match[2] is None) != (match[1] == FIRST):
             raise ScheduleError(f"'{text}' is not a part; write one as 'embed', 'norm.3' or 'head.32'")
         return Part(match[1], int(match[2] or 0))
+
+
+@cache
+def _values(names: tuple[str, ...], layer: int) -> tuple[Value, ...]:
+    """Made once: a prediction asks for them a million times."""
+    return tuple(Value(name, layer) for name in names)
 
 
 def layer_parts(layer: int, opaque: bool = False) -> tuple[Part, ...]:

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from helixpipe.errors import ConfigError
@@ -212,7 +213,14 @@ class Work:
         return 0 < self.shape.about(part).chunk(self.keeping) < self.length
 
     def value_bytes(self, value: Value) -> int:
-        return math.prod(self.shape.value_shape(value, self.batch, self.segment)) * self.keeping.element_bytes
+        if value not in self._value_bytes:
+            elements = math.prod(self.shape.value_shape(value, self.batch, self.segment))
+            self._value_bytes[value] = elements * self.keeping.element_bytes
+        return self._value_bytes[value]
+
+    @cached_property
+    def _value_bytes(self) -> dict[Value, int]:
+        return {}
 
     def values(self, values: Iterable[Value]) -> Kept:
         """Bytes of these, by name."""
@@ -245,7 +253,13 @@ class Work:
 
     def saved(self, part: Part) -> Kept:
         """What autograd saves of a part."""
-        return self.shape.about(part).saved(part, self)
+        if part not in self._saved:
+            self._saved[part] = self.shape.about(part).saved(part, self)
+        return self._saved[part]
+
+    @cached_property
+    def _saved(self) -> dict[Part, Kept]:
+        return {}
 
     def kept(self, part: Part) -> Kept:
         """What a selective recompute keeps of a part beside its chunk's inputs."""

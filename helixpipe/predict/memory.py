@@ -34,7 +34,12 @@ class Held(NamedTuple):
 def held_bytes(program: Program, keeping: Keeping, share: ModelShape | None = None) -> tuple[tuple[Held, ...], ...]:
     """Per rank, of each action in order. `share`: what one accelerator holds of the parameters, where tp says it not all."""
     share = program.shape.tensor_share(keeping.tensor_parallel) if share is None else share
-    return tuple(tuple(_walk(program, rank, keeping, share)) for rank in range(len(program.ranks)))
+    works = {
+        (mb, segment): Work(program.shape, program.batches[mb], segment, keeping)
+        for mb in dict.fromkeys(program.alike)
+        for segment in range(program.schedule.segments)
+    }
+    return tuple(tuple(_walk(program, rank, keeping, works, share)) for rank in range(len(program.ranks)))
 
 
 def peak_activation_bytes(program: Program, keeping: Keeping) -> tuple[int, ...]:
@@ -92,11 +97,12 @@ Moves = list[Move]
 # that visit
 _Key = tuple[int, Pass, int, int, bool, Meets, Guest]
 _Unit = tuple[int, int, int]  # stage, micro-batch, segment
+_Works = dict[tuple[int, int], Work]  # micro-batch, segment
 _Highs = dict[_Key, tuple[int, int, int]]
 """An action -> (kept and workspace at most, kept when it has ended), beyond what was held before."""
 
 
-def _walk(program: Program, rank: int, keeping: Keeping, share: ModelShape) -> Iterator[Held]:
+def _walk(program: Program, rank: int, keeping: Keeping, works: _Works, share: ModelShape) -> Iterator[Held]:
     schedule, visiting = program.schedule, guests(program, rank, keeping, share)
     has_recompute = keeping.recomputes and any(action.kind is Pass.R for action in schedule.placed)
     meets: dict[tuple[int, int], Meets] = {}
@@ -108,7 +114,10 @@ def _walk(program: Program, rank: int, keeping: Keeping, share: ModelShape) -> I
         ahead = has_recompute and action.sibling(Pass.R) in schedule.placed
         guest = visiting.get(action, NOBODY)
         order.append((action, (stage, kind, program.alike[mb], segment, ahead, meets[stage, mb], guest)))
-    moves = {key: _moves(program, keeping, *key) for key in dict.fromkeys(key for _, key in order)}
+    moves: dict[_Key, Moves] = {}
+    for key in dict.fromkeys(key for _, key in order):
+        stage, kind, mb, segment, ahead, met, guest = key
+        moves[key] = _moves(schedule, works[mb, segment], stage, kind, ahead, met, guest)
     sharing = _sharing(moves)
     alone = _alone(order, moves, sharing)
     live = _Live()
@@ -168,25 +177,14 @@ def _highs(keys: list[_Key], moves: dict[_Key, Moves]) -> _Highs:
     return found
 
 
-def _moves(
-    program: Program,
-    keeping: Keeping,
-    stage: int,
-    kind: Pass,
-    microbatch: int,
-    segment: int,
-    ahead: bool,
-    meets: Meets,
-    guest: Guest,
-) -> Moves:
+def _moves(schedule: Schedule, work: Work, stage: int, kind: Pass, ahead: bool, meets: Meets, guest: Guest) -> Moves:
     """`ahead`: an R of its own recomputes the last chunk. `meets`: which neighbours are on the same rank."""
-    schedule = program.schedule
+    keeping = work.keeping
     cut = chunks(schedule.stages[stage], not keeping.recomputes, schedule.outputs[stage])
-    work = Work(program.shape, program.batches[microbatch], segment, keeping)
     into, out = schedule.edges_into[stage], schedule.edges_out_of[stage]
     # what another rank's part handed on came as a tensor of its own
     here = [stage, *(edge.producer for edge, met in zip(into, meets.before, strict=True) if met)]
-    same = handed_on((part for each in here for part in schedule.stages[each].parts), program.shape)
+    same = handed_on((part for each in here for part in schedule.stages[each].parts), work.shape)
     step = _Step([], work, schedule.segments > 1, same, dict(guest.made_bytes))
     step.visits(guest.came_bytes, 1)
     if kind is Pass.F:

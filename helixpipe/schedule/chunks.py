@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import lru_cache
 
 from helixpipe.parts.kind import Kept
 from helixpipe.parts.lifetimes import Lifetimes, lifetimes
@@ -68,21 +69,26 @@ def chunks(stage: Stage, whole: bool, outputs: Collection[Value] | None = None) 
 
     `outputs`: what others read of the stage (`Schedule.outputs`); all that nobody here reads when not given.
     """
+    return _chunks(stage.parts, whole, None if outputs is None else frozenset(outputs))
+
+
+@lru_cache(maxsize=1024)  # a plan prices a schedule's stages rank by rank, and under several policies
+def _chunks(parts: tuple[Part, ...], whole: bool, outputs: frozenset[Value] | None) -> tuple[Chunk, ...]:
     runs: list[list[Part]] = [[]]
-    for part in stage.parts:
+    for part in parts:
         full = part.about.alone or part.kind in {other.kind for other in runs[-1]}
         if full and runs[-1] and not whole:
             runs.append([])
         runs[-1].append(part)
     if outputs is None:
-        read = {value for part in stage.parts for value in part.reads}
-        outputs = {value for part in stage.parts for value in part.makes} - read
+        read = {value for part in parts for value in part.reads}
+        outputs = frozenset(value for part in parts for value in part.makes) - read
     found = []
     for i, run in enumerate(runs):
         makes = tuple(value for part in run for value in part.makes)
         reads = tuple(dict.fromkeys(value for part in run for value in part.reads if value not in makes))
         later = {value for other in runs[i + 1 :] for part in other for value in part.reads}
-        stays = later | set(outputs)
+        stays = later | outputs
         gives = tuple(value for value in makes if value in stays)
         found.append(Chunk(tuple(run), reads, makes, gives, lifetimes(run, stays, gives)))
     return tuple(found)
