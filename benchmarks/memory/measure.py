@@ -149,9 +149,10 @@ class Steps:
 
     def prepare(self) -> None:
         """All that ranks import, once."""
-        import torch_pipelines  # noqa: F401
-
         import helixpipe.runtime.pipeline  # noqa: F401
+
+        if any(case.is_torch for case in self.cases):
+            import torch_pipelines  # noqa: F401
 
     def run(self, rank: int, store: Store) -> list[Peak]:
         """This rank's peak of each case."""

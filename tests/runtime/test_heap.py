@@ -17,23 +17,24 @@ from helixpipe.parts.lora import Lora
 WITHIN = 0.10  # of what a timeline says
 CHUNK = 256
 SIZES: dict[str, Any] = {"layers": 4, "hidden": 128, "length": 2048, "microbatches": 2}
+SHORT = SIZES | {"length": 1024}  # half as long, for a third of the time
 SEGMENTS = {"segments": 4, "stages_per_rank": 2}
 
 CASES = [
-    Case("1f1b", **SIZES),
+    Case("1f1b", **SHORT),
     Case("1f1b", "full", CHUNK, **SIZES),
-    Case("1f1b", "selective", CHUNK, **SIZES),
-    Case("zb_v", **SIZES),
+    Case("1f1b", "selective", CHUNK, **SHORT),
+    Case("zb_v", **SHORT),
     Case("zb_h2", "full", CHUNK, **SIZES),
     Case("seq1f1b_interleaved", "selective", CHUNK, SEGMENTS, **SIZES),
-    Case("helix", "selective", CHUNK, {"travel": "none"}, **SIZES),
-    Case("helix", "selective", CHUNK, {"travel": "attention"}, **SIZES),
+    Case("helix", "selective", CHUNK, {"travel": "none"}, **SHORT),
+    Case("helix", "selective", CHUNK, {"travel": "attention"}, **SHORT),
 ]
 WINDOWS = [
-    Case("1f1b", "full", CHUNK, model={"window": 256}, **SIZES),
-    Case("1f1b", model={"window": 200, "window_pattern": (True, False)}, **SIZES),
-    Case("seq1f1b_interleaved", "selective", CHUNK, SEGMENTS, model={"window": 300}, **SIZES),
-    Case("1f1b", "selective", CHUNK, model={"softcap": 20.0}, **SIZES),
+    Case("1f1b", "full", CHUNK, model={"window": 256}, **SHORT),
+    Case("1f1b", model={"window": 200, "window_pattern": (True, False)}, **SHORT),
+    Case("seq1f1b_interleaved", "selective", CHUNK, SEGMENTS, model={"window": 300}, **SHORT),
+    Case("1f1b", "selective", CHUNK, model={"softcap": 20.0}, **SHORT),
 ]
 ALONE = [Case("1f1b", "full", CHUNK, ranks=1, **SIZES)]
 GEMMA = {
