@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from disks import small_disk
 from making import documents, own, prepare, write_lines, write_tokenizer
 
 from helixpipe.cli import main
@@ -193,26 +194,14 @@ def test_what_may_not_be_read_or_written_is_named(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 96 KiB; skips where none may be mounted."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    try:
-        mounted = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=96k", "none", str(place)], capture_output=True, check=False
-        )
-    except OSError:
-        pytest.skip("no mount")
-    if mounted.returncode:
-        pytest.skip("may not mount")
-    try:
+def disk(tmp_path: Path) -> Iterator[Path]:
+    (tmp_path / "disk").mkdir()
+    with small_disk(tmp_path / "disk", "96k") as place:
         yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True, timeout=60)
 
 
 def test_a_disk_that_is_full_and_gets_room(
-    small_disk: Path,
+    disk: Path,
     tmp_path: Path,
     tokenizer: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -221,7 +210,7 @@ def test_a_disk_that_is_full_and_gets_room(
     monkeypatch.setattr(records, "UNIT_BYTES", 4000)
     file = write_lines(tmp_path / "a.jsonl", [{"text": f"line {i} " * 40} for i in range(400)])
     whole = documents(prepare(tmp_path / "whole", tokenizer, file))
-    output = small_disk / "out"
+    output = disk / "out"
     assert refused(capsys, output, tokenizer, file) == (
         f"--output: '{output}' cannot be written: {os.strerror(errno.ENOSPC).lower()}; "
         "make room and give the same command again: it goes on from what is written"
@@ -229,7 +218,7 @@ def test_a_disk_that_is_full_and_gets_room(
     kept = {path.name: path.stat().st_ino for path in output.glob("*.tokens")}
     assert kept
     assert not list(output.rglob("*.part"))
-    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True, timeout=60)
+    subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True, timeout=60)
     assert documents(prepare(output, tokenizer, file)) == whole
     assert kept.items() <= {path.name: path.stat().st_ino for path in output.glob("*.tokens")}.items()
 

@@ -7,12 +7,12 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from disks import small_disk
 from runs import STEPS, TORCHRUN, Run, alive, losses, metrics
 
 from helixpipe.train import manifest
@@ -254,17 +254,12 @@ def test_a_rank_that_stands_still_is_named_in_time(tmp_path: Path, start: Callab
     assert "Traceback" not in run.err
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small file system: needs root on Linux"
-)
 def test_a_disk_that_fills_up_ends_the_run_and_keeps_the_last_checkpoint(
     tmp_path: Path, start: Callable[..., Run]
 ) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1400k", "none", disk], capture_output=True).returncode:
-        pytest.skip("may not mount a small file system: root without that right, as in most containers")
-    try:
+    with small_disk(disk, "1400k"):
         run = start("small.toml", "--run.folder", "disk/run", "--run.keep", "9")
         assert run.wait() == 2
         told = [line for line in run.err.splitlines() if line.startswith("helixpipe:")]
@@ -274,8 +269,6 @@ def test_a_disk_that_fills_up_ends_the_run_and_keeps_the_last_checkpoint(
         assert "Traceback" not in run.err
         last = sorted((disk / "run" / "checkpoints").iterdir())[-1]
         assert manifest.verify(last).step >= 5
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 def test_a_port_in_use_is_one_line_and_nothing_is_written(tmp_path: Path, start: Callable[..., Run]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from disks import small_disk
 from ranks import Ranks
 from torch import Tensor
 
@@ -251,14 +252,8 @@ def test_ctrl_c_is_no_failed_checkpoint(
     assert manifest.checkpoints(tmp_path) == [first]
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small file system: needs root on Linux"
-)
 def test_a_really_full_disk_says_so(tmp_path: Path) -> None:
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", tmp_path], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("may not mount a small file system: root without that right, as in most containers")
-    try:
+    with small_disk(tmp_path, "64k"):
         first = save(tmp_path, 1)
         with pytest.raises(CheckpointError) as caught:
             Checkpoints(tmp_path, 9, None).save({"model.large": torch.zeros(100_000)}, 2, Config())
@@ -268,8 +263,6 @@ def test_a_really_full_disk_says_so(tmp_path: Path) -> None:
         )
         assert [path.name for path in tmp_path.iterdir()] == [first.name]
         assert same(load(first), tensors(range(SIZE), 1))
-    finally:
-        subprocess.run(["umount", tmp_path], check=True)
 
 
 # every place in a save where a crash is tried, and the newest checkpoint after it
