@@ -21,6 +21,12 @@ from helixpipe.model.decoder import Decoder
 from helixpipe.model.linear import Linear
 from helixpipe.parts.part import Part, chain
 from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.work import Keeping
+from helixpipe.predict.cost import action_seconds, message_bytes
+from helixpipe.predict.profile import Profile
+from helixpipe.predict.simulate import simulate_program
+from helixpipe.predict.timeline import Timeline
+from helixpipe.schedule.program import Program
 
 # glibc gives large freed blocks back to the system, and whoever runs next pays for faulting them in again: kept instead
 ALLOCATOR = dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(2**40))
@@ -150,6 +156,20 @@ def paired(seconds: list[float], over: list[float]) -> tuple[float, float, float
     """Median, least and most of the ratios, round by round."""
     ratios = [a / b for a, b in zip(seconds, over, strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def predicted_step(program: Program, profile: Profile, keeping: Keeping) -> Timeline:
+    """A program under measured costs, messages and all, with live bytes."""
+    link = profile.link
+    assert link is not None
+    sizes = [message_bytes(message, keeping) for message in program.messages]
+    return simulate_program(
+        program,
+        action_seconds(program.schedule, program.shape, program.batches, profile, keeping),
+        lambda message: link.seconds(sizes[message.number]),
+        lambda message: sizes[message.number],
+        keeping,
+    )
 
 
 def machine() -> str:

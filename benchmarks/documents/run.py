@@ -25,18 +25,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from peers import interleaved, launch, machine
+from peers import interleaved, launch, machine, predicted_step
 from torch.distributed.device_mesh import DeviceMesh
 
 from helixpipe.model.decoder import Decoder
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.shapes import named_shape
 from helixpipe.parts.work import Batch, Keeping
-from helixpipe.predict.cost import action_seconds, message_bytes
 from helixpipe.predict.estimate import Setting, estimate
 from helixpipe.predict.hardware import named_accelerator, named_link
 from helixpipe.predict.profile import Profile, Timing, merged
-from helixpipe.predict.simulate import simulate_program
 from helixpipe.predict.timeline import Timeline
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.runtime.profiling import WARMUP, Parts, default_cuts, measure_link
@@ -273,21 +271,6 @@ def over_ideal(each: Contender, setting: Setting, law: str, args: argparse.Names
     return step_s / ideal_s
 
 
-def predicted(each: Contender, pipeline: Pipeline, profile: Profile) -> Timeline:
-    """The last step, messages and all."""
-    link, keeping, program = profile.link, Keeping("none", 4), pipeline.last_program
-    assert link is not None
-    seconds = action_seconds(program.schedule, program.shape, program.batches, profile, keeping)
-    sizes = [message_bytes(message, keeping) for message in program.messages]
-    return simulate_program(
-        program,
-        seconds,
-        lambda message: link.seconds(sizes[message.number]),
-        lambda message: sizes[message.number],
-        keeping,
-    )
-
-
 def predictions(rank: int, args: argparse.Namespace) -> None:
     """Steps of other batches each, and what a profile of medians says of them."""
     shape = small(args)
@@ -328,8 +311,7 @@ def predictions(rank: int, args: argparse.Namespace) -> None:
     for each in chosen:
         ratios = []
         for program, timeline in measured[str(each)][1:]:
-            pipelines[str(each)]._last = program
-            ratios.append(predicted(each, pipelines[str(each)], profile).makespan_s / timeline.makespan_s)
+            ratios.append(predicted_step(program, profile, Keeping("none", 4)).makespan_s / timeline.makespan_s)
         within = sum(0.9 <= ratio <= 1.1 for ratio in ratios)
         print(
             f"| {each} | {statistics.median(ratios):.3f} | {min(ratios):.3f} | {max(ratios):.3f} | {within} of {len(ratios)} |"

@@ -26,14 +26,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.distributed as dist
-from peers import interleaved, launch, machine
+from peers import interleaved, launch, machine, predicted_step
 
 from helixpipe.model.decoder import Decoder
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Batch, Keeping
-from helixpipe.predict.cost import action_seconds, message_bytes
 from helixpipe.predict.profile import Profile, Timing, merged
-from helixpipe.predict.simulate import simulate_program
 from helixpipe.predict.timeline import Timeline
 from helixpipe.runtime import recorder
 from helixpipe.runtime.pipeline import Pipeline
@@ -98,18 +96,7 @@ def row(each: Contender, best: Profile, middle: Profile) -> dict[str, Any]:
 
 def predicted(each: Contender, profile: Profile) -> Timeline:
     """A step, messages and all, with live bytes."""
-    link, keeping = profile.link, Keeping(each.recompute, 4)
-    assert link is not None
-    seconds = action_seconds(each.pipeline.schedule, each.pipeline.model.shape, each.batch, profile, keeping)
-    program = each.pipeline.program(each.batch)
-    sizes = [message_bytes(message, keeping) for message in program.messages]
-    return simulate_program(
-        program,
-        seconds,
-        lambda message: link.seconds(sizes[message.number]),
-        lambda message: sizes[message.number],
-        keeping,
-    )
+    return predicted_step(each.pipeline.program(each.batch), profile, Keeping(each.recompute, 4))
 
 
 def worker(rank: int, args: argparse.Namespace) -> None:

@@ -14,10 +14,11 @@ from helixpipe.config import Config
 from helixpipe.config_text import build_config, read_saved
 from helixpipe.errors import ConfigError
 from helixpipe.flags import Parser
+from helixpipe.parts.work import Lengths
 from helixpipe.predict.estimate import priced
 from helixpipe.predict.hardware import named_accelerator, named_link
 from helixpipe.predict.replay import replayed
-from helixpipe.predict.steps import Lengths, step_batches
+from helixpipe.predict.steps import step_batches
 from helixpipe.predict.timeline import Timeline
 from helixpipe.predict.timeline_text import load
 from helixpipe.schedule.lower import lower

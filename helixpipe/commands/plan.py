@@ -29,10 +29,10 @@ from helixpipe.config_text import build_config, write_toml
 from helixpipe.errors import ConfigError
 from helixpipe.files import write_text
 from helixpipe.flags import Parser, number
+from helixpipe.parts.work import Lengths
 from helixpipe.predict.estimate import Setting
 from helixpipe.predict.plan import Choice, Plan
 from helixpipe.predict.plan import plan as search
-from helixpipe.predict.steps import Lengths
 from helixpipe.view.front import picture
 
 ABOUT = "The best schedules for a model, a sequence length, a cluster and its memory: every family with its options."

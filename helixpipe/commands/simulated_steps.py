@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from helixpipe.commands.documents import ACROSS, Read, open_reading, packing_told
 from helixpipe.commands.setting import as_flags, duration, gibibytes, schedule_from
 from helixpipe.config_data import DataConfig
+from helixpipe.parts.work import Lengths
 from helixpipe.predict.estimate import Estimate, Setting
-from helixpipe.predict.steps import Figures, Lengths, figures, nearest_median, percentile, price_step
+from helixpipe.predict.steps import Figures, figures, nearest_median, percentile, price_step
 from helixpipe.predict.steps import mean as mean_of
 
 TAIL = 0.95

@@ -15,7 +15,7 @@ from functools import lru_cache
 from itertools import groupby
 
 from helixpipe.model.tiles import Run, Span, Tile, tiles
-from helixpipe.parts.work import Batch
+from helixpipe.parts.work import Batch, Lengths
 
 Share = tuple[slice, Tile]
 """A tile, and the sequences of the batch that it is of."""
@@ -25,7 +25,7 @@ Share = tuple[slice, Tile]
 class Packed:
     """The documents of a micro-batch's sequences, as a segment of it sees them."""
 
-    documents: tuple[tuple[int, ...], ...]
+    documents: Lengths
     """Of each sequence the lengths of its documents, tokens."""
     start: int
     """The segment's first position: runs are counted from it."""

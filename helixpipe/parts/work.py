@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from helixpipe.parts.shape import ModelShape
 
 
+Lengths = tuple[tuple[int, ...], ...]
+"""Of each sequence those of its documents, in tokens; none: each sequence is one document."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """What one micro-batch looks like: `microbatch_size` sequences, cut into segments of these lengths (tokens).
@@ -28,7 +32,7 @@ class Batch:
 
     microbatch_size: int
     segment_lengths: tuple[int, ...]
-    documents: tuple[tuple[int, ...], ...] = ()
+    documents: Lengths = ()
     """Of each sequence the lengths of its documents (tokens), in order; none: a sequence is one document."""
 
     def __post_init__(self) -> None:
@@ -108,7 +112,7 @@ def microbatches(
     whole: Batch,
     count: int,
     documents: Sequence[tuple[int, ...]],
-    cut: Callable[[tuple[tuple[int, ...], ...]], tuple[int, ...]],
+    cut: Callable[[Lengths], tuple[int, ...]],
 ) -> list[Batch]:
     """So many micro-batches of sequences that follow one another: each with its documents and cut by them.
 

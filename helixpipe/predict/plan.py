@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 from helixpipe.errors import ConfigError
 from helixpipe.parts.part import AROUND_ATTENTION
 from helixpipe.parts.shape import ModelShape
-from helixpipe.parts.work import Keeping, microbatches
+from helixpipe.parts.work import Keeping, Lengths, microbatches
 from helixpipe.predict.alternatives import alternatives
 from helixpipe.predict.estimate import Estimate, Setting, check_actions
-from helixpipe.predict.steps import Batches, Lengths, RankFigures, figures, mean, price_step, typical
+from helixpipe.predict.steps import Batches, RankFigures, figures, mean, price_step, typical
 from helixpipe.schedule import families
 from helixpipe.schedule.lower import lower
 from helixpipe.schedule.program import Program

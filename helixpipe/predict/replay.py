@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 
-from helixpipe.parts.work import first_alike
+from helixpipe.parts.work import Lengths, first_alike
 from helixpipe.predict.estimate import Setting, per_accelerator
 from helixpipe.predict.simulate import simulate_program
-from helixpipe.predict.steps import Lengths, step_batches
+from helixpipe.predict.steps import step_batches
 from helixpipe.predict.timeline import Timeline
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.lower import lower

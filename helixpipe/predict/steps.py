@@ -14,14 +14,12 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from helixpipe.errors import ConfigError
-from helixpipe.parts.work import Batch, microbatches
+from helixpipe.parts.work import Batch, Lengths, microbatches
 from helixpipe.predict.estimate import Estimate, Setting, priced
 from helixpipe.schedule.lower import lower
 from helixpipe.schedule.program import Program
 from helixpipe.schedule.schedule import Schedule
 
-Lengths = tuple[tuple[int, ...], ...]
-"""Of each row of a step, the first replica's before the next one's, the lengths of its documents (tokens); () where each is one."""
 Batches = tuple[Batch, ...]
 
 

@@ -10,12 +10,10 @@ from torch import Tensor
 
 from helixpipe.errors import ConfigError
 from helixpipe.model.rope import Positions
-from helixpipe.parts.work import Batch
+from helixpipe.parts.work import Batch, Lengths
 from helixpipe.sequence.documents import Documents
 
 Given = Documents | Tensor | Sequence[Sequence[int]] | None
-Lengths = tuple[tuple[int, ...], ...]
-"""Of each sequence those of its documents, in tokens; none: each sequence is one document."""
 
 
 def document_lengths(given: Given, sequences: int, length: int) -> Lengths:

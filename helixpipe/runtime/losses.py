@@ -24,8 +24,8 @@ from helixpipe.model.head import counted as count
 from helixpipe.model.rope import Positions, Start
 from helixpipe.parts.head import IGNORED
 from helixpipe.parts.part import Part
-from helixpipe.parts.work import Batch
-from helixpipe.runtime.documents import Lengths, positions
+from helixpipe.parts.work import Batch, Lengths
+from helixpipe.runtime.documents import positions
 
 Counted = int | Tensor | None
 """What a loss is divided by: a number, as many as a mask [b, s] has true, or as many targets as count."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import Store, _get_default_store
 
@@ -17,18 +16,19 @@ from helixpipe.mesh import MeshShape
 from helixpipe.model.chunked import Chunked
 from helixpipe.model.decoder import Model
 from helixpipe.model.head import takes_weights
-from helixpipe.parts.work import Batch, Keeping
-from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
+from helixpipe.parts.work import Batch, Keeping, Lengths
+from helixpipe.predict.timeline import Timeline
 from helixpipe.runtime.buffers import Buffers
 from helixpipe.runtime.context import Context
-from helixpipe.runtime.documents import Given, Lengths, document_lengths
+from helixpipe.runtime.documents import Given, document_lengths
 from helixpipe.runtime.executor import execute
+from helixpipe.runtime.gradient_norm import gradient_norm
 from helixpipe.runtime.losses import Counted, Losses, check_head, check_weights, divisor, of_rank, of_ranks
 from helixpipe.runtime.mesh import Mesh
 from helixpipe.runtime.modules import Modules
 from helixpipe.runtime.programs import Arrange, Programs
 from helixpipe.runtime.randomness import Stream, evaluating
-from helixpipe.runtime.recorder import Recorder
+from helixpipe.runtime.recorder import Recorder, of_all
 from helixpipe.runtime.reduction import Reduction, used_anywhere
 from helixpipe.runtime.same import check_same
 from helixpipe.runtime.shards import Shards
@@ -39,7 +39,6 @@ from helixpipe.runtime.tape import POLICIES, Tape
 from helixpipe.runtime.tensor import TensorParallel
 from helixpipe.runtime.transport import Transport
 from helixpipe.runtime.weights import Weights
-from helixpipe.schedule.action import Action
 from helixpipe.schedule.check import check
 from helixpipe.schedule.lower import lower
 from helixpipe.schedule.partition import Cut, as_training
@@ -228,17 +227,14 @@ class Pipeline:
         Collective. Every parameter counts once, on however many ranks it is. Norms are added in rank order, so the
         result is the same everywhere and every time.
         """
-        cuts = self._tensor.cuts if self._tensor else {}
-        named = [(name, p.grad) for name, p in sorted(self.parameters.items()) if p.grad is not None]
-        divided = _squared(gradient for name, gradient in named if name in cuts)
-        whole = _squared(gradient for name, gradient in named if name not in cuts)
         self._watch.doing = "the norm of all gradients"
-        rows = zip(self.mesh.places, self._gathered([divided, whole]), strict=True)
-        counted = [d + w * (place.tp == 0) for place, (d, w) in rows if place.dp == place.cp == 0]
-        norm = math.sqrt(sum(counted))
+        norm = gradient_norm(
+            self.parameters, self._tensor.cuts if self._tensor else (), self.mesh.places, self._gathered
+        )
         if norm > max_norm:
-            for _, gradient in named:
-                gradient.mul_(max_norm / (norm + 1e-6))
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(max_norm / (norm + 1e-6))
         return norm
 
     def largest(self, mine: float) -> float:
@@ -257,25 +253,8 @@ class Pipeline:
 
     def timeline(self) -> Timeline:
         """Measured timeline of the last step, all ranks of this rank's pipeline. Collective."""
-        mine = self._recorder.spans(), self._recorder.memory()
-        everyone: list[tuple[tuple[Span, ...], tuple[MemoryPoint, ...]] | None] = [None] * self.ranks
-        if self.group is None:
-            everyone = [mine]
-        else:
-            with_names = [(*map(str, span[:1]), *span[1:]) for span in mine[0]], [tuple(p) for p in mine[1]]
-            gathered: list[tuple[list[tuple[str, float, float, str]], list[tuple[float, int, int]]]] = [
-                ([], [])
-            ] * self.ranks
-            with self.together("the timeline"):
-                dist.all_gather_object(gathered, with_names, self.group)
-            everyone = [
-                (
-                    tuple(Span(Action.parse(a), s, e, w) for a, s, e, w in spans),
-                    tuple(MemoryPoint(*point) for point in points),
-                )
-                for spans, points in gathered
-            ]
-        return Timeline(tuple(each[0] for each in everyone if each), tuple(each[1] for each in everyone if each))
+        with self.together("the timeline"):
+            return of_all(self._recorder, self.group)
 
     @contextmanager
     def together(self, doing: str) -> Iterator[None]:
@@ -388,12 +367,6 @@ def _chunks_of(model: Model) -> tuple[int, int]:
     """Tokens at a time through the MLP and the head, where a model says so."""
     recipe = getattr(model, "recipe", None)
     return (recipe.mlp_chunk, recipe.head_chunk) if recipe is not None else (0, 0)
-
-
-def _squared(gradients: Iterable[Tensor]) -> float:
-    """The sum of all elements' squares."""
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
-    return float(torch.stack(norms).square().sum()) if norms else 0.0
 
 
 def _store() -> Store:

@@ -1,12 +1,14 @@
-"""Recorder: the measured Timeline of one rank's step."""
+"""Recorder: the measured Timeline of one rank's step, and of all ranks together."""
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from helixpipe.predict.timeline import MemoryPoint, Span
+from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
 from helixpipe.runtime.ledger import Held
 from helixpipe.schedule.action import Action
 
@@ -53,3 +55,19 @@ class Recorder:
         assert isinstance(at, float)
         assert isinstance(self._start, float)
         return at - self._start
+
+
+def of_all(mine: Recorder, group: dist.ProcessGroup | None) -> Timeline:
+    """The timeline of all ranks of a group, None is this rank alone. Collective."""
+    if group is None:
+        return Timeline((mine.spans(),), (mine.memory(),))
+    told: tuple[list[Any], list[Any]] = (
+        [(str(span.action), *span[1:]) for span in mine.spans()],
+        [tuple(point) for point in mine.memory()],
+    )
+    everyone = [told] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, told, group)
+    return Timeline(
+        tuple(tuple(Span(Action.parse(action), *more) for action, *more in spans) for spans, _ in everyone),
+        tuple(tuple(MemoryPoint(*point) for point in points) for _, points in everyone),
+    )

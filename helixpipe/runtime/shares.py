@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from helixpipe.errors import ConfigError
-from helixpipe.parts.work import Batch, microbatches
+from helixpipe.parts.work import Batch, Lengths, microbatches
 from helixpipe.runtime.context import Context
-from helixpipe.runtime.documents import Lengths, positions
+from helixpipe.runtime.documents import positions
 from helixpipe.runtime.mesh import Mesh
 from helixpipe.runtime.programs import Recent
 from helixpipe.runtime.tape import Feed

@@ -10,8 +10,7 @@ from helixpipe.errors import ConfigError
 from helixpipe.model.attn import Attention
 from helixpipe.model.decoder import Model
 from helixpipe.parts.part import Part
-from helixpipe.parts.work import Batch
-from helixpipe.runtime.documents import Lengths
+from helixpipe.parts.work import Batch, Lengths
 from helixpipe.schedule.schedule import Schedule
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from helixpipe.config import Config
 from helixpipe.errors import DataError
 from helixpipe.parts.head import IGNORED
+from helixpipe.parts.work import Lengths
 from helixpipe.train.layouts import held_out_layout, open_sources, reading_of
 from helixpipe.train.mixture import Mixture
 from helixpipe.train.pieces import Tokens
@@ -39,7 +40,7 @@ class Batch(NamedTuple):
 
     tokens: NDArray[np.int64]
     targets: NDArray[np.int64]
-    documents: tuple[tuple[int, ...], ...] = ()
+    documents: Lengths = ()
     """Of each sequence the lengths of its documents, in order; () where attention goes across them."""
     weights: NDArray[np.float32] | None = None
     counted: NDArray[np.bool_] | None = None

@@ -26,8 +26,8 @@ from helixpipe.config_text import write_toml
 from helixpipe.errors import HelixpipeError
 from helixpipe.files import write_text
 from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.work import Lengths
 from helixpipe.predict.replay import replayed
-from helixpipe.predict.steps import Lengths
 from helixpipe.predict.timeline import Timeline
 from helixpipe.predict.timeline_text import to_json
 from helixpipe.schedule.program import Program

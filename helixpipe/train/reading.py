@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from helixpipe.parts.work import Lengths
 from helixpipe.train.balance import LengthWork, dealt
 from helixpipe.train.mixture import Mixture
 from helixpipe.train.order import Permutation, drawn
@@ -57,7 +58,7 @@ class Reading:
         window, place = divmod(step - 1, self.look_ahead)
         return [self._row(sequence) for sequence in self._dealt(window)[place]]
 
-    def documents(self, step: int) -> tuple[tuple[int, ...], ...]:
+    def documents(self, step: int) -> Lengths:
         """Of each row of a step the lengths of its documents; () where attention goes across them."""
         rows = self.step(step)
         return tuple(row.documents for row in rows) if rows[0].documents else ()

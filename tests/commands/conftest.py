@@ -5,9 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from real_data import make_folders
 
 from helixpipe.parts.shapes import SHAPES
 from helixpipe.predict.profile import CURVES, PASSES, Profile, Timing
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """As `real_data.make_folders` makes them."""
+    return make_folders(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

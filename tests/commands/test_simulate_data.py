@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 import struct
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
 from making import prepare, write_lines, write_tokenizer
+from real_data import LENGTH, SIZES, asked, documents_of, setting
 from test_layering import imported_by
 from tokenizers import models, pre_tokenizers
 
@@ -21,72 +20,15 @@ from helixpipe.cli import main
 from helixpipe.config_text import build_config, read_toml, write_toml
 from helixpipe.errors import ConfigError
 from helixpipe.parts.shapes import SHAPES
-from helixpipe.parts.work import Batch, Keeping
-from helixpipe.predict.estimate import Setting, estimate
-from helixpipe.predict.hardware import named_accelerator, named_link
-from helixpipe.predict.plan import candidates, plan
+from helixpipe.parts.work import Batch
+from helixpipe.predict.estimate import estimate
+from helixpipe.predict.hardware import named_accelerator
 from helixpipe.predict.profile import Profile
 from helixpipe.predict.simulate import simulate_program
-from helixpipe.predict.steps import percentile, price_step, step_batches, typical
+from helixpipe.predict.steps import percentile, price_step, step_batches
 from helixpipe.predict.timeline_text import to_json
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
-from helixpipe.train.data import open_corpus
-
-LENGTH = 256
-SIZES = f"--ranks 2 --microbatches 4 --model tiny --sequence-length {LENGTH} --hardware laptop-core"
-
-
-def tailed(documents: int, mean: float, spread: float, longest: int) -> list[int]:
-    """Lengths by a law with a long tail."""
-    drawn = np.random.default_rng(0).lognormal(mean, spread, documents)
-    return np.clip(drawn, 3, longest).astype(int).tolist()
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Prepared folders by the lengths of their documents: a document of n + 1 tokens has n positions."""
-    top = tmp_path_factory.mktemp("data")
-    words = tokenizers.Tokenizer(models.WordLevel({"a": 0, "<|end|>": 1}, unk_token="a"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = write_tokenizer(top / "tokenizer", words)
-    lengths = {
-        "whole": [LENGTH + 1] * 40,
-        "tailed": tailed(700, 3.2, 1.6, 4 * LENGTH),
-        "page": tailed(3000, 4.5, 1.3, 1025),
-        "few": [LENGTH + 1] * 4,
-        "long": [3 * LENGTH] * 10,
-    }
-    for name, each in lengths.items():
-        lines = write_lines(top / f"{name}.jsonl", [{"text": " ".join(["a"] * (length - 1))} for length in each])
-        prepare(top / name, tokenizer, lines)
-    return {name: top / name for name in lengths}
-
-
-def asked(capsys: pytest.CaptureFixture[str], line: str) -> Any:
-    capsys.readouterr()
-    assert main([*line.split(), "--json"]) == 0
-    shown = capsys.readouterr()
-    assert shown.err == ""
-    return json.loads(shown.out)
-
-
-def documents_of(
-    folder: Path, steps: int, packing: str = "documents", dp: int = 1
-) -> list[tuple[tuple[int, ...], ...]]:
-    """As a run reads them."""
-    table = {
-        "data": {"path": str(folder), "packing": packing}, "mesh": {"dp": dp},
-        "train": {"sequence_length": LENGTH}, "schedule": {"microbatches": 4},
-    }  # fmt: skip
-    reading = open_corpus(build_config(table)).reading
-    return [reading.documents(number) for number in range(1, steps + 1)]
-
-
-def setting(**more: Any) -> Setting:
-    """What `SIZES` says, as simulate has it."""
-    core = named_accelerator("laptop-core")
-    return Setting(SHAPES["tiny"], LENGTH, core, named_link(core.link), Keeping("selective", 4, device="cpu"), **more)
 
 
 @pytest.mark.parametrize("family", ["1f1b", "seq1f1b --segments 2"])
@@ -223,66 +165,6 @@ def test_measured_costs_price_documents(
     rows = ((100, 60, 96),)
     apart = sum(costs.forward_s(attention, Batch(1, (length,)), 0) for length in rows[0])
     assert costs.forward_s(attention, Batch(1, (LENGTH,), rows), 0) == pytest.approx(apart)
-
-
-def test_a_plan_is_ranked_by_real_steps(
-    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = tmp_path / "best.toml"
-    line = f"plan {SIZES} --families 1f1b,gpipe --processes 1 --packing documents --seed 2"
-    listed = asked(capsys, f"{line} --data {folders['tailed']} --steps 3 --config {config}")
-    best = next(each for each in listed if each["is_pipeline"])
-    assert best["data"] == {
-        "path": str(folders["tailed"]), "packing": "documents", "longest": "cut", "seed": 2, "steps": 3,
-    }  # fmt: skip
-    written = build_config(read_toml(config))
-    reading = open_corpus(written).reading
-    found = [
-        asked(capsys, f"simulate {best['family']} {SIZES} --recompute {best['recompute']} --data {folders['tailed']} "
-                      f"--packing documents --seed 2 --steps 3")["data"]
-    ]  # fmt: skip
-    assert best["makespan_s"] == found[0]["step_s"]["mean"]
-    assert best["bubble_ratio"] == pytest.approx(found[0]["bubble_ratio"]["mean"])
-    assert max(rank["peak_bytes"] for rank in best["ranks"]) == found[0]["peak_bytes"]
-    times = [each["makespan_s"] for each in listed]
-    assert times == sorted(times)
-    whole = written.setting().whole
-    for step in range(1, 4):
-        assert step_batches(written.setting(), written.build_schedule(), reading.documents(step)) != ((whole,) * 4,)
-
-
-def test_a_plan_prices_the_best_of_those_that_fit_alone_on_steps(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And says how many more fit; what is no pipeline is priced on the same steps."""
-    monkeypatch.setattr("helixpipe.predict.plan.MOST_ON_STEPS", 1)
-    steps = tuple(documents_of(folders["tailed"], 2))
-    found = plan(setting(), 2, 4, 2.0**40, ("1f1b", "gpipe"), steps=steps)
-    pipelines = [choice for choice in found.fits if choice.is_pipeline]
-    assert found.unpriced > 0
-    assert len(pipelines) + found.unpriced == len(candidates(2, 4, LENGTH, 128, only=("1f1b", "gpipe")))
-    whole = plan(setting(), 2, 4, 2.0**40, ("1f1b", "gpipe"))
-    by_name = {(choice.candidate): choice for choice in whole.fits}
-    for choice in found.fits:
-        assert choice.makespan_s < by_name[choice.candidate].makespan_s
-        assert choice.ideal_s == pytest.approx(found.best.ideal_s)
-    (fsdp,) = [each for each in found.fits if each.candidate.family == "fsdp" and each.candidate.recompute == "none"]
-    seconds = setting().batch_s
-    turns = []
-    for step in steps:
-        each = [seconds(Batch(1, (LENGTH,), (row,))) for row in step]
-        turns.append(max(each[:2]) + max(each[2:]))
-    assert fsdp.makespan_s >= statistics.mean(turns) * (1 - 1e-9)
-
-
-def test_the_typical_micro_batch_has_nearly_the_mean_work(folders: dict[str, Path]) -> None:
-    steps = documents_of(folders["tailed"], 4)
-    work = [setting().batch_s(setting().batch(1, [row])) for step in steps for row in step]
-    (row,) = typical(setting(), steps)
-    assert any(row in step for step in steps)
-    mean = statistics.mean(work)
-    assert abs(setting().batch_s(setting().batch(1, [row])) - mean) == min(abs(each - mean) for each in work)
-    assert typical(setting(), [(), ()]) == ()
 
 
 def test_compare_predicts_the_step_that_was_measured(

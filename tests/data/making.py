@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -57,6 +58,19 @@ def prepare(output: Path, tokenizer: Path, *arguments: object) -> Prepared:
         given += ["--workers", "1"]
     assert main(given) == 0
     return Prepared.open(output)
+
+
+def refused(capsys: pytest.CaptureFixture[str], output: Path, tokenizer: Path, *arguments: object) -> str:
+    """The one line of a command that must fail."""
+    given = ["prepare", *map(str, arguments), "--tokenizer", str(tokenizer), "--output", str(output), "--workers", "1"]
+    capsys.readouterr()
+    assert main(given) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    *progress, told = err.splitlines()
+    assert all("tokens/s" in each or each.startswith(("skipped ", "goes on")) for each in progress)
+    assert not (output / "manifest.json").exists()
+    return told.removeprefix("helixpipe: error: ")
 
 
 def documents(found: Prepared) -> list[list[int]]:

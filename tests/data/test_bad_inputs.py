@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +13,14 @@ import pyarrow.parquet
 import pytest
 import tokenizers
 import zstandard
-from making import byte_level, documents, own, prepare, write_lines, write_tokenizer
+from making import byte_level, documents, own, prepare, refused, write_lines, write_tokenizer
 from tokenizers import models, pre_tokenizers, processors
 
 from helixpipe.cli import main
 from helixpipe.data import extras, inputs, lines, records, shards
-from helixpipe.data.prepared import Prepared
 
 GOOD = b'{"text": "good"}\n'
 SKIP = " (--on-error skip leaves such out)"
-
-
-def refused(capsys: pytest.CaptureFixture[str], output: Path, tokenizer: Path, *arguments: object) -> str:
-    """The one line of a command that must fail."""
-    given = ["prepare", *map(str, arguments), "--tokenizer", str(tokenizer), "--output", str(output), "--workers", "1"]
-    capsys.readouterr()
-    assert main(given) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    *progress, told = err.splitlines()
-    assert all("tokens/s" in each or each.startswith(("skipped ", "goes on")) for each in progress)
-    assert not (output / "manifest.json").exists()
-    return told.removeprefix("helixpipe: error: ")
 
 
 BAD_LINES = {
@@ -355,52 +339,3 @@ def test_a_missing_library_is_named(
     assert refused(capsys, tmp_path / "out", tokenizer, file) == (
         f"{what} needs {missing}, which is not installed; pip install 'helixpipe[data]'"
     )
-
-
-def test_no_space_is_one_line_and_what_is_written_is_gone_on_from(tmp_path: Path, tokenizer: Path) -> None:
-    """A limit on the size of files stands for a disk that is full: both make a write fail in the middle."""
-    file = write_lines(tmp_path / "a.jsonl", [{"text": "some words " * 20}] * 200)
-    code = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "from helixpipe.cli import main; from helixpipe.data import records; records.UNIT_BYTES = 20_000\n"
-        "import helixpipe.data.prepare as p; carry = p._carry\n"
-        "def small(*given): carry(*given); resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
-        "p._carry = small\n"
-        "sys.exit(main(sys.argv[1:]))"
-    )
-    given = ["prepare", str(file), "--tokenizer", str(tokenizer), "--output", str(tmp_path / "out"), "--workers", "2"]
-    done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == (
-        f"helixpipe: error: --output: '{tmp_path}/out' cannot be written: file too large; "
-        "make room and give the same command again: it goes on from what is written"
-    )
-    assert not list((tmp_path / "out").glob("*.part"))
-
-
-def test_a_full_disk_leaves_what_is_done(
-    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(records, "UNIT_BYTES", 500)
-    file = write_lines(tmp_path / "a.jsonl", [{"text": f"line {i} " * 9} for i in range(60)])
-    whole = documents(prepare(tmp_path / "whole", tokenizer, file))
-    sync, left = os.fsync, [20]
-
-    def full(number: int) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise OSError(28, os.strerror(28))
-        sync(number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        assert refused(capsys, tmp_path / "out", tokenizer, file) == (
-            f"--output: '{tmp_path}/out' cannot be written: no space left on device; "
-            "make room and give the same command again: it goes on from what is written"
-        )
-    kept = sorted(path.name for path in (tmp_path / "out").glob("*.tokens"))
-    assert kept
-    inodes = [(tmp_path / "out" / name).stat().st_ino for name in kept]
-    assert documents(prepare(tmp_path / "out", tokenizer, file)) == whole
-    assert [(tmp_path / "out" / name).stat().st_ino for name in kept][:-1] == inodes[:-1]
-    assert len(Prepared.open(tmp_path / "out")) == 60

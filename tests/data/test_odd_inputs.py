@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +11,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from disks import small_disk
-from making import documents, own, prepare, write_lines, write_tokenizer
+from making import documents, own, prepare, refused, write_lines, write_tokenizer
 
 from helixpipe.cli import main
 from helixpipe.data import records
@@ -22,15 +19,6 @@ from helixpipe.data.inputs import Input
 from helixpipe.data.options import Options
 
 SKIP = " (--on-error skip leaves such out)"
-
-
-def refused(capsys: pytest.CaptureFixture[str], output: Path, tokenizer: Path, *arguments: object) -> str:
-    """The last line of a command that must fail."""
-    given = ["prepare", *map(str, arguments), "--tokenizer", str(tokenizer), "--output", str(output), "--workers", "1"]
-    capsys.readouterr()
-    assert main(given) == 2
-    assert not (output / "manifest.json").exists()
-    return capsys.readouterr().err.splitlines()[-1].removeprefix("helixpipe: error: ")
 
 
 def test_a_name_that_stands_twice_is_refused_where_it_is_read(
@@ -191,36 +179,6 @@ def test_what_may_not_be_read_or_written_is_named(
     finally:
         if root:
             os.seteuid(0)
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    (tmp_path / "disk").mkdir()
-    with small_disk(tmp_path / "disk", "96k") as place:
-        yield place
-
-
-def test_a_disk_that_is_full_and_gets_room(
-    disk: Path,
-    tmp_path: Path,
-    tokenizer: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(records, "UNIT_BYTES", 4000)
-    file = write_lines(tmp_path / "a.jsonl", [{"text": f"line {i} " * 40} for i in range(400)])
-    whole = documents(prepare(tmp_path / "whole", tokenizer, file))
-    output = disk / "out"
-    assert refused(capsys, output, tokenizer, file) == (
-        f"--output: '{output}' cannot be written: {os.strerror(errno.ENOSPC).lower()}; "
-        "make room and give the same command again: it goes on from what is written"
-    )
-    kept = {path.name: path.stat().st_ino for path in output.glob("*.tokens")}
-    assert kept
-    assert not list(output.rglob("*.part"))
-    subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True, timeout=60)
-    assert documents(prepare(output, tokenizer, file)) == whole
-    assert kept.items() <= {path.name: path.stat().st_ino for path in output.glob("*.tokens")}.items()
 
 
 def test_units_end_together_and_are_not_too_many() -> None:

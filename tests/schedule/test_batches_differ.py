@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_breaks import schedules
-from test_lower import run_like_nccl, shape_of
+from test_lower import shape_of
+from without_tags import run_like_nccl
 
 from helixpipe.errors import ConfigError
 from helixpipe.parts.shape import ModelShape

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_lower import run_like_nccl, shape_of
+from test_lower import shape_of
+from without_tags import run_like_nccl
 
 from helixpipe.errors import ScheduleError
 from helixpipe.parts.work import Batch
