@@ -10,7 +10,7 @@ import pytest
 
 from helixpipe.config import Config
 from helixpipe.config_text import read_toml, to_table
-from helixpipe.errors import ConfigError, HelixpipeError
+from helixpipe.errors import HelixpipeError
 from helixpipe.parts.part import chain
 from helixpipe.parts.work import Batch
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
@@ -106,9 +106,3 @@ def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(HelixpipeError) as caught, Log(job(tmp_path / "file" / "run"), 0, "cpu"):
         pass
     assert str(caught.value) == f"run.folder: '{tmp_path / 'file' / 'run'}' cannot be made: not a directory"
-
-
-def test_a_folder_taken_meanwhile_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.toml").touch()
-    with pytest.raises(ConfigError, match="has a run already"), Log(job(tmp_path), 0, "cpu"):
-        pass
