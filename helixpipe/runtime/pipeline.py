@@ -274,9 +274,14 @@ class Pipeline:
         """The program of a step's micro-batches, whole over cp and tp, one batch for all or of each its own: lowered once."""
         return self._programs.of(batches, training).program
 
-    def prepare(self, batches: Batch | Sequence[Batch], training: bool = True) -> None:
-        """Begin to lower the program of the next step's micro-batches, in a thread, while this one runs."""
-        self._programs.prepare(batches, training)
+    def prepare(self, sequences: int, length: int, documents: Given = None) -> None:
+        """Begin to make the program of the next step, in a thread, while this one runs: of so many sequences of so many tokens.
+
+        Any thread may ask. Raises ConfigError as that step would.
+        """
+        like = torch.empty(sequences, length, device="meta")
+        whole = self._shares.batch(like, like)
+        self._programs.prepare(self._shares.batches(whole, self._documents(like, documents)), training=True)
 
     def close(self) -> None:
         """Stop this rank's threads: it will not step again."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -83,23 +84,26 @@ class Programs:
         self._steps: Recent[tuple[Batches, bool], Step] = Recent(MOST)
         self._coming: tuple[tuple[Batches, bool], Future[Step]] | None = None
         self._worker: ThreadPoolExecutor | None = None
+        self._lock = Lock()  # of what is coming: another thread may prepare while this one steps
 
     def of(self, batches: Batch | Sequence[Batch], training: bool) -> Step:
         """What these micro-batches run, one batch for all or of each its own. Raises ConfigError."""
         key = self._key(batches, training)
-        if self._coming is not None and self._coming[0] == key:
-            coming, self._coming = self._coming[1], None
-            return self._steps.get(key, coming.result)
-        return self._steps.get(key, lambda: self._made(*key))
+        with self._lock:
+            coming = self._coming[1] if self._coming is not None and self._coming[0] == key else None
+            if coming is not None:
+                self._coming = None
+        return self._steps.get(key, coming.result if coming is not None else lambda: self._made(*key))
 
     def prepare(self, batches: Batch | Sequence[Batch], training: bool = True) -> None:
         """Begin to make what `of` will be asked for next; what goes wrong is raised there."""
         key = self._key(batches, training)
-        if key in self._steps or (self._coming is not None and self._coming[0] == key):
-            return
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, "helixpipe-programs")
-        self._coming = key, self._worker.submit(self._made, *key)
+        with self._lock:
+            if key in self._steps or (self._coming is not None and self._coming[0] == key):
+                return
+            if self._worker is None:
+                self._worker = ThreadPoolExecutor(1, "helixpipe-programs")
+            self._coming = key, self._worker.submit(self._made, *key)
 
     def close(self) -> None:
         if self._worker is not None:

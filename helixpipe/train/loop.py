@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import signal
 import time
+from typing import NamedTuple
 
 import torch.distributed as dist
 
 from helixpipe.errors import ConfigError
 from helixpipe.runtime.pipeline import Pipeline
+from helixpipe.train.ahead import Ahead
 from helixpipe.train.checkpoint import Checkpoints
-from helixpipe.train.data import Corpus, open_corpus
+from helixpipe.train.data import Batch, Corpus, open_corpus
 from helixpipe.train.held_out import held_out_losses, tensors
 from helixpipe.train.job import Job
 from helixpipe.train.log import Log, StepRecord
@@ -49,7 +51,13 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None, stop: Stop) ->
         checkpoints.load(job.checkpoint, optimizer.state(job.step))
     used = Usage.from_table(read_manifest(job.checkpoint).read) if job.checkpoint else Usage()
 
-    with Log(job, pipeline.mesh.rank, device) as log:
+    def read(step: int) -> Read:
+        rows = corpus.reading.step(step)
+        batch = objective.training(corpus.read(rows), step)
+        pipeline.prepare(*batch.tokens.shape, batch.documents or None)
+        return Read(batch, corpus.reading.used(rows))
+
+    with Log(job, pipeline.mesh.rank, device) as log, Ahead(read) as ahead:
         log.reading(corpus.described())
         if job.step == 0:
             evaluate(pipeline, corpus, objective, settings.evaluate_sequences, log, step=0)
@@ -58,9 +66,10 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None, stop: Stop) ->
             begun = time.perf_counter()
 
             # forward and backward of every micro-batch, gradients of all ranks, one update
-            rows = corpus.reading.step(step)
-            batch = objective.training(corpus.read(rows), step)
-            used += corpus.reading.used(rows)
+            batch, reads = ahead.of(step)
+            used += reads
+            if step < settings.steps:
+                ahead.begin(step + 1)
             pipeline.zero_gradients()
             loss = pipeline.step(**tensors(batch))
             gradient_norm = pipeline.clip_gradients(settings.clip_norm or math.inf)
@@ -91,6 +100,13 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None, stop: Stop) ->
         log.reading(used.told(corpus.epochs(step)))
     pipeline.close()
     return not log.was_stopped
+
+
+class Read(NamedTuple):
+    """What a step reads."""
+
+    batch: Batch
+    used: Usage
 
 
 def evaluate(pipeline: Pipeline, corpus: Corpus, objective: Objective, sequences: int, log: Log, step: int) -> None:

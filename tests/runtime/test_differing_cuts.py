@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import pytest
 import torch
 from oracle import batch, plain_step
@@ -14,7 +17,7 @@ from helixpipe.model.decoder import Decoder
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Batch
 from helixpipe.runtime.pipeline import Pipeline
-from helixpipe.runtime.programs import MOST, Recent
+from helixpipe.runtime.programs import MOST, Programs, Recent, Step
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.schedule import Schedule
 
@@ -165,17 +168,29 @@ def test_the_most_recent_stay() -> None:
     assert 3 not in recent
 
 
-def test_a_prepared_program_is_what_would_have_been_made() -> None:
+def test_a_prepared_program_is_what_would_have_been_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, makers = Programs._made, []
+
+    def noted(*args: Any) -> Step:
+        makers.append(threading.current_thread() is threading.main_thread())
+        return made(*args)
+
+    monkeypatch.setattr(Programs, "_made", noted)
     schedule = build_schedule("seq1f1b", ranks=1, layers=3, microbatches=2, segments=2)
     ahead, plain = (Pipeline(Decoder(SHAPE), schedule) for _ in range(2))
-    batches = Batch(1, (6, 2), ((4, 4),)), Batch(1, (5, 3))
-    ahead.prepare(batches)
-    ahead.prepare(batches)  # it is under way
-    one, other = ahead.program(batches), plain.program(batches)
-    assert ahead.program(batches) is one
+    data, documents = batch(SHAPE, 2, 8), [[4, 4], [8]]
+    for _ in range(2):  # the second finds it under way, or there
+        ahead.prepare(2, 8, documents)
+    losses = [pipeline.step(*data, documents=documents) for pipeline in (ahead, plain)]
+    assert losses[0] == losses[1]
+    assert makers == [False, True]
+    one, other = (pipeline.last_program for pipeline in (ahead, plain))
     assert [list(map(str, order)) for order in one.ranks] == [list(map(str, order)) for order in other.ranks]
-    ahead.prepare(three := (Batch(1, (5, 3)),) * 3)
-    with pytest.raises(ConfigError, match="has 2 micro-batches"):
-        ahead.program(three)
+    ahead.prepare(2, 8, documents)
+    assert len(makers) == 2
+    with pytest.raises(ConfigError, match="do not divide into 2 micro-batches"):
+        ahead.prepare(3, 8)
+    with pytest.raises(ConfigError, match="those of sequence 0 have 9 tokens"):
+        ahead.prepare(2, 8, [[4, 5], [8]])
     ahead.close()
     plain.close()
