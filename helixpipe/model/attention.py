@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from helixpipe.errors import ConfigError
-from helixpipe.model.merging import ALL, Merged, Total, heads, tile_backward, tile_forward
-from helixpipe.model.packed import Packed, Share, packed_seen, packed_tail, packed_tiles
+from helixpipe.model.merging import ALL, Merged, Share, Total, attend_tiles, differentiate_tiles, heads
+from helixpipe.model.packed import Packed, packed_seen, packed_tail, packed_tiles
 from helixpipe.model.tiles import Run, Tile, tiles
 from helixpipe.parts.attn import heads_at_once
 from helixpipe.parts.window import seen, tail
@@ -276,9 +276,8 @@ def _shares(rule: Rule, packed: Packed | None, queries: int, keys: int, before: 
 
 def _attend(merged: Merged, q: Tensor, k: Tensor, v: Tensor, rule: Rule, packed: Packed | None, before: int) -> None:
     """Of q to keys that begin `before` tokens earlier, [b, tokens, heads, d]."""
-    q, k, v = heads(q), heads(k), heads(v)
-    for batch, tile in _shares(rule, packed, q.shape[2], k.shape[2], before):
-        merged.add((batch, ALL, tile.queries), *tile_forward(q, k, v, tile, rule.softcap, rule.scale, batch))
+    shares = _shares(rule, packed, q.shape[1], k.shape[1], before)
+    attend_tiles(merged, heads(q), heads(k), heads(v), shares, rule.softcap, rule.scale)
 
 
 def _differentiate(
@@ -288,12 +287,8 @@ def _differentiate(
     """dk and dv, [b, tokens, kv_heads, d]; `dq` gets its share."""
     q, k, v = heads(q), heads(k), heads(v)
     dk, dv = Total(k), Total(v)
-    for batch, tile in _shares(rule, packed, q.shape[2], k.shape[2], before):
-        rows, keys = (batch, ALL, tile.queries), (batch, ALL, tile.keys)
-        found = tile_backward(grad, q, k, v, out, lse, tile, rule.softcap, rule.scale, batch)
-        for total, index, gradient in zip((dq, dk, dv), (rows, keys, keys), found, strict=True):
-            total.add(index, gradient)
-        del found, gradient
+    shares = _shares(rule, packed, q.shape[2], k.shape[2], before)
+    differentiate_tiles(dq, dk, dv, grad, q, k, v, out, lse, shares, rule.softcap, rule.scale)
     return heads(dk.result()), heads(dv.result())
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from helixpipe.errors import ConfigError
 from helixpipe.model.capped import capped_backward, capped_forward
+from helixpipe.model.joint import Joint
 
 aten = torch.ops.aten
 HALVES = (torch.float16, torch.bfloat16)
@@ -83,6 +84,35 @@ def attention_backward(
         dscores = weights * (grad @ whole_v.mT - (grad * out).sum(-1, keepdim=True)) * (scale or q.shape[-1] ** -0.5)
         dq, dk = dscores @ whole_k, dscores.mT @ q
     return dq, _summed(dk, k), _summed(dv, v)
+
+
+def fused_jointly(q: Tensor, softcap: float) -> bool:
+    """Whether `joint_forward` serves such queries."""
+    return q.device.type == "cuda" and q.dtype in HALVES and not softcap
+
+
+def joint_forward(q: Tensor, k: Tensor, v: Tensor, call: Joint, scale: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Attention of a joint call's rows, q [n, heads, d], k and v [keys, kv_heads, d]: out like q, lse [n, heads].
+
+    The kernel of `torch.nn.attention.varlen.varlen_attn`, which cannot be differentiated by a merged lse.
+    """
+    out, lse, *_ = aten._flash_attention_forward(
+        q, k, v, call.query_ends, call.key_ends, call.most_queries, call.most_keys, 0.0, call.causal, False,
+        scale=scale or None,
+    )  # fmt: skip
+    return out, lse.T
+
+
+def joint_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Joint, scale: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v of a joint call's rows."""
+    random, unused = q.new_zeros(2, dtype=torch.uint64), q.new_empty(0)  # no dropout
+    dq, dk, dv = aten._flash_attention_backward(
+        grad, q, k, v, out, lse.T.contiguous(), call.query_ends, call.key_ends, call.most_queries, call.most_keys, 0.0,
+        call.causal, random, unused, scale=scale or None,
+    )  # fmt: skip
+    return dq, dk, dv
 
 
 def _padded(lse: Tensor) -> Tensor:

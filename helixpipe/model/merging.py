@@ -5,21 +5,73 @@ Tensors are [b, heads, s, d]. What comes first and is whole stays as the kernel 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
-from helixpipe.model.kernels import attention_backward, attention_forward
+from helixpipe.model.joint import Rows, joint
+from helixpipe.model.kernels import (
+    attention_backward,
+    attention_forward,
+    fused_jointly,
+    joint_backward,
+    joint_forward,
+)
 from helixpipe.model.tiles import Tile
 
-Index = tuple[slice, slice, slice]
-"""batch, heads, tokens"""
+Index = tuple[slice, slice, slice] | Rows
+"""batch, heads, tokens; or rows of a joint call, [n, heads, ...]"""
+Share = tuple[slice, Tile]
+"""A tile, and the sequences of the batch that it is of."""
 ALL = slice(None)
 
 
-def tile_forward(
-    q: Tensor, k: Tensor, v: Tensor, tile: Tile, softcap: float, scale: float, batch: slice = ALL
+def attend_tiles(
+    merged: Merged, q: Tensor, k: Tensor, v: Tensor, shares: Sequence[Share], softcap: float, scale: float
+) -> None:
+    """Attention of tiles, each of some sequences of the batch, into `merged`."""
+    if _jointly(q, shares, softcap):
+        for call in joint(shares, len(q), q.device):
+            merged.add(call.queries, *joint_forward(q[call.queries], k[call.keys], v[call.keys], call, scale))
+        return
+    for batch, tile in shares:
+        merged.add((batch, ALL, tile.queries), *_tile_forward(q, k, v, batch, tile, softcap, scale))
+
+
+def differentiate_tiles(
+    dq: Total, dk: Total, dv: Total, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    shares: Sequence[Share], softcap: float, scale: float,
+) -> None:  # fmt: skip
+    """Gradients of tiles, each of some sequences of the batch, into their totals."""
+    if _jointly(q, shares, softcap):
+        for call in joint(shares, len(q), q.device):
+            mine, theirs = call.queries, call.keys
+            found = joint_backward(grad[mine], q[mine], k[theirs], v[theirs], out[mine], lse[mine], call, scale)
+            _add(((dq, mine), (dk, theirs), (dv, theirs)), found)
+            del found
+        return
+    for batch, tile in shares:
+        queries, keys = (batch, ALL, tile.queries), (batch, ALL, tile.keys)
+        found = _tile_backward(grad, q, k, v, out, lse, batch, tile, softcap, scale)
+        _add(((dq, queries), (dk, keys), (dv, keys)), found)
+        del found
+
+
+def _add(totals: Iterable[tuple[Total, Index]], gradients: Iterable[Tensor]) -> None:
+    for (total, index), gradient in zip(totals, gradients, strict=True):
+        total.add(index, gradient)
+
+
+def _jointly(q: Tensor, shares: Sequence[Share], softcap: float) -> bool:
+    """Whether tiles of their own would only be more launches."""
+    return len(shares) > 1 and fused_jointly(q, softcap)
+
+
+def _tile_forward(
+    q: Tensor, k: Tensor, v: Tensor, batch: slice, tile: Tile, softcap: float, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """out and log-sum-exp of a tile's queries, of these sequences of the batch, against its keys."""
+    """out and log-sum-exp of a tile's queries against its keys."""
     q, k, v = q[batch, :, tile.queries], k[batch, :, tile.keys], v[batch, :, tile.keys]
     if not tile.flipped:
         return attention_forward(q, k, v, tile.causal, softcap, scale)
@@ -27,9 +79,9 @@ def tile_forward(
     return out.flip(2), lse.flip(2)
 
 
-def tile_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tile: Tile, softcap: float, scale: float,
-    batch: slice = ALL,
+def _tile_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, batch: slice, tile: Tile, softcap: float,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of a tile's queries, keys and values."""
     grad, q, out, lse = (t[batch, :, tile.queries] for t in (grad, q, out, lse))
@@ -62,7 +114,9 @@ class Merged:
             self._out, self._lse = merge(self._out, self._lse, out, lse)
             return
         self._out, self._lse = self._out.to(self._wide), self._lse.contiguous()
-        _, self._lse[rows] = merge(self._out[rows], self._lse[rows], out, lse)  # into `_out`, which is wide
+        merged, self._lse[rows] = merge(self._out[rows], self._lse[rows], out, lse)
+        if isinstance(rows[0], Tensor):  # slices are merged in place, rows are copies
+            self._out[rows] = merged
 
     def result(self) -> tuple[Tensor, Tensor]:
         assert self._out is not None, "every token attends to itself"
@@ -83,7 +137,10 @@ class Total:
                 return
             self._sum = zeros(self._like, self._wide)
         self._sum = self._sum.to(self._wide)
-        self._sum[index].add_(gradient)
+        if isinstance(index[0], Tensor):  # rows once each, of which an index gives copies
+            self._sum[index] = self._sum[index] + gradient
+        else:
+            self._sum[index].add_(gradient)
 
     def result(self) -> Tensor:
         return self._sum if self._sum is not None else zeros(self._like, self._wide)

@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 
+from helixpipe.model.merging import Share
 from helixpipe.model.tiles import Run, Span, Tile, tiles
 from helixpipe.parts.work import Batch, Lengths
-
-Share = tuple[slice, Tile]
-"""A tile, and the sequences of the batch that it is of."""
 
 
 @dataclass(frozen=True)

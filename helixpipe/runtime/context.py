@@ -25,8 +25,8 @@ from torch.distributed import ProcessGroup
 from helixpipe.errors import ConfigError
 from helixpipe.model.attention import AttentionState, KeptAttention, KeyValues, Rule, attend
 from helixpipe.model.attn import Attention
-from helixpipe.model.merging import ALL
-from helixpipe.model.packed import Packed, Share
+from helixpipe.model.merging import ALL, Share
+from helixpipe.model.packed import Packed
 from helixpipe.model.tiles import Run, Span, Tile, tiles
 from helixpipe.parts.part import Part
 from helixpipe.sequence.attention import to_heads, to_sequence

@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 
 from helixpipe.model.attention import KeptAttention, Rule
-from helixpipe.model.merging import ALL, Merged, Total, heads, tile_backward, tile_forward
-from helixpipe.model.tiles import Tile
+from helixpipe.model.merging import Merged, Share, Total, attend_tiles, differentiate_tiles, heads
 from helixpipe.sequence.wire import Passing, Peers
 
 KEYS, GRADIENTS = 0, 2  # tags
@@ -38,7 +37,7 @@ class Plan:
 
     rings: tuple[Peers, ...]
     """From the outer to the inner; none: the keys and values here are all there are."""
-    tiles: Callable[[tuple[int, ...]], list[tuple[slice, Tile]]]
+    tiles: Callable[[tuple[int, ...]], Sequence[Share]]
     """The tiles of the block that is here after so many steps of each ring, with the sequences of the batch."""
     rule: Rule = field(default_factory=Rule)
     """What becomes of scores; `tiles` know who sees whom."""
@@ -88,9 +87,7 @@ def _visit(
     """Attend to the block that is here, and to those that come around these rings."""
     if not rings:
         k, v = map(heads, block)
-        for batch, tile in plan.tiles(steps):
-            rows = batch, ALL, tile.queries
-            merged.add(rows, *tile_forward(q, k, v, tile, plan.rule.softcap, plan.rule.scale, batch))
+        attend_tiles(merged, q, k, v, plan.tiles(steps), plan.rule.softcap, plan.rule.scale)
         return
     ring, *inner = rings
     count = plan.steps(ring, steps)
@@ -138,14 +135,20 @@ class _Backward:
     def _differentiate(self, steps: tuple[int, ...], k: Tensor, v: Tensor) -> list[Tensor]:
         dk, dv, rule = Total(k), Total(v), self.plan.rule
         wide = torch.promote_types(k.dtype, torch.float32)
-        for batch, tile in self.plan.tiles(steps):
-            rows, keys = (batch, ALL, tile.queries), (batch, ALL, tile.keys)
-            dq_tile, dk_tile, dv_tile = tile_backward(
-                self.grad, self.q, k, v, self.out, self.lse, tile, rule.softcap, rule.scale, batch
-            )
-            self.dq.add(rows, dq_tile)
-            dk.add(keys, dk_tile)
-            dv.add(keys, dv_tile)
+        differentiate_tiles(
+            self.dq,
+            dk,
+            dv,
+            self.grad,
+            self.q,
+            k,
+            v,
+            self.out,
+            self.lse,
+            self.plan.tiles(steps),
+            rule.softcap,
+            rule.scale,
+        )
         return [heads(total.result()).to(wide) for total in (dk, dv)]
 
 

@@ -54,7 +54,7 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None, stop: Stop) ->
     def read(step: int) -> Read:
         rows = corpus.reading.step(step)
         batch = objective.training(corpus.read(rows), step)
-        pipeline.prepare(*batch.tokens.shape, batch.documents or None)
+        pipeline.prepare(len(rows), batch.tokens.shape[1], batch.documents or None)
         return Read(batch, corpus.reading.used(rows))
 
     with Log(job, pipeline.mesh.rank, device) as log, Ahead(read) as ahead:

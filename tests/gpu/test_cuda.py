@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ import torch
 import torch.distributed as dist
 from oracle import batch, plain_attention, plain_step
 
+from helixpipe.model.attention import AttentionState, KeyValues, Rule, attend
 from helixpipe.model.kernels import attention_backward, attention_forward
 from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.work import Batch
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.schedule.families import build_schedule
 
@@ -44,6 +47,35 @@ def test_fused_attention(dtype: torch.dtype, causal: bool, kv_heads: int) -> Non
     for mine, theirs in zip(found, expected, strict=True):
         error = (mine.cpu().double() - theirs).norm() / theirs.norm()
         assert error < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("segments", [(96,), (20, 50, 26)], ids=str)
+@pytest.mark.parametrize(("causal", "window"), [(True, 0), (True, 7), (False, 0), (False, 9)])
+def test_documents(dtype: torch.dtype, segments: tuple[int, ...], causal: bool, window: int) -> None:
+    """In half precision by one kernel of variable lengths, else tile by tile: what the CPU's tiles give in float64."""
+    if len(segments) > 1 and not causal:
+        return  # segments are causal
+    rows = ((30, 1, 65), (96,), (7, 13, 60, 16))
+    generator = torch.Generator().manual_seed(0)
+    whole = [torch.randn(3, 96, heads, 32, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)]
+    gradient = torch.randn(3, 96, 128, generator=generator, dtype=torch.float64)
+
+    def run(device: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        kept = Batch(3, segments, rows)
+        past = KeyValues(lambda tensor: SimpleNamespace(tensor=tensor), batch=kept) if len(segments) > 1 else None
+        pieces = list(zip(*(t.to(device, dtype).split(segments, 1) for t in whole), strict=True))
+        leaves = [[t.clone().requires_grad_() for t in piece] for piece in pieces]
+        states = [AttentionState(None, past, i, batch=kept) for i in range(len(segments))]
+        made = [attend(*piece, Rule(causal, window), state) for piece, state in zip(leaves, states, strict=True)]
+        gradients = gradient.to(device, dtype).split(segments, 1)
+        order = range(len(segments) - 1, -1, -1)
+        found = [torch.autograd.grad(made[i], leaves[i], gradients[i]) for i in order][::-1]
+        joined = torch.cat(made, 1), *(torch.cat(each, 1) for each in zip(*found, strict=True))
+        return [t.detach().cpu().double() for t in joined]
+
+    for mine, theirs in zip(run("cuda", dtype), run("cpu", torch.float64), strict=True):
+        assert (mine - theirs).norm() / theirs.norm() < TOLERANCE[dtype]
 
 
 def _rank(rank: int, ranks: int, port: int, travel: str, recompute: str, results: Any) -> None:
