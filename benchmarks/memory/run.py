@@ -95,6 +95,15 @@ def measured(case: Case) -> dict[str, Any]:
     return row
 
 
+def written(case: Case, record: Path | None) -> dict[str, Any]:
+    """A row, and a line of the record of it where there is one."""
+    row = measured(case)
+    if record is not None and "error" not in row:
+        with record.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    return row
+
+
 def as_row(peak: Peak) -> dict[str, Any]:
     ratios = {"heap_over_timeline": peak.heap_over_timeline, "predicted_over_heap": peak.predicted_over_heap}
     return vars(peak) | ratios
@@ -163,9 +172,12 @@ def main() -> int:
     parser.add_argument(
         "--anatomy", action="store_true", help="instead: every tensor alive at each rank's peak, of ours"
     )
+    parser.add_argument("--record", type=Path, help="a line of JSON a case: what is in it already is not run again")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     found = cases(args)
+    lines = args.record.read_text().splitlines() if args.record and args.record.exists() else []
+    known = {row["case"]: row for row in map(json.loads, lines)}
     if not found:
         parser.error(f"--only {args.only}: no case has all these words in its name")
     try:
@@ -173,7 +185,7 @@ def main() -> int:
             for case in (case for case in found if not case.is_torch):
                 print("\n".join(told(case, anatomies(case, LIMIT_S))), flush=True)
             return 0
-        rows = [measured(case) for case in found]
+        rows = [known.get(str(case)) or written(case, args.record) for case in found]
     except (NoMeter, HelixpipeError) as error:
         print(error, file=sys.stderr)
         return 2
