@@ -6,7 +6,7 @@ line starts it again. A run holds when
 
     losses      of every step, and held out, are those of a run that nobody disturbed, to the last bit, each once
     ends        every attempt ends by itself, and so do all of its processes, within --limit seconds
-    words       no attempt prints a traceback; one that fails says why in a line
+    words       no attempt prints a traceback of this library's; one that fails says why in a line
 
 Every second run is started by torchrun, which starts killed ranks again by itself. Runs are drawn from --seed, and each is a
 line of the record, so a campaign that is cut goes on where it was.
@@ -98,7 +98,7 @@ class Record:
 
 def command(layout: str, launcher: str) -> list[str]:
     ranks, options = LAYOUTS[layout]
-    train = ["helixpipe", "train", "--config", "small.toml", "--resume", *options.split()]
+    train = ["helixpipe", "train", "small.toml", "--resume", *options.split()]
     if launcher == "torchrun":
         start = ["torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone", "--max-restarts", "3"]
         return [sys.executable, "-m", *start, "-m", *train]
@@ -196,9 +196,10 @@ def attempt(
             continue
     code = process.wait(10)
     said = err.read_text(errors="replace")
-    if "Traceback (most recent call last)" in said:
+    if re.search(r'File "[^"]*/helixpipe/', said):  # torchrun has one of its own for every rank that fails
         faults.append(f"a traceback: {said[-2000:]}")
-    if code > 0 and code not in (STOPPED, 130) and "helixpipe: " not in said:
+    of_torchrun = "SignalException" in said  # it was asked to stop before a rank could speak
+    if code > 0 and code not in (STOPPED, 130) and "helixpipe: " not in said and not of_torchrun:
         faults.append(f"exit code {code} without a word: {said[-2000:]}")
     return code, faults
 

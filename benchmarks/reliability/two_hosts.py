@@ -82,7 +82,7 @@ class Attempt:
         start = [
             "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2", "--node-rank", str(number),
             "--master-addr", ADDRESSES[0], "--master-port", str(self.port), "-m", "helixpipe", "train",
-            "--config", "small.toml", "--resume", "--runtime.timeout_s", str(TIMEOUT_S), *OPTIONS.split(),
+            "small.toml", "--resume", "--runtime.timeout_s", str(TIMEOUT_S), *OPTIONS.split(),
         ]  # fmt: skip
         environment = os.environ | {"GLOO_SOCKET_IFNAME": f"veth{number}", "OMP_NUM_THREADS": "1"}
         with (self.folder / f"err{number}").open("w") as err:
@@ -183,7 +183,7 @@ def main() -> None:
         sys.exit("two_hosts: network namespaces need root")
     with tempfile.TemporaryDirectory() as name:
         folder = prepared(Path(name))
-        train = [sys.executable, "-m", "helixpipe", "train", "--config", "small.toml", *OPTIONS.split()]
+        train = [sys.executable, "-m", "helixpipe", "train", "small.toml", *OPTIONS.split()]
         subprocess.run(train, cwd=folder, check=True, capture_output=True)
         expected = losses(folder)
     failed = False
