@@ -4,7 +4,8 @@ Two network namespaces with a veth pair between them are the hosts (Linux, root,
 across, 2 replicas inside, so every step's messages pass the link. Both commands are started again when they ended, on a whole
 link, until the run is done; its losses must be those of a run on one host, to the last bit.
 
-    slow      20 Mbit/s and 30 ms each way (tc netem), from the start
+    whole     nothing, to compare with
+    slow      20 Mbit/s and 30 ms each way (tc netem, or tbf where the kernel has no netem), from its first seconds on
     broken    nothing passes for 8 s, less than runtime.timeout_s, in mid-run
     cut       nothing passes any more from mid-run on
     killed    every process of the second host is killed in mid-run
@@ -19,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,14 +57,28 @@ class Network:
         for host in HOSTS:
             subprocess.run(["ip", "netns", "del", host], capture_output=True)
 
-    def shape(self, *words: str) -> None:
-        """Give the link `tc netem`'s words, both ways; none makes it whole."""
-        for number, host in enumerate(HOSTS):
-            device = f"veth{number}"
-            subprocess.run(inside(host, "tc", "qdisc", "del", "dev", device, "root"), capture_output=True)
-            if words:
-                add = inside(host, "tc", "qdisc", "add", "dev", device, "root", "netem", *words)
-                subprocess.run(add, check=True, capture_output=True)
+    def slow(self) -> str:
+        """Narrow the link both ways; in words, how: kernels without netem have no delay but that of a queue."""
+        for words in ("netem rate 20mbit delay 30ms", "tbf rate 20mbit burst 4kb latency 400ms"):
+            add = (["tc", "qdisc", "replace", "dev", f"veth{end}", "root", *words.split()] for end in range(len(HOSTS)))
+            if not any(
+                subprocess.run(inside(host, *line), capture_output=True).returncode
+                for host, line in zip(HOSTS, add, strict=True)
+            ):
+                return words
+        raise OSError("tc knows neither netem nor tbf")
+
+    def cut(self) -> None:
+        """Nothing passes, and nobody is told: frames go to a card that does not exist."""
+        for end, host in enumerate(HOSTS):
+            words = ("neigh", "replace", ADDRESSES[1 - end], "lladdr", "02:00:00:00:00:99", "dev", f"veth{end}")
+            ip("-n", host, *words, "nud", "permanent")
+
+    def mend(self) -> None:
+        """The link as it was at first."""
+        for end, host in enumerate(HOSTS):
+            subprocess.run(["ip", "-n", host, "neigh", "flush", "all", "nud", "permanent"], capture_output=True)
+            subprocess.run(inside(host, "tc", "qdisc", "del", "dev", f"veth{end}", "root"), capture_output=True)
 
 
 @dataclass
@@ -124,50 +138,53 @@ def kill(host: str) -> None:
             continue
 
 
-def broken(network: Network, attempt: Attempt) -> None:
+def whole(network: Network, attempt: Attempt) -> str:
+    return ""
+
+
+def slow(network: Network, attempt: Attempt) -> str:
+    return network.slow()
+
+
+def broken(network: Network, attempt: Attempt) -> str:
     attempt.until(STEPS // 3)
-    network.shape("loss", "100%")
+    network.cut()
     time.sleep(8)
-    network.shape()
+    network.mend()
+    return ""
 
 
-def cut(network: Network, attempt: Attempt) -> None:
+def cut(network: Network, attempt: Attempt) -> str:
     attempt.until(STEPS // 3)
-    network.shape("loss", "100%")
+    network.cut()
+    return ""
 
 
-def killed(network: Network, attempt: Attempt) -> None:
+def killed(network: Network, attempt: Attempt) -> str:
     attempt.until(STEPS // 3)
     kill(HOSTS[1])
+    return ""
 
 
-def nothing(network: Network, attempt: Attempt) -> None:
-    pass
-
-
-SCENES: dict[str, tuple[tuple[str, ...], Callable[[Network, Attempt], None]]] = {
-    "whole": ((), nothing),
-    "slow": (("rate", "20mbit", "delay", "30ms"), nothing),
-    "broken": ((), broken),
-    "cut": ((), cut),
-    "killed": ((), killed),
-}
+SCENES = {each.__name__: each for each in (whole, slow, broken, cut, killed)}
 
 
 def scene(network: Network, name: str, port: int) -> tuple[list[tuple[int, str, float]], str]:
-    shaped, strike = SCENES[name]
     told: list[str] = []
     with tempfile.TemporaryDirectory() as folder_name:
         folder = prepared(Path(folder_name))
         for number in range(4):
-            network.shape(*(shaped if number == 0 else ()))
+            network.mend()
             attempt = Attempt(folder, port + number)
-            if number == 0:
-                strike(network, attempt)
-            struck = time.monotonic()
-            codes = attempt.wait()
-            ended_s = time.monotonic() - (struck if number == 0 and name in ("cut", "killed") else attempt.begun)
-            told.append(f"{codes[0]}, {codes[1]} after {ended_s:.0f} s at step {attempt.step()}")
+            try:
+                how = SCENES[name](network, attempt) if number == 0 else ""
+                struck = time.monotonic()
+                codes = attempt.wait()
+            finally:
+                for host in HOSTS:
+                    kill(host)
+            since = struck if number == 0 and name in ("cut", "killed") else attempt.begun
+            told.append(f"{codes[0]}, {codes[1]} after {time.monotonic() - since:.0f} s at step {attempt.step()} {how}")
             told += [f"    {line}" for line in attempt.said()]
             if codes == [0, 0]:
                 break

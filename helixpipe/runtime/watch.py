@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from queue import Empty, SimpleQueue
+from typing import TypeVar
 
 from torch.distributed.distributed_c10d import Store
 
@@ -16,6 +18,9 @@ from helixpipe.errors import RankError
 from helixpipe.runtime.oom import out_of_memory
 
 PERIOD_S = 1.0
+# a store behind a cut cable never answers
+PATIENCE_S = 5.0
+T = TypeVar("T")
 
 
 @contextmanager
@@ -56,19 +61,25 @@ class Watch:
 
     def told(self, rank: int) -> str:
         """What a rank last said it was doing, and when. Raises nothing: it is asked while an error is told."""
-        key = f"watch/{rank}"
-        try:
-            if self._store is None or not self._store.check([key]):
-                return f"{self.names[rank]} was never heard of"
-            when, line = self._store.get(key).decode().split(" ", 1)
-        except RuntimeError:
-            return f"{self.names[rank]} cannot be asked about: the run's store is gone too"
-        return f"{self.names[rank]} was last heard of {time.time() - float(when):.0f} s ago, at {line}"
+        return self._said([rank])
 
     def others(self) -> str:
         """What the other ranks said, at most four of them."""
-        lines = [self.told(rank) for rank in range(self.ranks) if rank != self.rank]
-        return "; ".join(lines[:4])
+        return self._said([rank for rank in range(self.ranks) if rank != self.rank][:4])
+
+    def _said(self, ranks: Sequence[int]) -> str:
+        try:
+            return "; ".join(_in_time(lambda: [self._read(rank) for rank in ranks]))
+        except RuntimeError:
+            told = " and ".join(self.names[rank] for rank in ranks)
+            return f"{told} cannot be asked about: the run's store is gone too"
+
+    def _read(self, rank: int) -> str:
+        key = f"watch/{rank}"
+        if self._store is None or not self._store.check([key]):
+            return f"{self.names[rank]} was never heard of"
+        when, line = self._store.get(key).decode().split(" ", 1)
+        return f"{self.names[rank]} was last heard of {time.time() - float(when):.0f} s ago, at {line}"
 
     def placed(self, error: RankError) -> RankError:
         """The error with who this is and what the others said, where it does not say so yet."""
@@ -102,3 +113,23 @@ class Watch:
     def _tell(self) -> None:
         assert self._store is not None
         self._store.set(f"watch/{self.rank}", f"{time.time()} {self.doing}")
+
+
+def _in_time(ask: Callable[[], T]) -> T:
+    """What the store answers. Raises RuntimeError where it is gone, or says nothing for too long: its calls know no timeout."""
+    answers: SimpleQueue[T | RuntimeError] = SimpleQueue()
+
+    def answer() -> None:
+        try:
+            answers.put(ask())
+        except RuntimeError as error:
+            answers.put(error)
+
+    threading.Thread(target=answer, daemon=True, name="helixpipe-watch-asks").start()
+    try:
+        found = answers.get(timeout=PATIENCE_S)
+    except Empty:
+        raise RuntimeError(f"no answer in {PATIENCE_S:.0f} s") from None
+    if isinstance(found, RuntimeError):
+        raise found
+    return found

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import threading
 
+import pytest
 import torch.distributed as dist
 
 from helixpipe.errors import RankError
@@ -21,4 +23,20 @@ def test_a_store_that_is_gone_does_not_hide_the_error() -> None:
         assert watch.told(1) == gone
         assert str(watch.placed(RankError("lost a rank"))) == f"rank 0, at its first step, lost a rank; {gone}"
     finally:
+        watch.close()
+
+
+def test_a_store_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = threading.Event()
+
+    class Silent(dist.HashStore):
+        def check(self, keys: list[str]) -> bool:
+            return answers.wait(30)
+
+    monkeypatch.setattr("helixpipe.runtime.watch.PATIENCE_S", 0.05)
+    watch = Watch(Silent(), 0, 3)
+    try:
+        assert watch.others() == "rank 1 and rank 2 cannot be asked about: the run's store is gone too"
+    finally:
+        answers.set()
         watch.close()
