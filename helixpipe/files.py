@@ -30,6 +30,8 @@ def read_text(path: str | os.PathLike[str], kind: type[HelixpipeError] = Helixpi
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a file so that at every instant it is the old one or the new one, whole. Raises HelixpipeError."""
     target = Path(path)
+    if why := fault(path):
+        raise HelixpipeError(f"{path}: cannot be written: {why}")
     try:
         if target.exists() and not target.is_file():  # a pipe or a terminal takes text as it comes
             target.write_text(text, encoding="utf-8")
@@ -44,7 +46,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
             beside.replace(target)
         finally:
             beside.unlink(missing_ok=True)
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+    except OSError as error:
         raise HelixpipeError(f"{path}: cannot be written: {_reason(error)}") from None
 
 
