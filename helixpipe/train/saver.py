@@ -109,6 +109,7 @@ class Saver:
         self._go_on()
         self._since_s = time.monotonic()
         mine = self._stager.stage(dict(state)) if self._background else dict(state)
+        assert isinstance(mine, dict)  # and no future: it is all copied when training goes on
         manifest, done = replace(self._manifest, step=step, read=read, skipped=skipped), Future[Path]()
 
         def write() -> None:
