@@ -26,6 +26,7 @@ OBJECTIVES = {
     "masked_diffusion": ("mask_token",),
 }
 MASK_KEYS = OBJECTIVES["masked"]
+_FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 _AT_MOST = {"train.seed": 2**63 - 1, "runtime.port": 65535, "runtime.timeout_s": 10**8}
 
 
@@ -112,12 +113,11 @@ def _check_rates(train: TrainConfig) -> None:
 
 def _check_adamw(train: TrainConfig, dtype: str) -> None:
     """AdamW's factors of a step are numbers of the weights' precision."""
-    most, name = (sys.float_info.max, dtype) if dtype == "float64" else (3.4028234663852886e38, "float32")
-    first = 1 / (1 - train.betas[0])
-    if train.learning_rate * first > most:
+    most, name = (sys.float_info.max, dtype) if dtype == "float64" else (_FLOAT32_MAX, "float32")
+    if train.learning_rate / (1 - train.betas[0]) > most:
         raise ConfigError(
-            f"train.learning_rate: {train.learning_rate:g}, of which AdamW's first step takes {first:g} times as much, and {name} ends "
-            f"at {most:.3g}; lower it"
+            f"train.learning_rate: {train.learning_rate:g}, of which AdamW's first step takes {1 / (1 - train.betas[0]):g} times as "
+            f"much, and {name} ends at {most:.3g}; lower it"
         )
 
 

@@ -247,10 +247,14 @@ class Pipeline:
                     parameter.grad.mul_(max_norm / (norm + 1e-6))
         return norm
 
-    def largest(self, mine: Sequence[float]) -> list[float]:
-        """Of each of some numbers the largest that any rank gives, the same on every rank. Collective."""
-        self._watch.doing = "numbers of all ranks"
-        found = [max(each) for each in zip(*self._gathered(list(mine)), strict=True)]
+    def largest(self, mine: float) -> float:
+        """The largest of all ranks' numbers, the same on every rank. Collective."""
+        return max(number for (number,) in self.numbers([mine]))
+
+    def numbers(self, mine: Sequence[float]) -> list[list[float]]:
+        """Every rank's numbers, as many of each, in the order of `mesh.places`. Collective."""
+        self._watch.doing = "a number of all ranks"
+        found = self._gathered(list(mine))
         self._watch.doing = "work between steps"
         return found
 

@@ -32,7 +32,7 @@ from helixpipe.predict.timeline_text import to_json
 from helixpipe.schedule.program import Program
 from helixpipe.train import manifest as manifests
 from helixpipe.train.job import Job
-from helixpipe.train.metrics import Metrics
+from helixpipe.train.metrics import MetricsFile
 from helixpipe.view.html import page
 from helixpipe.view.perfetto import perfetto
 from helixpipe.view.svg import render
@@ -56,7 +56,7 @@ class Log:
 
     def __init__(self, job: Job, rank: int, device: str) -> None:
         self.job, self.device, self.speaks = job, device, rank == 0
-        self._metrics, self._metrics_fault = Metrics(job.folder / "metrics.jsonl"), ""
+        self._metrics, self._metrics_fault = MetricsFile(job.folder / "metrics.jsonl"), ""
         self._progress: Progress | None = None
         self._first_held_out: float | None = None
         self._held_out: float | None = None
@@ -97,16 +97,16 @@ class Log:
         config, timeline = self.job.config, record.timeline
         tokens_per_s = config.batch_size * config.train.sequence_length / record.seconds
         peaks = timeline.peak_activation_bytes
-        self._write(
-            step=record.step,
-            loss=record.loss,
-            grad_norm=record.gradient_norm,
-            learning_rate=record.learning_rate,
-            tokens_per_s=round(tokens_per_s, 1),
-            step_s=round(record.seconds, 6),
-            bubble_ratio=round(timeline.bubble_ratio, 6),
-            peak_activation_bytes=list(peaks),
-        )
+        self._write({
+            "step": record.step,
+            "loss": record.loss,
+            "grad_norm": record.gradient_norm,
+            "learning_rate": record.learning_rate,
+            "tokens_per_s": round(tokens_per_s, 1),
+            "step_s": round(record.seconds, 6),
+            "bubble_ratio": round(timeline.bubble_ratio, 6),
+            "peak_activation_bytes": list(peaks),
+        })  # fmt: skip
         line = (
             f"loss {record.loss:.4f}  grad norm {record.gradient_norm:.3f}  {tokens_per_s:,.0f} tokens/s  "
             f"bubble {timeline.bubble_ratio:.1%}  peak activations {_bytes(max(peaks, default=0))}"
@@ -127,7 +127,7 @@ class Log:
             self._first_held_out = loss if self._first_held_out is None else self._first_held_out
             self._held_out = loss
             more = {"held_out_loss_by_position": list(by_position)} if by_position else {}
-            self._write(step=step, held_out_loss=loss, **more)
+            self._write({"step": step, "held_out_loss": loss, **more})
             self._say(f"step {step}/{self.job.config.train.steps}  held-out loss {loss:.4f}")
 
     def draw(self, timeline: Timeline, program: Program, step: int, documents: Lengths = ()) -> None:
@@ -174,7 +174,7 @@ class Log:
     def record(self, **fields: Any) -> None:
         """A line to compute with."""
         if self.speaks:
-            self._write(**fields)
+            self._write(fields)
 
     def flush(self) -> None:
         """Put the metrics on the disk for good: a checkpoint must not know steps that they do not. Raises OSError. For any thread."""
@@ -223,8 +223,8 @@ class Log:
             flush=True,
         )
 
-    def _write(self, **fields: Any) -> None:
-        before, self._metrics_fault = self._metrics_fault, self._metrics.add(fields)
+    def _write(self, numbers: dict[str, Any]) -> None:
+        before, self._metrics_fault = self._metrics_fault, self._metrics.add(numbers)
         if self._metrics_fault and not before:
             self.warn(
                 f"{self._metrics.path}: cannot be written: {self._metrics_fault}; training goes on, and its lines wait until it can be"

@@ -96,8 +96,8 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None, stop: Stop) ->
             # how well it does on text it never trains on, and a place to go on from
             last = step == settings.steps
             # what any rank was asked, and what the first one's clock says, so that all do the same after the same step
-            mine = [stop.asked, pipeline.mesh.rank == 0 and saver.due()]
-            asked, due = (0, 0) if last else map(int, pipeline.largest(mine))
+            of_ranks = pipeline.numbers([stop.asked, saver.due()])
+            asked, due = (0, False) if last else (int(max(asked for asked, _ in of_ranks)), bool(of_ranks[0][1]))
             saver.look()
             if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
                 evaluate(pipeline, corpus, objective, settings.evaluate_sequences, log, step)

@@ -10,7 +10,7 @@ from typing import Any
 from helixpipe.files import json_text
 
 
-class Metrics:
+class MetricsFile:
     """Of one file. A line is written whole or not at all, in order."""
 
     def __init__(self, path: Path) -> None:
@@ -18,11 +18,11 @@ class Metrics:
         self._waiting: list[str] = []
         self._lock = Lock()  # a checkpoint that is being written flushes from its thread
 
-    def add(self, fields: dict[str, Any]) -> str:
+    def add(self, numbers: dict[str, Any]) -> str:
         """Append a line and those that wait; why that cannot be, "" where it can. A number that
         is not finite is null.
         """
-        self._waiting.append(json_text(fields) + "\n")
+        self._waiting.append(json_text(numbers) + "\n")
         try:
             self._append()
         except OSError as error:

@@ -315,5 +315,10 @@ def test_a_loss_that_is_not_a_number_is_one_line(tmp_path: Path, start: Callable
         "--train.warmup_steps", "0", "--train.weight_decay", "1e30",
     )  # fmt: skip
     assert run.wait() == 2
-    assert run.err.splitlines()[-1].startswith("helixpipe: error: step ")
-    assert run.err.splitlines()[-1].endswith("; lower train.learning_rate or train.clip_norm")
+    said = run.err.splitlines()[-1]
+    assert said.startswith("helixpipe: error: step 2: loss nan, gradient norm ")
+    assert ": the first value that is not finite came from " in said
+    assert said.endswith(
+        ", on rank 0, which was not finite before the step; lower train.learning_rate or train.clip_norm, or set "
+        "train.on_nonfinite to skip"
+    )

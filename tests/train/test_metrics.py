@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from test_log import RECORD, job
 
-from helixpipe.errors import HelixpipeError
+from helixpipe.errors import ConfigError, HelixpipeError
 from helixpipe.files import json_text
+from helixpipe.hub.write import _strict
 from helixpipe.train.log import Log
-from helixpipe.train.metrics import Metrics
+from helixpipe.train.metrics import MetricsFile
 
 
 @contextmanager
@@ -32,7 +33,7 @@ def files_end_at(nbytes: int) -> Iterator[None]:
 
 
 def test_lines_that_cannot_be_written_wait_and_none_is_cut(tmp_path: Path) -> None:
-    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
     assert metrics.add({"step": 1}) == ""
     with files_end_at(18):  # the first line and a half
         assert metrics.add({"step": 2}) == "file too large"
@@ -73,6 +74,15 @@ def test_a_run_whose_metrics_cannot_be_written_goes_on_and_fails_at_its_end_alon
 def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
     given = {"a": [1.5, math.nan, (math.inf, 2)], "b": {"c": -math.inf}, "d": "NaN", "e": True}
     assert json.loads(json_text(given)) == {"a": [1.5, None, [None, 2]], "b": {"c": None}, "d": "NaN", "e": True}
-    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
     metrics.add({"step": 1, "tokens_per_s": math.inf})
     assert metrics.path.read_text() == '{"step": 1, "tokens_per_s": null}\n'
+
+
+def test_a_config_that_is_exported_has_no_number_that_is_not_finite() -> None:
+    assert json.loads(_strict({"rope_theta": 1e4, "name": "NaN"}, "config.json")) == {"rope_theta": 1e4, "name": "NaN"}
+    with pytest.raises(ConfigError) as caught:
+        _strict({"a": 1, "time_step_limit": [0.0, math.inf]}, "config.json")
+    assert str(caught.value) == (
+        "config.json: time_step_limit is [0.0, Infinity], which is no JSON; change it in the folder that the run came from"
+    )
