@@ -209,6 +209,10 @@ class TrainConfig:
     """Adapters to train in the place of the weights, which are frozen: a table with a rank, and alpha and targets."""
     clip_norm: float = 1.0
     """Gradients above this norm, over all ranks, are scaled down to it; 0 is no clipping."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """Of a step whose loss or gradient norm is no finite number: end the run, or go on without its update. Where it came from is told."""
+    nonfinite_limit: int = 10
+    """skip: how many such steps in a row a run may have."""
     evaluate_every: int = 40
     """Steps between evaluations on held-out data; 0 is only the first and the last."""
     evaluate_sequences: int = 16
@@ -246,13 +250,26 @@ class RunConfig:
     name: str = ""
     """Of new folders; "" is the config file's name, or 'default'."""
     checkpoint_every: int = 40
-    """Steps between checkpoints (the last step has one too); 0 is none."""
+    """Steps between checkpoints (the last step has one too); 0 is none but those of checkpoint_minutes."""
+    checkpoint_minutes: float = 0.0
+    """Minutes after which there is a checkpoint too; 0 is none but those of checkpoint_every."""
+    checkpoint_async: bool = True
+    """Checkpoints are written while training goes on, from a copy of weights and moments in the CPU's memory; false: a step waits."""
     keep: int = 2
-    """Checkpoints to keep: the newest ones."""
+    """Checkpoints to keep: the newest ones, and those of the next two keys."""
+    keep_every: int = 0
+    """Checkpoints of steps that are multiples of it are kept for good; 0 is none."""
+    keep_hours: float = 0.0
+    """Checkpoints that are younger are kept; 0 is none."""
     resume: str = ""
     """'auto' continues the newest good checkpoint of the run folder, or starts where there is none; a path, that run's or that checkpoint."""
     timeline_step: int = 10
     """The step whose timeline is written, as .json, .svg, .html and for Perfetto; 0 is none."""
+
+    @property
+    def saves(self) -> bool:
+        """Whether there are checkpoints."""
+        return bool(self.checkpoint_every or self.checkpoint_minutes)
 
 
 @dataclass(frozen=True)

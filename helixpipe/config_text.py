@@ -41,6 +41,8 @@ def _parsed(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}; give the path of a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}; give the path of a TOML file") from None
 
 
 def write_toml(config: Config) -> str:
@@ -245,6 +247,8 @@ def _checked(table: Mapping[str, Any], where: str) -> Table:
 
 def _typed(kind: Any, value: Any, where: str) -> Any:
     """The value, when it is of the type; an integer may stand for a float."""
+    if _has_null_byte(value):
+        raise ConfigError(f"{where}: {_shown(value)} has a null byte, which no path or name may have; leave it out")
     if kind == Sources:
         return typed_sources(value, where)
     if typing.get_origin(kind) is Literal:
@@ -262,6 +266,14 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
     elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
     raise ConfigError(f"{where}: {_shown(value)} will not do; give {_expected(kind)}")
+
+
+def _has_null_byte(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_has_null_byte, value.values()))
+    return (
+        any(map(_has_null_byte, value)) if isinstance(value, list | tuple) else isinstance(value, str) and "\0" in value
+    )
 
 
 def _from_text(kind: Any, text: str, where: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from helixpipe.runtime.gradient_norm import gradient_norm
 from helixpipe.runtime.losses import Counted, Losses, check_head, check_weights, divisor, of_rank, of_ranks
 from helixpipe.runtime.mesh import Mesh
 from helixpipe.runtime.modules import Modules
+from helixpipe.runtime.nonfinite import search
 from helixpipe.runtime.programs import Arrange, Programs
 from helixpipe.runtime.randomness import Stream, evaluating
 from helixpipe.runtime.recorder import Recorder, of_all
@@ -217,6 +218,15 @@ class Pipeline:
         rows = self._run(tokens, targets, 1.0, False, weights, lengths)
         return of_ranks([(loss, told) for loss, _, *told in rows], targets, self._head, counted, lengths)
 
+    def first_nonfinite(self, **batch: Any) -> str:
+        """What made the first value that is no finite number in the last step, which was given `batch`: "layer 3's mlp, on rank
+        1, micro-batch 2, forward", or "" where none comes again. Takes that step once more, and leaves no gradients. Collective.
+        """
+        self.steps -= 1  # the same random numbers
+        chain, segments = self.model.shape.chain(), self.schedule.segments
+        with self.together("the search for a value that is not finite"):
+            return search(lambda: self.step(**batch), self._tapes.values(), self._weights, chain, self.mesh, segments)
+
     def zero_gradients(self) -> None:
         for parameter in self.parameters.values():
             parameter.grad = None
@@ -239,8 +249,12 @@ class Pipeline:
 
     def largest(self, mine: float) -> float:
         """The largest of all ranks' numbers, the same on every rank. Collective."""
+        return max(number for (number,) in self.numbers([mine]))
+
+    def numbers(self, mine: Sequence[float]) -> list[list[float]]:
+        """Every rank's numbers, as many of each, in the order of `mesh.places`. Collective."""
         self._watch.doing = "a number of all ranks"
-        found = max(number for (number,) in self._gathered([mine]))
+        found = self._gathered(list(mine))
         self._watch.doing = "work between steps"
         return found
 

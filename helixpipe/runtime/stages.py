@@ -84,7 +84,8 @@ class Stages:
             past = self._key_values.setdefault(mb, KeyValuesByLayer(self.ledger, self.feeds[mb, seg].batch))
         needs = self._needs(mb, seg) if self._needs else None
         stream = self._streams(mb, seg) if self._streams else None
-        return replace(self.feeds[mb, seg], key_values=past, needs=needs, stream=stream, by_token=not self.training)
+        feed = replace(self.feeds[mb, seg], key_values=past, needs=needs, stream=stream)
+        return replace(feed, microbatch=mb, by_token=not self.training)
 
     def _forward(self, action: Action) -> None:
         stage, _, mb, seg = action

@@ -39,6 +39,7 @@ from helixpipe.parts.work import Batch
 from helixpipe.runtime.lean import Lean
 from helixpipe.runtime.ledger import Kept, Ledger
 from helixpipe.runtime.live import Live, Needs
+from helixpipe.runtime.nonfinite import Probe, edges
 from helixpipe.runtime.randomness import Stream, may_draw
 from helixpipe.schedule.chunks import Chunk, chunks
 from helixpipe.schedule.stage import Stage
@@ -72,6 +73,8 @@ class Feed:
     """Whether a head that knows the loss of each token gives these, as in evaluations, and not their sum."""
     batch: Batch | None = None
     """The micro-batch, whole, where its sequences hold several documents; None: each is one."""
+    microbatch: int = 0
+    """Its number on this replica."""
 
     @property
     def attended(self) -> Start:
@@ -105,6 +108,8 @@ class Tape:
         self.stage, self.modules, self.policy, self.ledger = stage, modules, policy, ledger
         self.chunks = chunks(stage, policy == "none", outputs)
         self.queue = WeightQueue(ledger.keep)
+        self.probe: Probe | None = None
+        """Looks for values that are not finite, where it is set."""
         self._draws = {part for part in stage.parts if may_draw(modules[part])}
         for part in stage.parts:
             for module in modules[part].modules():
@@ -217,21 +222,28 @@ class Tape:
     ) -> None:
         for place, part in enumerate(chunk.parts):
             with nullcontext() if lean is None else lean.keeping(place, live):
-                in_place = lean is not None and lean.in_place(place)
-                self._run_part(chunk, place, live, feed, kept, graph, in_place)
+                self._run_part(chunk, place, live, feed, kept, graph, lean)
             is_replayed = part.about.attends and graph and kept is not None
             if feed.needs is not None and not is_replayed:
                 self.ledger.works(feed.needs.forward_bytes(part, graph))
             live.drop(chunk.lifetimes.drops[place])
 
     def _run_part(
-        self, chunk: Chunk, place: int, live: Live, feed: Feed, kept: KeptAttention | None, graph: bool, in_place: bool
+        self,
+        chunk: Chunk,
+        place: int,
+        live: Live,
+        feed: Feed,
+        kept: KeptAttention | None,
+        graph: bool,
+        lean: Lean | None,
     ) -> None:
         part = chunk.parts[place]
         module, inputs = self.modules[part], live.read(part.reads)
         draws = part in self._draws and feed.stream is not None
+        read = edges(inputs) if self.probe is not None and graph else []
         with feed.stream.of(part, feed.tokens.device) if draws and feed.stream else nullcontext():
-            made = run_part(part, module, inputs, feed, kept, in_place)
+            made = run_part(part, module, inputs, feed, kept, lean is not None and lean.in_place(place))
         if graph:  # what follows may count on it, whatever is frozen before
             made = [each if each.requires_grad else each.detach().requires_grad_() for each in made]
         if feed.needs is not None:
@@ -239,6 +251,11 @@ class Tape:
             if graph and made[-1].requires_grad:
                 nbytes = feed.needs.backward_bytes(chunk, place)
                 made[-1].register_hook(lambda _: self.ledger.works(nbytes))
+        if self.probe is not None:
+            if lean is None:  # what a recompute makes was seen, and may be a stand-in that nobody reads
+                self.probe.made(part, feed.microbatch, feed.segment, made)
+            if graph:
+                self.probe.follow(part, feed.microbatch, feed.segment, read, made)
         for value, tensor in zip(part.makes, made, strict=True):
             live.put(value, tensor)
 

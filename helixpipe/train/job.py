@@ -193,7 +193,7 @@ def _resolved(config: Config, given: Arguments, checkpoint: Path | None) -> tupl
     may_be_used = config.run.resume == "auto"
     continued = checkpoint.parent.parent if checkpoint and checkpoint.parent.name == "checkpoints" else None
     if config.run.folder:
-        folder = Path(config.run.folder).resolve()
+        folder = Path(os.path.realpath(config.run.folder))
         if folder != continued:
             refuse_used(folder, may_be_used)
     else:
@@ -220,7 +220,7 @@ def _anywhere(config: Config) -> Config:
 
 def _absolute(path: str) -> str:
     """Of "", itself."""
-    return str(Path(path).resolve()) if path else ""
+    return os.path.realpath(path) if path else ""
 
 
 def _absolute_sources(given: Sources) -> Sources:

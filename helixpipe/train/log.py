@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from helixpipe.predict.timeline_text import to_json
 from helixpipe.schedule.program import Program
 from helixpipe.train import manifest as manifests
 from helixpipe.train.job import Job
+from helixpipe.train.metrics import MetricsFile
 from helixpipe.view.html import page
 from helixpipe.view.perfetto import perfetto
 from helixpipe.view.svg import render
@@ -56,7 +56,7 @@ class Log:
 
     def __init__(self, job: Job, rank: int, device: str) -> None:
         self.job, self.device, self.speaks = job, device, rank == 0
-        self._metrics = job.folder / "metrics.jsonl"
+        self._metrics, self._metrics_fault = MetricsFile(job.folder / "metrics.jsonl"), ""
         self._progress: Progress | None = None
         self._first_held_out: float | None = None
         self._held_out: float | None = None
@@ -76,6 +76,10 @@ class Log:
         if self._progress is not None:
             self._progress.stop()
         if self.speaks and kind is None:
+            if self._metrics_fault:
+                raise HelixpipeError(
+                    f"{self._metrics.path}: cannot be written: {self._metrics_fault}; its last lines are lost"
+                )
             if self._end:
                 self._say(self._end)
             else:
@@ -93,16 +97,16 @@ class Log:
         config, timeline = self.job.config, record.timeline
         tokens_per_s = config.batch_size * config.train.sequence_length / record.seconds
         peaks = timeline.peak_activation_bytes
-        self._write(
-            step=record.step,
-            loss=record.loss,
-            grad_norm=record.gradient_norm,
-            learning_rate=record.learning_rate,
-            tokens_per_s=round(tokens_per_s, 1),
-            step_s=round(record.seconds, 6),
-            bubble_ratio=round(timeline.bubble_ratio, 6),
-            peak_activation_bytes=list(peaks),
-        )
+        self._write({
+            "step": record.step,
+            "loss": record.loss,
+            "grad_norm": record.gradient_norm,
+            "learning_rate": record.learning_rate,
+            "tokens_per_s": round(tokens_per_s, 1),
+            "step_s": round(record.seconds, 6),
+            "bubble_ratio": round(timeline.bubble_ratio, 6),
+            "peak_activation_bytes": list(peaks),
+        })  # fmt: skip
         line = (
             f"loss {record.loss:.4f}  grad norm {record.gradient_norm:.3f}  {tokens_per_s:,.0f} tokens/s  "
             f"bubble {timeline.bubble_ratio:.1%}  peak activations {_bytes(max(peaks, default=0))}"
@@ -112,13 +116,18 @@ class Log:
         else:
             self._say(f"step {record.step}/{config.train.steps}  {line}")
 
-    def evaluation(self, step: int, loss: float, by_position: Sequence[float] = ()) -> None:
-        """The held-out loss after `step` steps, and by position: 0, 1, 2 to 3, 4 to 7, ... in powers of two."""
+    def skipped(self, step: int, line: str, cause: str) -> None:
+        """A step whose update is not made."""
+        self.warn(line)
+        self.record(step=step, skipped=cause or "not known")
+
+    def evaluation(self, step: int, loss: float, by_position: Sequence[float | None] = ()) -> None:
+        """The held-out loss after `step` steps, and by position: 0, 1, 2 to 3, 4 to 7, ... in powers of two. None: no target."""
         if self.speaks:
             self._first_held_out = loss if self._first_held_out is None else self._first_held_out
             self._held_out = loss
             more = {"held_out_loss_by_position": list(by_position)} if by_position else {}
-            self._write(step=step, held_out_loss=loss, **more)
+            self._write({"step": step, "held_out_loss": loss, **more})
             self._say(f"step {step}/{self.job.config.train.steps}  held-out loss {loss:.4f}")
 
     def draw(self, timeline: Timeline, program: Program, step: int, documents: Lengths = ()) -> None:
@@ -137,10 +146,13 @@ class Log:
         stages = tuple(map(str, program.schedule.stages))
         facts = [("predicted", "from this step's own action times, messages free"), ("device", self.device)]
         both = {"predicted": predicted, "measured": timeline}
-        write_text(folder / "timeline.json", to_json(timeline))
-        write_text(folder / "timeline.svg", render(timeline, title))
-        write_text(folder / "timeline.html", page(both, title, facts, stages=stages))
-        write_text(folder / "timeline.perfetto.json", perfetto(both, stages))
+        try:
+            write_text(folder / "timeline.json", to_json(timeline))
+            write_text(folder / "timeline.svg", render(timeline, title))
+            write_text(folder / "timeline.html", page(both, title, facts, stages=stages))
+            write_text(folder / "timeline.perfetto.json", perfetto(both, stages))
+        except HelixpipeError as error:  # no picture is worth a run
+            self.warn(f"{error}; training goes on")
 
     @property
     def was_stopped(self) -> bool:
@@ -150,15 +162,24 @@ class Log:
         """The run ends after a step because a signal asked it to."""
         folder = shortened(self.job.folder)
         goes_on = f"step {step} is in its checkpoint, and --resume {folder} goes on from there"
-        if not self.job.config.run.checkpoint_every:
+        if not self.job.config.run.saves:
             goes_on = f"no checkpoint was written after step {step}, since run.checkpoint_every is 0"
         self._end = f"helixpipe: stopped by {asked}: {goes_on}"
 
+    def warn(self, line: str) -> None:
+        """Something that goes wrong, and the run goes on."""
+        if self.speaks:
+            self._say(f"helixpipe: {line}")
+
+    def record(self, **fields: Any) -> None:
+        """A line to compute with."""
+        if self.speaks:
+            self._write(fields)
+
     def flush(self) -> None:
-        """Put the metrics on the disk for good: a checkpoint must not know steps that they do not."""
-        if self.speaks and self._metrics.exists():
-            with self._metrics.open("rb") as file:
-                os.fsync(file.fileno())
+        """Put the metrics on the disk for good: a checkpoint must not know steps that they do not. Raises OSError. For any thread."""
+        if self.speaks:
+            self._metrics.flush()
 
     def _open_folder(self) -> None:
         folder = self.job.folder
@@ -170,7 +191,7 @@ class Log:
             ) from None
         self._left = manifests.leave_later(self.job.checkpoints, self.job.step)
         write_text(folder / "config.toml", write_toml(self.job.config))
-        write_text(self._metrics, "".join(_metrics_until(self._metrics, self.job.step)))
+        write_text(self._metrics.path, "".join(_metrics_until(self._metrics.path, self.job.step)))
 
     def _head(self) -> None:
         job, train = self.job, self.job.config.train
@@ -202,15 +223,12 @@ class Log:
             flush=True,
         )
 
-    def _write(self, **fields: Any) -> None:
-        try:
-            with self._metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(fields) + "\n")
-        except OSError as error:
-            raise HelixpipeError(
-                f"{self._metrics}: cannot be written: {(error.strerror or str(error)).lower()}; "
-                "--resume continues from the last checkpoint"
-            ) from None
+    def _write(self, numbers: dict[str, Any]) -> None:
+        before, self._metrics_fault = self._metrics_fault, self._metrics.add(numbers)
+        if self._metrics_fault and not before:
+            self.warn(
+                f"{self._metrics.path}: cannot be written: {self._metrics_fault}; training goes on, and its lines wait until it can be"
+            )
 
     def _say(self, line: str) -> None:
         if self._progress is not None:

@@ -9,17 +9,18 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from helixpipe.errors import ConfigError
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.train.ahead import Ahead
 from helixpipe.train.checkpoint import Checkpoints
 from helixpipe.train.data import Batch, Corpus, open_corpus
-from helixpipe.train.held_out import held_out_losses, tensors
+from helixpipe.train.held_out import check_finite, held_out_losses, tensors
 from helixpipe.train.job import Job
 from helixpipe.train.log import Log, StepRecord
 from helixpipe.train.manifest import read_manifest
 from helixpipe.train.objective import Objective
 from helixpipe.train.optimizer import Optimizer
+from helixpipe.train.saver import Saver
+from helixpipe.train.skipping import Skipping
 from helixpipe.train.start import check_same_data, make_pipeline
 from helixpipe.train.stop import Stop
 from helixpipe.train.usage import Usage
@@ -46,10 +47,12 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None, stop: Stop) ->
     check_same_data(data, pipeline, group)
 
     # where it goes on
-    checkpoints = Checkpoints(job.checkpoints, run.keep, group, data)
+    checkpoints = Checkpoints(job.checkpoints, run.keep, group, data, run.keep_every, run.keep_hours)
+    used, skipping = Usage(), Skipping(settings, 0)
     if job.checkpoint is not None:
-        checkpoints.load(job.checkpoint, optimizer.state(job.step))
-    used = Usage.from_table(read_manifest(job.checkpoint).read) if job.checkpoint else Usage()
+        before = read_manifest(job.checkpoint)
+        used, skipping = Usage.from_table(before.read), Skipping(settings, before.skipped)
+        checkpoints.load(job.checkpoint, optimizer.state(job.step - skipping.skipped))
 
     def read(step: int) -> Read:
         rows = corpus.reading.step(step)
@@ -57,7 +60,11 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None, stop: Stop) ->
         pipeline.prepare(len(rows), batch.tokens.shape[1], batch.documents or None)
         return Read(batch, corpus.reading.used(rows))
 
-    with Log(job, pipeline.mesh.rank, device) as log, Ahead(read) as ahead:
+    with (
+        Log(job, pipeline.mesh.rank, device) as log,
+        Ahead(read) as ahead,
+        Saver(checkpoints, config, device, log, pipeline.together) as saver,
+    ):
         log.reading(corpus.described())
         if job.step == 0:
             evaluate(pipeline, corpus, objective, settings.evaluate_sequences, log, step=0)
@@ -74,29 +81,35 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None, stop: Stop) ->
             loss = pipeline.step(**tensors(batch))
             gradient_norm = pipeline.clip_gradients(settings.clip_norm or math.inf)
             if not math.isfinite(loss + gradient_norm):
-                raise ConfigError(
-                    f"step {step}: loss {loss}, gradient norm {gradient_norm}; lower train.learning_rate or train.clip_norm"
-                )
-            rate = optimizer.step(step - 1)
+                cause = pipeline.first_nonfinite(**tensors(batch))
+                log.skipped(step, skipping.skip(step, loss, gradient_norm, cause), cause)
+            else:
+                skipping.passed()
+                rate = optimizer.step(step - 1)
 
-            # what it cost
-            timeline = pipeline.timeline()
-            log.step(StepRecord(step, loss, gradient_norm, rate, time.perf_counter() - begun, timeline))
-            if step == run.timeline_step:
-                log.draw(timeline, pipeline.last_program, step, batch.documents)
+                # what it cost
+                timeline = pipeline.timeline()
+                log.step(StepRecord(step, loss, gradient_norm, rate, time.perf_counter() - begun, timeline))
+                if step == run.timeline_step:
+                    log.draw(timeline, pipeline.last_program, step, batch.documents)
 
             # how well it does on text it never trains on, and a place to go on from
             last = step == settings.steps
-            # what any rank was asked, so that all stop after the same step
-            asked = 0 if last else int(pipeline.largest(stop.asked))
+            # what any rank was asked, and what the first one's clock says, so that all do the same after the same step
+            of_ranks = pipeline.numbers([stop.asked, saver.due()])
+            asked, due = (0, False) if last else (int(max(asked for asked, _ in of_ranks)), bool(of_ranks[0][1]))
+            saver.look()
             if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
                 evaluate(pipeline, corpus, objective, settings.evaluate_sequences, log, step)
-            if run.checkpoint_every and (last or asked or step % run.checkpoint_every == 0):
-                log.flush()
-                checkpoints.save(optimizer.state(step), step, config, used.table(corpus.epochs(step)))
+            every = run.checkpoint_every and step % run.checkpoint_every == 0
+            if run.saves and (last or asked or due or every):
+                state = optimizer.state(step - skipping.skipped)
+                saver.save(state, step, used.table(corpus.epochs(step)), skipping.skipped)
             if asked:
+                saver.end(f"stopped by {signal.Signals(asked).name}, and ")
                 log.stopped(step, signal.Signals(asked).name)
                 break
+        saver.end()
         log.reading(used.told(corpus.epochs(step)))
     pipeline.close()
     return not log.was_stopped
@@ -110,7 +123,10 @@ class Read(NamedTuple):
 
 
 def evaluate(pipeline: Pipeline, corpus: Corpus, objective: Objective, sequences: int, log: Log, step: int) -> None:
-    """The loss over the same held-out windows every time, logged; nothing when no data is held out."""
+    """The loss over the same held-out windows every time, logged; nothing when no data is held out. Raises ConfigError for one
+    that is not finite.
+    """
     if len(corpus.held_out):
         losses = held_out_losses(pipeline, corpus, sequences, objective)
-        log.evaluation(step, losses.mean, [bucket.mean for bucket in losses.by_position])
+        check_finite(losses, f"step {step}", "lower train.learning_rate, or go on from an earlier checkpoint")
+        log.evaluation(step, losses.mean, [each.mean if each.counted else None for each in losses.by_position])

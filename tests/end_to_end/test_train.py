@@ -254,7 +254,7 @@ def test_a_rank_that_stands_still_is_named_in_time(tmp_path: Path, start: Callab
     assert "Traceback" not in run.err
 
 
-def test_a_disk_that_fills_up_ends_the_run_and_keeps_the_last_checkpoint(
+def test_on_a_disk_that_is_full_a_run_goes_on_and_fails_where_its_last_checkpoint_does(
     tmp_path: Path, start: Callable[..., Run]
 ) -> None:
     disk = tmp_path / "disk"
@@ -262,13 +262,17 @@ def test_a_disk_that_fills_up_ends_the_run_and_keeps_the_last_checkpoint(
     with small_disk(disk, "1400k"):
         run = start("small.toml", "--run.folder", "disk/run", "--run.keep", "9")
         assert run.wait() == 2
-        told = [line for line in run.err.splitlines() if line.startswith("helixpipe:")]
-        assert len(told) == 1
-        assert told[0].startswith("helixpipe: error: checkpoint of step ")
-        assert " could not write: no space left on device; the last good one is " in told[0]
+        assert f"step {STEPS}/{STEPS}  loss " in run.err
+        *told, last = [line for line in run.err.splitlines() if line.startswith("helixpipe:")]
+        newest = sorted((disk / "run" / "checkpoints").iterdir())[-1]
+        full = " could not write: no space left on device; "
+        assert last.startswith(f"helixpipe: error: checkpoint of step {STEPS}: rank ")
+        assert last.endswith(f"{full}the last good one is {newest}; --resume continues it")
+        failed = [line for line in told if full in line]
+        assert failed  # more than one was tried
+        assert all(line.endswith(f"training goes on, and the last good one is {newest.name}") for line in failed)
         assert "Traceback" not in run.err
-        last = sorted((disk / "run" / "checkpoints").iterdir())[-1]
-        assert manifest.verify(last).step >= 5
+        assert manifest.verify(newest).step >= 5
 
 
 def test_a_port_in_use_is_one_line_and_nothing_is_written(tmp_path: Path, start: Callable[..., Run]) -> None:
@@ -311,5 +315,10 @@ def test_a_loss_that_is_not_a_number_is_one_line(tmp_path: Path, start: Callable
         "--train.warmup_steps", "0", "--train.weight_decay", "1e30",
     )  # fmt: skip
     assert run.wait() == 2
-    assert run.err.splitlines()[-1].startswith("helixpipe: error: step ")
-    assert run.err.splitlines()[-1].endswith("; lower train.learning_rate or train.clip_norm")
+    said = run.err.splitlines()[-1]
+    assert said.startswith("helixpipe: error: step 2: loss nan, gradient norm ")
+    assert ": the first value that is not finite came from " in said
+    assert said.endswith(
+        ", on rank 0, which was not finite before the step; lower train.learning_rate or train.clip_norm, or set "
+        "train.on_nonfinite to skip"
+    )
