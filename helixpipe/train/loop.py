@@ -71,8 +71,10 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None, stop: Stop) ->
             if step < settings.steps:
                 ahead.begin(step + 1)
             pipeline.zero_gradients()
-            loss = pipeline.step(**tensors(batch))
-            gradient_norm = pipeline.clip_gradients(settings.clip_norm or math.inf)
+            loss = pipeline.step(**tensors(batch), clip_norm=settings.clip_norm or math.inf, asked=stop.asked)
+            told = pipeline.told
+            assert told is not None
+            gradient_norm = told.gradient_norm
             if not math.isfinite(loss + gradient_norm):
                 raise ConfigError(
                     f"step {step}: loss {loss}, gradient norm {gradient_norm}; lower train.learning_rate or train.clip_norm"
@@ -80,15 +82,13 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None, stop: Stop) ->
             rate = optimizer.step(step - 1)
 
             # what it cost
-            timeline = pipeline.timeline()
-            log.step(StepRecord(step, loss, gradient_norm, rate, time.perf_counter() - begun, timeline))
-            if step == run.timeline_step:
+            log.step(StepRecord(step, loss, gradient_norm, rate, time.perf_counter() - begun, told.totals))
+            if step == run.timeline_step and (timeline := pipeline.timeline_on_first()):
                 log.draw(timeline, pipeline.last_program, step, batch.documents)
 
             # how well it does on text it never trains on, and a place to go on from
             last = step == settings.steps
-            # what any rank was asked, so that all stop after the same step
-            asked = 0 if last else int(pipeline.largest(stop.asked))
+            asked = 0 if last else int(told.asked)  # of any rank, so that all stop after the same step
             if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
                 evaluate(pipeline, corpus, objective, settings.evaluate_sequences, log, step)
             if run.checkpoint_every and (last or asked or step % run.checkpoint_every == 0):
