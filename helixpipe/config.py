@@ -239,6 +239,8 @@ class RuntimeConfig:
     """Where local ranks meet; 0 is any free port."""
     threads: int = 1
     """CPU threads of a rank."""
+    communicators: Literal["direction", "pair"] = "direction"
+    """NCCL's, between two ranks: one a direction, so that messages to and fro travel at once; or one a pair, where they are dear."""
 
 
 @dataclass(frozen=True)

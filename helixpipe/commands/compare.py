@@ -135,6 +135,7 @@ def _predicted(
         source = hardware
     else:
         return replayed(schedule, measured, setting, documents), "this step's own action times"
+    setting = replace(setting, link=replace(setting.link, communicators=config.runtime.communicators))
     return priced(lower(schedule, setting.shape, batches), setting).timeline, source
 
 

@@ -44,6 +44,7 @@ def rehearse(given: list[str]) -> int:
         lambda action: scale * estimate.seconds(action),
         lambda message: scale * estimate.message_seconds(message),
         timeout_s=args.seconds + LATE_S,
+        communicators=estimate.setting.link.communicators,
     )
     setting = estimate.setting
     is_equal = measured.order == estimate.schedule.ranks

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from helixpipe.config import ELEMENT_BYTES
@@ -17,7 +18,7 @@ from helixpipe.hub.folder import model_shape
 from helixpipe.parts.shapes import SHAPES
 from helixpipe.parts.work import Keeping
 from helixpipe.predict.estimate import Estimate, Setting, check_actions, estimate_family
-from helixpipe.predict.hardware import ACCELERATORS, LINKS, named_accelerator, named_link
+from helixpipe.predict.hardware import ACCELERATORS, LINKS, check_communicators, named_accelerator, named_link
 from helixpipe.predict.profile import Profile
 from helixpipe.schedule.families import FAMILIES
 from helixpipe.schedule.schedule import Schedule
@@ -62,6 +63,8 @@ def add_setting_flags(parser: Parser) -> None:
     own.add_argument("--hardware", default="ideal", metavar="NAME", help=f"{', '.join(ACCELERATORS)} [ideal]")
     links = f"between ranks: {', '.join(LINKS)} [free with ideal, loopback with laptop-core, else infiniband]"
     own.add_argument("--link", metavar="NAME", help=links)
+    turns = "direction, or pair: messages of two ranks to and fro take turns [direction]"
+    own.add_argument("--communicators", default="direction", metavar="C", help=turns)
     tensor = "accelerators that share a rank's matrices [1]"
     own.add_argument(
         "--tp", "--tensor-parallel", dest="tensor_parallel", type=number, default=1, metavar="T", help=tensor
@@ -118,11 +121,12 @@ def setting_from(args: argparse.Namespace) -> Setting:
     if min(mlp_chunk, head_chunk) < 0:
         raise ConfigError("mlp_chunk, head_chunk: below 0; give tokens, or 0 for all at once")
     keeping = Keeping(recompute, ELEMENT_BYTES[dtype], mlp_chunk, head_chunk, device)
+    check_communicators(args.communicators)
     return Setting(
         shape,
         args.sequence_length,
         accelerator,
-        joined,
+        replace(joined, communicators=args.communicators),
         keeping,
         args.microbatch_size,
         args.tensor_parallel,

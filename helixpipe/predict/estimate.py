@@ -328,7 +328,15 @@ def priced(program: Program, setting: Setting) -> Estimate:
     def travel(message: Message) -> float:
         return travels[message.number]
 
-    timeline = simulate_program(program, seconds, travel, lambda message: sizes[message.number], keeping, setting.share)
+    timeline = simulate_program(
+        program,
+        seconds,
+        travel,
+        lambda message: sizes[message.number],
+        keeping,
+        setting.share,
+        setting.link.communicators,
+    )
     timeline = per_accelerator(timeline, setting.group)
     shards = setting.data_parallel * setting.context_parallel if setting.optimizer == "sharded" else 1
     standing = standing_bytes(schedule, setting.share, keeping, shards)

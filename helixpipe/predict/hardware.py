@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from helixpipe.errors import ConfigError, nearest
 
@@ -57,14 +58,20 @@ class Accelerator:
         return found
 
 
+Communicators = Literal["direction", "pair"]
+"""Whether two ranks' messages to each other and back travel at once, or take turns: of a backend that matches by order, NCCL,
+a communicator for each direction or one for both."""
+
+
 @dataclass(frozen=True)
 class Link:
-    """What carries messages between two ranks, one way at a time in each direction."""
+    """What carries messages between two ranks, one at a time in each direction, or one at a time in all."""
 
     name: str
     bytes_per_s: float
     latency_s: float
     source: str
+    communicators: Communicators = "direction"
 
     def seconds(self, nbytes: float) -> float:
         """From the moment both ends are ready until it is there."""
@@ -147,3 +154,9 @@ def named_link(name: str, key: str = "link") -> Link:
     if name not in LINKS:
         raise ConfigError(f"{key}: '{name}' is not known{nearest(name, LINKS)}")
     return LINKS[name]
+
+
+def check_communicators(name: str, key: str = "communicators") -> None:
+    """Raises ConfigError for what is none of Communicators."""
+    if name not in get_args(Communicators):
+        raise ConfigError(f"{key}: '{name}' is not known; known: {', '.join(get_args(Communicators))}")

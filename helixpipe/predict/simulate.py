@@ -2,7 +2,8 @@
 
     src   [ action ]S--------.                    S, R: a message is posted (costs nothing)
                      '--===>  arrives             ===: it travels, once both ranks have posted it and the sender's
-    dst        R[ action ]....[ action ]               way out and the receiver's way in are free
+    dst        R[ action ]....[ action ]               way out and the receiver's way in are free; and the pair's one
+                                                       communicator, where it has one for both directions
 
 Ranks are taken in the order of their clocks, so whatever shares a link is served in the order of time.
 """
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Keeping
+from helixpipe.predict.hardware import Communicators
 from helixpipe.predict.memory import Held, held_bytes
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
 from helixpipe.schedule.action import Action
@@ -36,6 +38,7 @@ def simulate_program(
     message_bytes: Callable[[Message], int] = lambda message: 0,
     keeping: Keeping | None = None,
     share: ModelShape | None = None,
+    communicators: Communicators = "direction",
 ) -> Timeline:
     """A program, messages and all: linear in its instructions.
 
@@ -43,8 +46,9 @@ def simulate_program(
     its rank has come to it and the messages it waits for are here. With `keeping` the timeline has live bytes:
     activations, and `message_bytes` of what is under way (from a send's posting to its end, from a receive's posting
     until the action that reads it). `share` is what one accelerator of a rank holds of the parameters, see `held_bytes`.
+    `communicators`: whether messages of two ranks in both directions travel at once, or take turns.
     """
-    run = _Run(program, message_seconds, message_bytes, counts=keeping is not None)
+    run = _Run(program, message_seconds, message_bytes, keeping is not None, communicators == "pair")
     while run.ready:
         clock, rank = heapq.heappop(run.ready)
         run.go_on(rank, clock, seconds)
@@ -67,6 +71,7 @@ class _Run:
     message_seconds: Callable[[Message], float]
     message_bytes: Callable[[Message], int]
     counts: bool
+    takes_turns: bool
     positions: list[int] = field(init=False)
     spans: list[list[Span]] = field(init=False)
     buffers: list[list[tuple[float, int]]] = field(init=False)
@@ -82,6 +87,7 @@ class _Run:
         self.buffers = [[] for _ in range(ranks)]
         self.ready = [(0.0, rank) for rank in range(ranks)]
         self._way_out, self._way_in = [0.0] * ranks, [0.0] * ranks  # when each rank's link is free
+        self._pair: dict[tuple[int, int], float] = {}  # and each pair's communicator, where messages take turns
         self._free = [0.0] * ranks  # when each rank's last action ended
         self._stalled: list[Message | None] = [None] * ranks  # what an Accumulate waited for since then
         self._posted: set[int] = set()  # numbers of messages that one side has posted
@@ -140,6 +146,10 @@ class _Run:
         self._posted.discard(number)
         leaves = max(clock, self._way_out[src], self._way_in[dst])
         takes = self.message_seconds(message)
+        if self.takes_turns:
+            pair = (min(src, dst), max(src, dst))
+            leaves = max(leaves, self._pair.get(pair, 0.0))
+            self._pair[pair] = leaves + takes
         self._arrived[number] = self._way_out[src] = self._way_in[dst] = leaves + takes
         self._holds(src, leaves + takes, -1, message)
         if number in self._waiting:

@@ -48,6 +48,21 @@ class Standing(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Totals:
+    """What a timeline comes to: its makespan, and of each rank the seconds in actions and the most bytes of activations."""
+
+    makespan_s: float
+    busy_s: tuple[float, ...]
+    peak_activation_bytes: tuple[int, ...]
+
+    @property
+    def bubble_ratio(self) -> float:
+        """The idle share of all ranks' time: 0 when every rank always works."""
+        whole = self.makespan_s * len(self.busy_s)
+        return 1 - sum(self.busy_s) / whole if whole else 0.0
+
+
+@dataclass(frozen=True)
 class Timeline:
     """`spans[r]` are rank r's actions in the order executed; `memory[r]` its live bytes, by time.
 
@@ -80,10 +95,13 @@ class Timeline:
         return tuple(self.makespan_s - busy for busy in self.busy_s)
 
     @property
+    def totals(self) -> Totals:
+        return Totals(self.makespan_s, self.busy_s, self.peak_activation_bytes)
+
+    @property
     def bubble_ratio(self) -> float:
         """The idle share of all ranks' time: 0 when every rank always works."""
-        whole = self.makespan_s * self.ranks
-        return 1 - sum(self.busy_s) / whole if whole else 0.0
+        return self.totals.bubble_ratio
 
     @cached_property
     def peak_kept_bytes(self) -> tuple[int, ...]:

@@ -34,6 +34,7 @@ class Buffers:
         self._modules, self._mesh, self._watch, self._recompute = modules, mesh, watch, recompute
         stages = modules.schedule.stages
         self._ranks = {part: modules.ranks_with(s) for s, stage in enumerate(stages) for part in stage.parts}
+        self._travel = any(len(self._ranks[part]) > 1 for part in modules.with_buffers)  # the same on every rank
         self._sent: dict[Key, Print] = {}
         self._before: dict[Key, Print] = {}
         self._fault = ""
@@ -47,17 +48,15 @@ class Buffers:
             if _is_persistent(module, place)
         }
 
-    def stale(self) -> bool:
-        """Whether some that several ranks have are not, here, what was sent last."""
-        return self._prints(self._travelling) != self._sent
-
-    def begin(self, stale: bool) -> None:
-        """A step begins. Collective in the line where those of some rank are `stale`: every owner's are sent anew."""
-        if stale:
-            with self._watch.together():
-                for stage in range(len(self._modules.schedule.stages)):
-                    self._share(stage)
-            self._sent = self._prints(self._travelling)
+    def begin(self) -> None:
+        """A step begins. Collective where any travel: where those of some rank are not what was sent last, owners send anew."""
+        if self._travel:
+            stale = self._prints(self._travelling) != self._sent
+            if any(row[0] for row in self._mesh.gathered([stale], self._watch)):
+                with self._watch.together():
+                    for stage in range(len(self._modules.schedule.stages)):
+                        self._share(stage)
+                self._sent = self._prints(self._travelling)
         self._before = self._prints(self._modules.running)
 
     def end(self, training: bool) -> int:
@@ -65,6 +64,8 @@ class Buffers:
         now = self._prints(self._modules.running)
         changed = [key for key in {**self._before, **now} if self._before.get(key) != now.get(key)]
         self._fault = next(filter(None, (self._why_not(*key, training) for key in changed)), "")
+        if not self._fault and not self._travel:
+            self._fault = next((self._came_late(*key) for key in now if len(self._ranks[key[0]]) > 1), "")
         return 2 if self._fault else bool(changed)
 
     def settle(self, ends: Collection[float]) -> None:
@@ -109,6 +110,10 @@ class Buffers:
             )
         return ""
 
+    def _came_late(self, part: Part, place: str) -> str:
+        name = self._modules.shape.parameter_name(part, place)
+        return f"{name}: a buffer that {part} got after the pipeline was made, and would not travel; register it before"
+
     @property
     def _travelling(self) -> list[Part]:
         return [part for part, ranks in self._ranks.items() if len(ranks) > 1 and self._modules.rank in ranks]
@@ -125,10 +130,16 @@ class Buffers:
             buffer.data = values[part, place].to(buffer.device)
 
     def _prints(self, parts: Iterable[Part]) -> dict[Key, Print]:
-        return {key: (buffer.shape, buffer.dtype, fingerprint(buffer)) for key, buffer in self._all(parts).items()}
+        buffers = self._all(parts)
+        marks = [fingerprint(buffer) for buffer in buffers.values()]
+        on_device = [mark for mark in marks if isinstance(mark, Tensor)]
+        read = iter(torch.stack(on_device).tolist() if on_device else ())  # all at once: a device is waited for
+        found = (next(read) if isinstance(mark, Tensor) else mark for mark in marks)
+        each = zip(buffers.items(), found, strict=True)
+        return {key: (buffer.shape, buffer.dtype, mark) for (key, buffer), mark in each}
 
 
-def fingerprint(tensor: Tensor) -> int:
+def fingerprint(tensor: Tensor) -> int | Tensor:
     """A number of all its bits and where they are: torch's own count of writes misses those of a batch norm."""
     if tensor.layout is not torch.strided or type(tensor) is not Tensor:
         return tensor._version
@@ -139,7 +150,7 @@ def fingerprint(tensor: Tensor) -> int:
     for piece in (*bits[:whole].view(torch.int64).split(PIECE), bits[whole:].long()):
         odd = torch.arange(len(piece), device=tensor.device) * 2 + 1
         total = total * 1_000_003 + (piece * odd).sum()  # wraps around
-    return int(total)
+    return total
 
 
 def _is_persistent(module: nn.Module, place: str) -> bool:

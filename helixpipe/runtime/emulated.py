@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
 from helixpipe.errors import ConfigError
+from helixpipe.predict.hardware import Communicators
 from helixpipe.predict.timeline import Span, Timeline
 from helixpipe.runtime.executor import execute
 from helixpipe.runtime.forked import run_forked
@@ -54,16 +56,18 @@ def rehearse(
     seconds: Callable[[Action], float],
     message_seconds: Callable[[Message], float] | None = None,
     timeout_s: float = 60.0,
+    communicators: Communicators = "direction",
 ) -> Timeline:
     """Run a program with actions that sleep; the measured timeline, without bytes.
 
     `seconds` of each action; `message_seconds` of each message, on top of nothing but what gloo takes for a few bytes
-    (None is no more than that). A wait for another rank of more than `timeout_s` is a RankError, as is a rank that
+    (None is no more than that); `communicators`: whether those of two ranks in both directions take turns. A wait for another rank of more than `timeout_s` is a RankError, as is a rank that
     dies: it names who waited for what. No process remains. Raises ConfigError for seconds that are no time.
     """
     actions = {a: _time(seconds(a), str(a)) for order in program.schedule.ranks for a in order}
     takes = [0.0 if message_seconds is None else _time(message_seconds(m), str(m)) for m in program.messages]
-    return Timeline(tuple(run_forked(Rehearsal(small_instructions(program), actions, takes, timeout_s))))
+    job = Rehearsal(small_instructions(program), actions, takes, timeout_s, communicators == "pair")
+    return Timeline(tuple(run_forked(job)))
 
 
 def small_instructions(program: Program) -> tuple[tuple[Instruction, ...], ...]:
@@ -80,6 +84,7 @@ class Rehearsal:
     seconds: dict[Action, float]
     message_seconds: list[float]
     timeout_s: float
+    takes_turns: bool = False
 
     @property
     def ranks(self) -> int:
@@ -91,7 +96,7 @@ class Rehearsal:
         return sum(self.seconds.values()) + sum(self.message_seconds) + 2 * self.timeout_s
 
     def prepare(self) -> None:
-        self._links = Links(self.message_seconds, self.ranks) if any(self.message_seconds) else None
+        self._links = Links(self.message_seconds, self.ranks, self.takes_turns) if any(self.message_seconds) else None
 
     def run(self, rank: int, store: Store) -> tuple[Span, ...]:
         """The step of one rank: its spans, from the start that all agreed on."""
@@ -118,12 +123,13 @@ class Links:
     A message leaves once both sides have posted it and the sender's way out and the receiver's way in are free.
     """
 
-    def __init__(self, message_seconds: Sequence[float], ranks: int) -> None:
-        self._seconds = message_seconds
-        count = len(message_seconds)
-        shared = memoryview(mmap.mmap(-1, 8 * (2 * count + 2 * ranks))).cast("d")
-        self._posted, self._arrives_s = shared[:count], shared[count : 2 * count]
-        self._way_out_s, self._way_in_s = shared[2 * count : 2 * count + ranks], shared[2 * count + ranks :]
+    def __init__(self, message_seconds: Sequence[float], ranks: int, takes_turns: bool) -> None:
+        """`takes_turns`: those of two ranks do, in both directions."""
+        self._seconds, self._ranks, self._takes_turns = message_seconds, ranks, takes_turns
+        sizes = (len(message_seconds), len(message_seconds), ranks, ranks, ranks**2)
+        shared = memoryview(mmap.mmap(-1, 8 * sum(sizes))).cast("d")
+        pieces = (shared[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True))
+        self._posted, self._arrives_s, self._way_out_s, self._way_in_s, self._pair_s = pieces
         self._lock = multiprocessing.get_context("fork").Lock()
 
     def post(self, message: Message) -> None:
@@ -134,8 +140,11 @@ class Links:
                 self._posted[number] = 1.0
                 return
             leaves_s = max(time.perf_counter(), self._way_out_s[src], self._way_in_s[dst])
+            pair = min(src, dst) * self._ranks + max(src, dst)
+            if self._takes_turns:
+                leaves_s = max(leaves_s, self._pair_s[pair])
             arrives_s = leaves_s + self._seconds[number]
-            self._arrives_s[number] = self._way_out_s[src] = self._way_in_s[dst] = arrives_s
+            self._arrives_s[number] = self._way_out_s[src] = self._way_in_s[dst] = self._pair_s[pair] = arrives_s
 
     def arrives_s(self, message: Message) -> float:
         """On the machine's clock; known once both sides have posted it."""

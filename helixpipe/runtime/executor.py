@@ -11,8 +11,6 @@ Nothing here knows a schedule: what runs, what is sent and when was decided in l
 
 from __future__ import annotations
 
-import time
-
 from torch import Tensor
 
 from helixpipe.runtime.recorder import Recorder
@@ -21,9 +19,6 @@ from helixpipe.runtime.transport import Transport
 from helixpipe.runtime.watch import Watch
 from helixpipe.runtime.weights import Weights
 from helixpipe.schedule.program import Accumulate, Instruction, Kind, Message, Receive, Run, Send, leaving
-
-# a message that takes longer than this to be had was waited for
-LATE_S = 1e-3
 
 
 def execute(
@@ -44,21 +39,15 @@ def execute(
             case Receive(message):  # 1
                 transport.receive(message)
             case Run(action, waits):
-                awaited = ""
+                recorder.asks(action)
                 for message in waits:  # 2
-                    asked_s = time.perf_counter()
                     _take_in(message, stages, weights, transport)
-                    if time.perf_counter() - asked_s > LATE_S:
-                        awaited = str(message)
-                begun = recorder.now()
+                    recorder.takes(message)
                 stages.ledger.reset_high()
                 stages.run(action)  # 3
                 for message in leaves.get(action, ()):
                     weights.pack(message.names)
-                ended = recorder.now()
-                recorder.ran(action, begun, ended, awaited)
-                recorder.holds(begun, stages.ledger.high)
-                recorder.holds(ended, stages.ledger.held)
+                recorder.ends(stages.ledger.high, stages.ledger.held)
             case Send(message):  # 4
                 transport.send(message, _take_out(message, stages, weights))
             case Accumulate(message):  # 5

@@ -104,12 +104,13 @@ def bucketed(values: Tensor, start: Start, length: int) -> Tensor:
     return torch.where(inside, sums, sums.new_zeros(())).sum(1)
 
 
-def of_rank(losses: Sequence[Tensor], length: int) -> list[float]:
-    """What a rank tells of its micro-batches and segments: whether one is a sum alone, and sums by bucket."""
-    sums = torch.zeros(len(buckets(length)), dtype=torch.float64)
+def of_rank(losses: Sequence[Tensor], length: int, device: torch.device) -> Tensor:
+    """What a rank tells of its micro-batches and segments: whether one is a sum alone, and sums by bucket; on their device."""
+    sums = torch.zeros(1 + len(buckets(length)), dtype=torch.float64, device=device)
     for each in losses:
-        sums += each.cpu()
-    return [float(any(not each.dim() for each in losses)), *sums.tolist()]
+        sums[1:] += each
+    sums[0] = any(not each.dim() for each in losses)
+    return sums
 
 
 def of_ranks(

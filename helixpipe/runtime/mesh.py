@@ -14,6 +14,7 @@ Directions that the mesh does not name have one rank; a mesh without names is al
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import NamedTuple, TypeVar
 
@@ -30,6 +31,7 @@ from helixpipe.sequence.wire import wire_of
 Group = dist.ProcessGroup | None
 """None is this process alone."""
 T = TypeVar("T")
+CPU = torch.device("cpu")
 
 
 class Place(NamedTuple):
@@ -44,11 +46,11 @@ class Place(NamedTuple):
 class Mesh:
     """Sizes, places and process groups. Every rank makes it at the same time: it may make groups."""
 
-    def __init__(self, mesh: DeviceMesh | None, timeout_s: float) -> None:
+    def __init__(self, mesh: DeviceMesh | None, timeout_s: float, device: torch.device = CPU) -> None:
         """None is all ranks of the default group, or this process alone. Raises ConfigError for an unknown name.
 
         Collectives in all groups but those of a plain pipeline end after `timeout_s`; messages between cp ranks,
-        after the time that their group was made with.
+        after the time that their group was made with. `device`: where ranks compute.
         """
         self.device_mesh = mesh
         self._names = _names(mesh)
@@ -67,7 +69,7 @@ class Mesh:
             }
         self.shape = Place(*(int(sizes.get(name, 1)) for name in AXES))
         mine = dist.get_rank() if dist.is_initialized() else 0
-        members = dist.get_process_group_ranks(self.everyone) if self.everyone is not None else [mine]
+        self._members = members = dist.get_process_group_ranks(self.everyone) if self.everyone is not None else [mine]
         self.places = [places.get(rank, Place()) for rank in members]
         """Of all ranks, as `gathered` has them."""
         self.rank = members.index(mine)
@@ -77,6 +79,8 @@ class Mesh:
         if self._names != ("pp",):
             for group in {self.everyone, self.replicas, self.copies, *map(self.group, AXES)} - {None}:
                 _set_pg_timeout(timedelta(seconds=timeout_s), group)
+        self._hosts = self._between_hosts(device, timedelta(seconds=timeout_s))
+        self._wire = wire_of(self._hosts, device)
         for axis, at in self.here._asdict().items():
             group = self.group(axis)
             if group is not None and dist.get_rank(group) != at:
@@ -94,6 +98,16 @@ class Mesh:
         where = ", ".join(f"{name} {at}" for name, at, size in zip(AXES, place, self.shape, strict=True) if size > 1)
         return f"rank {rank} ({where})" if sum(size > 1 for size in self.shape) > 1 else f"rank {rank}"
 
+    @property
+    def lines(self) -> list[list[int]]:
+        """The ranks of every pipeline as the run numbers them; none where other ranks of the run are not in this mesh."""
+        if self.everyone is None or len(self._members) < dist.get_world_size():
+            return []
+        found: dict[Place, list[int]] = {}
+        for rank, place in sorted(zip(self._members, self.places, strict=True), key=lambda each: each[1].pp):
+            found.setdefault(place._replace(pp=0), []).append(rank)
+        return list(found.values())
+
     def watch(self, store: Store | None) -> Watch:
         """A watch over all ranks, whose line is this rank's pipeline."""
         ranks = range(len(self.places))
@@ -109,24 +123,35 @@ class Mesh:
             self._lines[axis] = self.device_mesh[axis]
         return self._lines[axis]
 
-    def gathered(self, mine: list[float], device: torch.device, watch: Watch) -> list[list[float]]:
+    def gathered(self, mine: Sequence[float], watch: Watch) -> list[list[float]]:
         """Every rank's numbers, in the order of `places`. Collective."""
-        if self.everyone is None:
-            return [mine]
-        row = torch.tensor(mine, dtype=torch.float64, device=wire_of(self.everyone, device))
+        if self._hosts is None:
+            return [list(mine)]
+        row = torch.tensor(mine, dtype=torch.float64, device=self._wire)
         rows = [torch.empty_like(row) for _ in self.places]
         with watch.together():
-            dist.all_gather(rows, row, self.everyone)
+            dist.all_gather(rows, row, self._hosts)
         return [r.tolist() for r in rows]
 
     def told(self, mine: T) -> list[T]:
         """Every rank's object, in the order of `places`. Collective, before there is a watch."""
-        if self.everyone is None:
+        if self._hosts is None:
             return [mine]
         found = [mine] * len(self.places)
         with starting(self.rank):
-            dist.all_gather_object(found, mine, self.everyone)
+            dist.all_gather_object(found, mine, self._hosts)
         return found
+
+    def _between_hosts(self, device: torch.device, timeout: timedelta) -> Group:
+        """For numbers of all ranks, from CPU to CPU: a group of their own where the ranks' own moves device memory.
+
+        All ranks of the run have to make a group. Where some are not in this mesh, numbers take the way of tensors.
+        """
+        if wire_of(self.everyone, device).type == "cpu" or not self.lines:
+            return self.everyone
+        with starting(self.rank):
+            group: Group = dist.new_group(self._members, timeout, "gloo")
+        return group
 
     def _joined(self, axes: tuple[str, ...]) -> Group:
         """The ranks that differ from this one in these directions only."""

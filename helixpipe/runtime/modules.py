@@ -108,6 +108,7 @@ class Modules:
         self.shape = _agreed(mine, everyone, self.shape)
         self.of_one_document = next((fault for told in everyone for fault in told.of_one_document), "")
         """Why the model's sequences cannot hold several documents; "" where they can."""
+        self.with_buffers = frozenset(part for told in everyone for part, buffers in told.buffers if buffers)
 
     def ranks_with(self, stage: int) -> list[int]:
         """Those that have a stage's modules: its owner first."""

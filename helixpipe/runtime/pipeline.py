@@ -17,12 +17,13 @@ from helixpipe.model.chunked import Chunked
 from helixpipe.model.decoder import Model
 from helixpipe.model.head import takes_weights
 from helixpipe.parts.work import Batch, Keeping, Lengths
+from helixpipe.predict.hardware import Communicators, check_communicators
 from helixpipe.predict.timeline import Timeline
 from helixpipe.runtime.buffers import Buffers
 from helixpipe.runtime.context import Context
 from helixpipe.runtime.documents import Given, document_lengths
 from helixpipe.runtime.executor import execute
-from helixpipe.runtime.gradient_norm import gradient_norm
+from helixpipe.runtime.gradient_norm import clip, norm_of, squares
 from helixpipe.runtime.losses import Counted, Losses, check_head, check_weights, divisor, of_rank, of_ranks
 from helixpipe.runtime.mesh import Mesh
 from helixpipe.runtime.modules import Modules
@@ -30,7 +31,7 @@ from helixpipe.runtime.nonfinite import search
 from helixpipe.runtime.programs import Arrange, Programs
 from helixpipe.runtime.randomness import Stream, evaluating
 from helixpipe.runtime.recorder import Recorder, of_all
-from helixpipe.runtime.reduction import Reduction, used_anywhere
+from helixpipe.runtime.reduction import Reduction
 from helixpipe.runtime.same import check_same
 from helixpipe.runtime.shards import Shards
 from helixpipe.runtime.shares import Shares
@@ -40,6 +41,7 @@ from helixpipe.runtime.tape import POLICIES, Tape
 from helixpipe.runtime.tensor import TensorParallel
 from helixpipe.runtime.transport import Transport
 from helixpipe.runtime.weights import Weights
+from helixpipe.runtime.words import Told, Word, flagged, flags, numbers, told
 from helixpipe.schedule.check import check
 from helixpipe.schedule.lower import lower
 from helixpipe.schedule.partition import Cut, as_training
@@ -70,6 +72,7 @@ class Pipeline:
         context_method: str = "ring",
         layout: str = "zigzag",
         arrange: Arrange | None = None,
+        communicators: Communicators = "direction",
     ) -> None:
         """`mesh`: dimensions named pp, dp, cp, tp, as few as there are; without names it is all pp, and None is all
         ranks of the default group. `context_method` (ring or ulysses) and `layout` (zigzag, striped or plain, of a
@@ -80,17 +83,19 @@ class Pipeline:
         schedule with segments, over all cp ranks; when not given, segments of as much computation each, as training cuts
         them, of each micro-batch by its documents; or a function of a sequence's tokens and a micro-batch's documents (of
         each of its sequences their lengths, () where none has several). `arrange`: the schedule of a step's micro-batches,
-        where their order and places depend on what they cost. Raises ConfigError, ScheduleError.
+        where their order and places depend on what they cost. `communicators`: of NCCL, one a direction of a pair of ranks, or
+        one a pair (see `runtime.channels`). Raises ConfigError, ScheduleError.
         """
         check(schedule)
         if recompute not in POLICIES:
             raise ConfigError(f"runtime.recompute: '{recompute}' is not known; known: {', '.join(POLICIES)}")
+        check_communicators(communicators, "runtime.communicators")
         given = None if segment_lengths is None or callable(segment_lengths) else tuple(segment_lengths)
         check_segments(model, schedule, given)
         self.model, self.schedule, self.device, self.dtype = model, schedule, torch.device(device), dtype
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # events, kernels and gathered objects go to the current one
-        self.mesh = Mesh(mesh, timeout_s)
+        self.mesh = Mesh(mesh, timeout_s, self.device)
         self.group, self.rank, self.ranks = self.mesh.group("pp"), self.mesh.here.pp, self.mesh.shape.pp
         if self.ranks != len(schedule.ranks):
             raise ConfigError(
@@ -113,21 +118,31 @@ class Pipeline:
                 if isinstance(inner, Chunked):
                     inner.shards = self.mesh.shape.cp * self.mesh.shape.tp
         self._watch = self.mesh.watch(_store() if self.mesh.everyone is not None else None)
-        check_same(model, self.mesh, self.device, self._watch)
+        check_same(model, self.mesh, self._watch)
         self._buffers = Buffers(modules, self.mesh, self._watch, recompute)
-        self._reduction = Reduction(self.parameters, self._tensor.cuts if self._tensor else (), self.mesh, self._watch)
+        self._cuts = self._tensor.cuts if self._tensor else frozenset[str]()
+        self._reduction = Reduction(self.parameters, self._cuts, self.mesh, self._watch)
         self._ledger = self._weights.ledger
         self._transport = Transport(
-            self.group, self.device, dtype, self._weights.master_dtype, timeout_s, self._watch, self._ledger
+            self.group,
+            self.device,
+            dtype,
+            self._weights.master_dtype,
+            timeout_s,
+            self._watch,
+            self._ledger,
+            communicators,
         )
-        if not self._transport.host:  # which pairs there are, any batch tells
-            self._transport.meet(lower(schedule, self._shape, model.shape.example(schedule.segments)).messages)
+        if not self._transport.tags:  # which pairs there are, any batch tells
+            program = lower(schedule, self._shape, model.shape.example(schedule.segments))
+            self._transport.meet(program.messages, self.mesh.lines)
         self._tapes = {
             s: Tape(stage, self._weights.modules, recompute, self._ledger, schedule.outputs[s])
             for s, stage in enumerate(schedule.stages)
             if self.rank in schedule.ranks_of[s]
         }
-        self._recorder = Recorder(self.device)
+        self._recorder, self._timeout_s = Recorder(self.device), timeout_s
+        self._watch.reached = lambda: self._recorder.reached()[0]
         self.keeping = Keeping(
             recompute, dtype.itemsize, *_chunks_of(model), self.device.type, tensor_parallel=self.mesh.shape.tp,
             threads=torch.get_num_threads(), processes=self.mesh.shape.cp * self.mesh.shape.tp,
@@ -139,7 +154,11 @@ class Pipeline:
         self._seed = torch.initial_seed()
         self.steps = 0
         """Steps so far, of which random numbers are a function: set it where a run goes on."""
+        self.told: Told | None = None
+        """What all ranks told of the last step."""
         self._last: Program | None = None
+        self._gathered([0.0])  # a moment that all ranks share
+        self._recorder.meet()
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -161,6 +180,8 @@ class Pipeline:
         counted: Counted = None,
         weights: Tensor | None = None,
         documents: Given = None,
+        clip_norm: float | None = None,
+        asked: float = 0.0,
     ) -> float:
         """Forward and backward of one batch; the mean loss per target that counts, the same on every rank.
 
@@ -181,12 +202,19 @@ class Pipeline:
         rotary scaling makes of the length. Targets are as they were: a document's last token predicts what its target says,
         -100 for nothing. None: a sequence is one document. Parts of someone else's that attend or read positions are refused.
 
+        `clip_norm`: what `clip_gradients` would do next, without an exchange of its own. `asked`: a number of this rank's.
+        `Pipeline.told` has what came of both, and what the step took.
+
         Raises ConfigError for a batch that cannot be, or one that has more than `counted`; warns with UncountedWarning
         where nothing counts: the loss is 0 then, and gradients get nothing.
         """
         scale = 1.0 / divisor(targets, counted)
         lengths = self._documents(tokens, documents)
-        return math.fsum(row[0] for row in self._run(tokens, targets, scale, True, weights, lengths))
+        rows = self._run(tokens, targets, scale, True, weights, lengths, clip_norm, asked)
+        self.told = told(rows, self.mesh.places, self._watch.line, clip_norm is not None)
+        if clip_norm is not None:
+            clip(self.parameters, self.told.gradient_norm, clip_norm)
+        return self.told.loss
 
     def evaluate(
         self,
@@ -216,7 +244,8 @@ class Pipeline:
         """
         lengths = self._documents(tokens, documents)
         rows = self._run(tokens, targets, 1.0, False, weights, lengths)
-        return of_ranks([(loss, told) for loss, _, *told in rows], targets, self._head, counted, lengths)
+        more = len(Word._fields)
+        return of_ranks([(row[0], row[more:]) for row in rows], targets, self._head, counted, lengths)
 
     def first_nonfinite(self, **batch: Any) -> str:
         """What made the first value that is no finite number in the last step, which was given `batch`: "layer 3's mlp, on rank
@@ -238,25 +267,10 @@ class Pipeline:
         result is the same everywhere and every time.
         """
         self._watch.doing = "the norm of all gradients"
-        norm = gradient_norm(
-            self.parameters, self._tensor.cuts if self._tensor else (), self.mesh.places, self._gathered
-        )
-        if norm > max_norm:
-            for parameter in self.parameters.values():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(max_norm / (norm + 1e-6))
+        mine = numbers(squares(self.parameters, self._cuts, self.device))
+        norm = norm_of([(divided, whole) for divided, whole in self._gathered(mine)], self.mesh.places)
+        clip(self.parameters, norm, max_norm)
         return norm
-
-    def largest(self, mine: float) -> float:
-        """The largest of all ranks' numbers, the same on every rank. Collective."""
-        return max(number for (number,) in self.numbers([mine]))
-
-    def numbers(self, mine: Sequence[float]) -> list[list[float]]:
-        """Every rank's numbers, as many of each, in the order of `mesh.places`. Collective."""
-        self._watch.doing = "a number of all ranks"
-        found = self._gathered(list(mine))
-        self._watch.doing = "work between steps"
-        return found
 
     def as_whole(self, name: str, mine: Tensor) -> Tensor:
         """A tensor of a parameter's shape (itself, a moment) as this rank's part of the whole, on the same memory.
@@ -267,8 +281,17 @@ class Pipeline:
 
     def timeline(self) -> Timeline:
         """Measured timeline of the last step, all ranks of this rank's pipeline. Collective."""
+        found = self._timeline(everywhere=True)
+        assert found is not None
+        return found
+
+    def timeline_on_first(self) -> Timeline | None:
+        """The same on the first rank of each pipeline, None on the others. Collective."""
+        return self._timeline(everywhere=False)
+
+    def _timeline(self, everywhere: bool) -> Timeline | None:
         with self.together("the timeline"):
-            return of_all(self._recorder, self.group)
+            return of_all(self._recorder, self.group, everywhere)
 
     @contextmanager
     def together(self, doing: str) -> Iterator[None]:
@@ -311,9 +334,17 @@ class Pipeline:
         return found
 
     def _run(
-        self, tokens: Tensor, targets: Tensor, scale: float, training: bool, weights: Tensor | None, documents: Lengths
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        scale: float,
+        training: bool,
+        weights: Tensor | None,
+        documents: Lengths,
+        clip_norm: float | None = None,
+        asked: float = 0.0,
     ) -> list[list[float]]:
-        """Of each rank: its loss times `scale`, where its buffers are, and of an evaluation what `losses.of_rank` says."""
+        """Of each rank its `Word`, whose loss is times `scale`; behind it, of an evaluation, what `losses.of_rank` says."""
         batch = self._shares.batch(tokens, targets)
         self._check_weighed(weights, targets)
         check_positions(self.model, batch, documents)
@@ -335,23 +366,31 @@ class Pipeline:
             self._stream,
         )
         self._watch.doing = "the start of a step"
-        self._buffers.begin(any(stale for (stale,) in self._gathered([self._buffers.stale()])))  # clocks start together
+        self._buffers.begin()
+        bare = self._weights.bare()
         self._reduction.begin()
         try:
             with nullcontext() if training else evaluating(self._weights.modules.values()):
                 execute(program.ranks[self.rank], stages, self._weights, self._transport, self._recorder, self._watch)
         except RankError as error:
             raise self._watch.placed(error) from error
-        if names := program.returning:
-            mine = self._weights.used(names)
-            self._weights.settle(used_anywhere(names, mine, self.group, self.device, self._watch))
         self._reduction.finish()
+        self._watch.doing = "the end of the step"
+        self._recorder.settle(self._timeout_s, self._watch)
         losses = [stages.losses[key].double() for key in sorted(stages.losses)]
-        loss = sum((float(each.sum()) for each in losses), 0.0) * scale
-        rows = self._gathered(
-            [loss, self._buffers.end(training), *([] if training else of_rank(losses, tokens.shape[1]))]
+        norm = squares({} if clip_norm is None else self.parameters, self._cuts, self.device)
+        by_position = norm[:0] if training else of_rank(losses, tokens.shape[1], self.device)
+        divided, whole, *more = numbers(norm, by_position, *(each.sum() for each in losses))
+        more, each = more[: len(by_position)], more[len(by_position) :]
+        word = Word(
+            sum(each, 0.0) * scale, self._buffers.end(training), divided, whole, *self._recorder.summary(), asked
         )
+        names = program.returning
+        rows = self._gathered([*word, *more, *flags(self._weights.used(names))])
+        self._recorder.meet()
         self._buffers.settle([row[1] for row in rows])
+        if training and names:
+            self._weights.settle(bare, flagged(names, rows))
         self.steps += training
         self._watch.doing = "work between steps"
         return rows
@@ -362,7 +401,7 @@ class Pipeline:
         if weights is not None and not self._takes_weights:
             head = self._weights.modules.get(self._head)
             mine = head is None or takes_weights(head.forward)
-            check_head(all(took for (took,) in self._gathered([mine])), self._head)
+            check_head(all(took for (took,) in self._gathered([float(mine)])), self._head)
             self._takes_weights = True
 
     def _cut(self, lengths: tuple[int, ...] | None, recompute: str) -> Cut:
@@ -377,9 +416,9 @@ class Pipeline:
         whole = here.dp * self.schedule.microbatches + microbatch
         return Stream(self._seed, self.steps, whole, segment, (here.cp, here.tp))
 
-    def _gathered(self, mine: list[float]) -> list[list[float]]:
+    def _gathered(self, mine: Sequence[float]) -> list[list[float]]:
         """Every rank's numbers, in the order of `mesh.places`."""
-        return self.mesh.gathered(mine, self.device, self._watch)
+        return self.mesh.gathered(mine, self._watch)
 
 
 def _chunks_of(model: Model) -> tuple[int, int]:

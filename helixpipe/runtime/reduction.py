@@ -8,7 +8,7 @@ masters' precision, after the last action, and every rank gets the same sums bit
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -77,17 +77,6 @@ class Reduction:
         for parameter, gradient, total, count in zip(parameters, gradients, totals, anywhere, strict=True):
             if count:
                 parameter.grad = gradient.copy_(total.view_as(gradient))
-
-
-def used_anywhere(
-    names: Sequence[str], mine: Sequence[bool], group: Group, device: torch.device, watch: Watch
-) -> list[str]:
-    """Those that some rank of the group says it used. Collective."""
-    flags = torch.tensor(mine, dtype=torch.float32, device=wire_of(group, device))
-    watch.doing = "the sum of gradients"
-    with watch.together():
-        dist.all_reduce(flags, group=group)
-    return [name for name, count in zip(names, flags.tolist(), strict=True) if count]
 
 
 T = TypeVar("T", bound=Tensor)

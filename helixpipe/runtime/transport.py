@@ -17,7 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helixpipe.errors import RankError
+from helixpipe.predict.hardware import Communicators
+from helixpipe.runtime.channels import Channels
 from helixpipe.runtime.ledger import Ledger
+from helixpipe.runtime.parcel import is_parcel, packed, unpacked
 from helixpipe.runtime.sends import DeviceSends, HostSends, InFlight, SendError, Work
 from helixpipe.runtime.watch import Watch
 from helixpipe.schedule.program import Kind, Message
@@ -39,42 +42,51 @@ class Transport:
         timeout_s: float,
         watch: Watch,
         ledger: Ledger,
+        communicators: Communicators = "direction",
+        tags: bool | None = None,
     ) -> None:
+        """`communicators`: of a backend without tags, see `channels`. `tags`: whether the backend has any; None: gloo has."""
         self.group, self.device = group, device
         self.dtype, self.gradient_dtype = dtype, gradient_dtype
         self.timeout_s, self.watch, self.ledger = timeout_s, watch, ledger
         # gloo moves host memory only: CUDA tensors are staged through it
         self._wire = wire_of(group, device)
         self.host = self._wire.type == "cpu"
+        self.tags = self.host if tags is None else tags
+        self._channels = None if group is None else Channels(group, communicators, timeout_s)
         self._sends = HostSends(timeout_s) if self.host else DeviceSends()
         self._receives: dict[int, InFlight] = {}
 
-    def meet(self, messages: Iterable[Message]) -> None:
+    def meet(self, messages: Iterable[Message], lines: Sequence[Sequence[int]] = ()) -> None:
         """Let every pair that will have messages say one word, in one order. Collective.
 
-        NCCL makes a pair's communicator at its first message, and both ranks stand still until the other comes to it.
+        `lines`: of every pipeline of the run its ranks, to make channels in; none: messages go through the pipeline's group.
+
+        NCCL makes a communicator at its first message, and both ranks stand still until the other comes to it.
         """
-        group = _known(self.group)
-        rank, word = dist.get_rank(group), torch.zeros(1, device=self._wire)
-        for low, high in sorted({(min(m.src, m.dst), max(m.src, m.dst)) for m in messages}):
-            if rank in (low, high):
-                with self._named(f"the first word between ranks {low} and {high}", low + high - rank):
-                    self._complete([group.send([word], high, 0) if rank == low else group.recv([word], low, 0)])
+        channels, word = _known(self._channels), torch.zeros(1, device=self._wire)
+        rank = dist.get_rank(self.group)
+        for src, dst in channels.ways((m.src, m.dst) for m in messages):
+            peer = src + dst - rank if rank in (src, dst) else -1
+            with self._named(f"the first word from rank {src} to rank {dst}", peer):
+                channels.make((src, dst), lines)
+                if peer >= 0:
+                    self._complete(self._post(src, dst, [word], 0))
 
     def send(self, message: Message, tensors: Sequence[Tensor]) -> None:
+        if self._is_parcel(message):
+            tensors = [packed(tensors)]
         held = [self.ledger.carry(tensor.to(self._wire).contiguous()) for tensor in tensors]
         with self._named(message, message.dst):
-            group = _known(self.group)
-            # the group's own call: what dist.isend does around it costs more than the call
-            works = [group.send([each.tensor], message.dst, _tag(message, i)) for i, each in enumerate(held)]
+            works = self._post(message.src, message.dst, [each.tensor for each in held], message.number)
             self._sends.hold(InFlight(message, works, held))
 
     def receive(self, message: Message) -> None:
-        dtype = self.gradient_dtype if message.kind is Kind.WEIGHT_GRADIENTS else self.dtype
-        held = [self.ledger.carry(torch.empty(shape, dtype=dtype, device=self._wire)) for shape in message.shapes]
+        dtype = self._dtype(message)
+        shapes = ((message.elements,),) if self._is_parcel(message) else message.shapes
+        held = [self.ledger.carry(torch.empty(shape, dtype=dtype, device=self._wire)) for shape in shapes]
         with self._named(message, message.src):
-            group = _known(self.group)
-            works = [group.recv([each.tensor], message.src, _tag(message, i)) for i, each in enumerate(held)]
+            works = self._post(message.src, message.dst, [each.tensor for each in held], message.number)
         self._receives[message.number] = InFlight(message, works, held)
 
     def wait(self, message: Message) -> list[Tensor]:
@@ -82,7 +94,8 @@ class Transport:
         flight = self._receives.pop(message.number)
         with self._named(message, message.src):
             self._complete(flight.works)
-        return [each.tensor.to(self.device) for each in flight.held]
+        tensors = [each.tensor.to(self.device) for each in flight.held]
+        return unpacked(tensors[0], message.shapes) if self._is_parcel(message) else tensors
 
     def finish(self) -> None:
         """Wait for every send of the step."""
@@ -96,6 +109,26 @@ class Transport:
         for work in works:
             # NCCL orders the stream and returns at once; its own watchdog keeps the time
             work.wait(timedelta(seconds=self.timeout_s)) if self.host else work.wait()
+
+    def _post(self, src: int, dst: int, tensors: Sequence[Tensor], number: int) -> list[Work]:
+        """Start to send a message's tensors, or to receive them where this rank is `dst`; in one request where NCCL can."""
+        channels = _known(self._channels)
+        group, peer, is_own = channels.of(src, dst)
+        # the group's own calls: what dist.isend does around them costs more than they do
+        post = group.send if src == channels.rank else group.recv
+        first, step = (number * WIDTH, 1) if self.tags else (0, 0)
+        if self.host or not is_own:  # NCCL takes several at once only through a communicator of the whole group
+            return [post([tensor], peer, first + step * i) for i, tensor in enumerate(tensors)]
+        group._start_coalescing(self.device)
+        for tensor in tensors:
+            post([tensor], peer, 0)
+        return [group._end_coalescing(self.device)]
+
+    def _dtype(self, message: Message) -> torch.dtype:
+        return self.gradient_dtype if message.kind is Kind.WEIGHT_GRADIENTS else self.dtype
+
+    def _is_parcel(self, message: Message) -> bool:
+        return self.host and is_parcel(message, self._dtype(message))
 
     @contextmanager
     def _named(self, message: Message | str | None, peer: int) -> Iterator[None]:
@@ -118,11 +151,7 @@ class Transport:
             raise RankError(f"{self.watch.me}, at {self.watch.doing}, {what} for {message}; {told}") from error
 
 
-def _known(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    if group is None:
+def _known(channels: Channels | None) -> Channels:
+    if channels is None:
         raise RuntimeError("a message, and this process is alone")
-    return group
-
-
-def _tag(message: Message, index: int) -> int:
-    return message.number * WIDTH + index
+    return channels

@@ -1,6 +1,7 @@
 """Watch: every rank tells what it is doing, so that a wait that fails can name who and what.
 
-Each rank writes a line to the run's store about once a second. Whoever gives up waiting reads the lines.
+Each rank writes a line to the run's store about once a second. Whoever gives up waiting reads the lines. A device that is handed
+its work ahead is where its last completed event is, and not where the CPU is.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class Watch:
         self.names = names or [f"rank {other}" for other in range(ranks)]
         self.line = line or range(ranks)
         self.doing: object = "its first step"
+        self.reached: Callable[[], str] = str
+        """What its device is at, where that is behind what the CPU is doing; "" where it is not."""
         self._store = store
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._publish, daemon=True, name="helixpipe-watch")
@@ -112,7 +115,9 @@ class Watch:
 
     def _tell(self) -> None:
         assert self._store is not None
-        self._store.set(f"watch/{self.rank}", f"{time.time()} {self.doing}")
+        at = self.reached()
+        line = f"{at}, as far as its device has come; its CPU is at {self.doing}" if at else self.doing
+        self._store.set(f"watch/{self.rank}", f"{time.time()} {line}")
 
 
 def _in_time(ask: Callable[[], T]) -> T:

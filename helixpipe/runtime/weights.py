@@ -38,7 +38,6 @@ class Weights:
         self._leaving: dict[str, Kept] = {}  # and their gradients
         self._visits: Counter[str] = Counter()  # stages here that a visiting weight came for and that need it still
         self._used: set[str] = set()  # parameters that travel and had a gradient here this step
-        self._bare: set[str] = set()  # masters without a gradient at the step's start
         self._storages: set[int] = set()
         for part, named in modules.parameters.items():
             for each in named:
@@ -98,9 +97,6 @@ class Weights:
             if name in self.masters and working is not self.masters[name]:
                 working.data = self.masters[name].to(self.dtype)
         self._used.clear()
-        self._bare = {
-            name for name in self._found.travelling if name in self.masters and self.masters[name].grad is None
-        }
         self._note_storages()
 
     def outgoing(self, names: Sequence[str]) -> list[Tensor]:
@@ -154,13 +150,17 @@ class Weights:
             if name not in self.masters:
                 self._swap(working, _nothing(working, self.dtype))
 
+    def bare(self) -> set[str]:
+        """The masters of travelling weights that have no gradient now."""
+        return {name for name in self._found.travelling if name in self.masters and self.masters[name].grad is None}
+
     def used(self, names: Sequence[str]) -> list[bool]:
         """Whether each of these had a gradient on this rank."""
         return [name in self._used for name in self._here(names)]
 
-    def settle(self, used: Collection[str]) -> None:
-        """What no rank of the pipeline used has no gradient, though zeros came home: plain autograd gives none either."""
-        for name in self._bare - set(self._here(used)):
+    def settle(self, bare: Collection[str], used: Collection[str]) -> None:
+        """Of those that were `bare`, what no rank used has no gradient, though zeros came home: plain autograd gives none either."""
+        for name in set(bare) - set(self._here(used)):
             self.masters[name].grad = None
 
     def is_parameter(self, pointer: int) -> bool:

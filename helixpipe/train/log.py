@@ -27,7 +27,7 @@ from helixpipe.files import write_text
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Lengths
 from helixpipe.predict.replay import replayed
-from helixpipe.predict.timeline import Timeline
+from helixpipe.predict.timeline import Timeline, Totals
 from helixpipe.predict.timeline_text import to_json
 from helixpipe.schedule.program import Program
 from helixpipe.train import manifest as manifests
@@ -48,7 +48,7 @@ class StepRecord(NamedTuple):
     """Over all ranks, before clipping."""
     learning_rate: float
     seconds: float
-    timeline: Timeline
+    totals: Totals
 
 
 class Log:
@@ -94,9 +94,9 @@ class Log:
         """One training step: a line to read, a line to compute with."""
         if not self.speaks:
             return
-        config, timeline = self.job.config, record.timeline
+        config, totals = self.job.config, record.totals
         tokens_per_s = config.batch_size * config.train.sequence_length / record.seconds
-        peaks = timeline.peak_activation_bytes
+        peaks = totals.peak_activation_bytes
         self._write({
             "step": record.step,
             "loss": record.loss,
@@ -104,12 +104,12 @@ class Log:
             "learning_rate": record.learning_rate,
             "tokens_per_s": round(tokens_per_s, 1),
             "step_s": round(record.seconds, 6),
-            "bubble_ratio": round(timeline.bubble_ratio, 6),
+            "bubble_ratio": round(totals.bubble_ratio, 6),
             "peak_activation_bytes": list(peaks),
         })  # fmt: skip
         line = (
             f"loss {record.loss:.4f}  grad norm {record.gradient_norm:.3f}  {tokens_per_s:,.0f} tokens/s  "
-            f"bubble {timeline.bubble_ratio:.1%}  peak activations {_bytes(max(peaks, default=0))}"
+            f"bubble {totals.bubble_ratio:.1%}  peak activations {_bytes(max(peaks, default=0))}"
         )
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=record.step, line=line)

@@ -25,6 +25,9 @@ from helixpipe.train.start import check_same_data, make_pipeline
 from helixpipe.train.stop import Stop
 from helixpipe.train.usage import Usage
 
+# a checkpoint is due: less than any signal's number, after which there is one anyway
+_DUE = 0.5
+
 
 def train(job: Job, device: str, group: dist.ProcessGroup | None, stop: Stop) -> bool:
     """Train until the config's last step, or until a step after which `stop` was asked on any rank; whether it came to the
@@ -78,8 +81,12 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None, stop: Stop) ->
             if step < settings.steps:
                 ahead.begin(step + 1)
             pipeline.zero_gradients()
-            loss = pipeline.step(**tensors(batch))
-            gradient_norm = pipeline.clip_gradients(settings.clip_norm or math.inf)
+            loss = pipeline.step(
+                **tensors(batch), clip_norm=settings.clip_norm or math.inf, asked=stop.asked or _DUE * saver.due()
+            )
+            told = pipeline.told
+            assert told is not None
+            gradient_norm = told.gradient_norm
             if not math.isfinite(loss + gradient_norm):
                 cause = pipeline.first_nonfinite(**tensors(batch))
                 log.skipped(step, skipping.skip(step, loss, gradient_norm, cause), cause)
@@ -88,16 +95,13 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None, stop: Stop) ->
                 rate = optimizer.step(step - 1)
 
                 # what it cost
-                timeline = pipeline.timeline()
-                log.step(StepRecord(step, loss, gradient_norm, rate, time.perf_counter() - begun, timeline))
-                if step == run.timeline_step:
+                log.step(StepRecord(step, loss, gradient_norm, rate, time.perf_counter() - begun, told.totals))
+                if step == run.timeline_step and (timeline := pipeline.timeline_on_first()):
                     log.draw(timeline, pipeline.last_program, step, batch.documents)
 
             # how well it does on text it never trains on, and a place to go on from
             last = step == settings.steps
-            # what any rank was asked, and what the first one's clock says, so that all do the same after the same step
-            of_ranks = pipeline.numbers([stop.asked, saver.due()])
-            asked, due = (0, False) if last else (int(max(asked for asked, _ in of_ranks)), bool(of_ranks[0][1]))
+            asked, due = (0, False) if last else (int(told.asked), told.asked == _DUE)  # on any rank, so on all
             saver.look()
             if last or (settings.evaluate_every and step % settings.evaluate_every == 0):
                 evaluate(pipeline, corpus, objective, settings.evaluate_sequences, log, step)

@@ -37,6 +37,7 @@ def make_pipeline(config: Config, device: str, checkpoint: Path | None) -> Pipel
             segment_lengths=_cut(config, schedule),
             context_method=config.mesh.context_method,
             layout=config.mesh.layout,
+            communicators=runtime.communicators,
             arrange=config.build_schedule if config.schedule.balance == "work" else None,
         )
 

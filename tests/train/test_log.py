@@ -30,7 +30,7 @@ SHAPE = Config().shape()
 PARTS = chain(SHAPE.layers)
 SCHEDULE = Schedule((Stage(PARTS[:4]), Stage(PARTS[4:])), ((Action.parse("0F0"),), (Action.parse("1F0"),)))
 PROGRAM = lower(SCHEDULE, SHAPE, Batch(1, (2,)))
-RECORD = StepRecord(1, 2.5, 0.75, 1e-3, 2.0, TIMELINE)
+RECORD = StepRecord(1, 2.5, 0.75, 1e-3, 2.0, TIMELINE.totals)
 
 
 def job(folder: Path, checkpoint: Path | None = None, step: int = 0) -> Job:
