@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,8 @@ from helixpipe.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
 
 
 class Pipeline:
@@ -300,6 +303,13 @@ class Pipeline:
         with self._watch.together():
             yield
         self._watch.doing = "work between steps"
+
+    def wait_for(self, doing: str, done: Future[T]) -> T:
+        """What a thread of every rank is to give, however long it takes: a checkpoint's. Raises RankError where a rank is lost
+        meanwhile, or is not heard of for `timeout_s`.
+        """
+        with self.together(doing):
+            return self._watch.patient(done, self._timeout_s)
 
     @property
     def last_program(self) -> Program:

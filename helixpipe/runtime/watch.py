@@ -9,7 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
@@ -99,6 +100,37 @@ class Watch:
             if out_of_memory(error):
                 raise  # no other rank's doing
             raise self.placed(RankError("lost a rank while waiting for all of them")) from error
+
+    def patient(self, done: Future[T], timeout_s: float) -> T:
+        """What a thread is to give, which waits for other ranks and may take long. Raises RankError where one of them, or the
+        store, says nothing for `timeout_s` meanwhile.
+        """
+        heard: dict[str, tuple[bytes, float]] = {}
+        while True:
+            try:
+                return done.result(timeout_s / 8)
+            except TimeoutError:
+                if done.done():
+                    return done.result()  # it came just now, or failed by a timeout of its own
+            silent = [name for name, since_s in self._since(heard).items() if since_s > timeout_s]
+            if silent:
+                raise self.placed(RankError(f"heard nothing of {' and '.join(silent[:4])} for {timeout_s:.0f} s"))
+
+    def _since(self, heard: dict[str, tuple[bytes, float]]) -> dict[str, float]:
+        """Of each other rank, or of the store, seconds since it said something new. `heard`: what was said last, and when."""
+        now, others = time.monotonic(), [rank for rank in range(self.ranks) if rank != self.rank]
+        store, said = self._store, dict[str, bytes]()
+        if store is not None:
+            with suppress(RuntimeError):
+                words = _in_time(lambda: store.multi_get([f"watch/{rank}" for rank in others]))
+                said = {self.names[rank]: word for rank, word in zip(others, words, strict=True)}
+                said["the run's store"] = str(now).encode()  # it answered
+        for name, word in said.items():
+            if heard.get(name, (b"", 0.0))[0] != word:
+                heard[name] = word, now
+        if store is not None:
+            heard.setdefault("the run's store", (b"", now))
+        return {name: now - when for name, (_, when) in heard.items()}
 
     def close(self) -> None:
         """The thread is gone when this returns, unless the store keeps it."""

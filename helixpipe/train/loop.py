@@ -66,7 +66,7 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None, stop: Stop) ->
     with (
         Log(job, pipeline.mesh.rank, device) as log,
         Ahead(read) as ahead,
-        Saver(checkpoints, config, device, log, pipeline.together) as saver,
+        Saver(checkpoints, config, device, log, pipeline.wait_for) as saver,
     ):
         log.reading(corpus.described())
         if job.step == 0:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -64,11 +64,11 @@ class Saver:
         config: Config,
         device: str,
         told: Told,
-        together: Callable[[str], AbstractContextManager[None]] = lambda doing: nullcontext(),
+        wait_for: Callable[[str, Future[Path]], Path] = lambda doing, done: done.result(),
     ) -> None:
-        """Collective. `together`: around a wait for all ranks, of which it is told what it is."""
+        """Collective. `wait_for`: see `Pipeline.wait_for`."""
         run = config.run
-        self._told, self._together = told, together
+        self._told, self._wait_for = told, wait_for
         self._background, self._period_s = run.checkpoint_async, run.checkpoint_minutes * 60
         self._manifest = checkpoints.manifest(0, config)  # once: it reads a model's folder
         self._checkpoints = checkpoints
@@ -115,18 +115,15 @@ class Saver:
         def write() -> None:
             try:
                 done.set_result(self._checkpoints.write(mine, manifest, self._told.flush))
-            except NotWritten as error:
-                done.set_exception(error)
             except BaseException as error:
-                if not self._background:
-                    raise
                 done.set_exception(error)
 
         self._writing = _Writing(step, done)
-        if self._background:  # a daemon: where a rank is lost, nobody waits for what it was to say
-            threading.Thread(target=write, daemon=True, name="helixpipe-checkpoint").start()
-        else:
-            write()
+        # a daemon: where a rank is lost, nobody waits for what it was to say
+        threading.Thread(target=write, daemon=True, name="helixpipe-checkpoint").start()
+        if not self._background:
+            with suppress(NotWritten):  # told by whoever looks next
+                self._wait_for(f"the checkpoint of step {step}", done)
 
     def look(self) -> None:
         """Tell of a checkpoint that came to its end, if one has. Raises RankError."""
@@ -148,8 +145,7 @@ class Saver:
             return None
         (step, done), self._writing = self._writing, None
         try:
-            with self._together(f"the checkpoint of step {step}"):
-                done.result()
+            self._wait_for(f"the checkpoint of step {step}", done)
         except NotWritten as failed:
             self._told.record(step=step, checkpoint_error=failed.reason)
             return failed
