@@ -183,7 +183,7 @@ def children(parent: int) -> list[int]:
 
 
 def eventually(look: Any, count: int) -> list[Any]:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while len(found := look()) < count:
         assert time.monotonic() < deadline, found
         time.sleep(0.02)
