@@ -71,7 +71,9 @@ class Ranks:
         return math.inf
 
     def prepare(self) -> None:
-        """What every rank imports."""
+        """What every rank imports; torch's optimizers its compiler, though they do not use it."""
+        import torch._dynamo  # noqa: F401
+
         import helixpipe.train.worker  # noqa: F401
 
     def run(self, rank: int, store: Store) -> int:
@@ -88,7 +90,8 @@ def _launch(job: Job, stop: Stop) -> int:
     listener = _listen(job.config.runtime.port)
     try:
         # Ctrl-C is the launcher's: ranks are told to stop, by a signal that none of them hears from a terminal
-        return max(run_forked(Ranks(job), True, listener, lambda: _passed_on(stop.asked), SIGNALS))
+        codes: list[int] = run_forked(Ranks(job), True, listener, lambda: _passed_on(stop.asked), SIGNALS)
+        return max(codes)
     except Ended as error:
         line, _, trace = str(error).partition("\n\n")
         told = [trace] if trace else []
