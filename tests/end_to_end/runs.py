@@ -64,9 +64,12 @@ class Run:
             time.sleep(every_s)
 
     def ranks(self) -> list[int]:
-        """The processes that the launcher started."""
-        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return [int(pid) for pid in path.read_text().split()]
+        """The processes of the ranks: children of torchrun, or of the launcher's nursery, which is its child."""
+        return [rank for each in children(self.process.pid) for rank in children(each) or [each]]
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

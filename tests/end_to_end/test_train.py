@@ -146,15 +146,6 @@ def test_a_mesh_trains_as_one_pipeline_does_and_its_checkpoint_moves_to_another(
         assert [loss for _, loss in found] == pytest.approx([loss for _, loss in wanted], rel=2e-5)  # sums in float32
 
 
-def test_under_torchrun_ranks_join_and_losses_are_the_same(
-    reference: Path, tmp_path: Path, start: Callable[..., Run]
-) -> None:
-    run = start("train", "small.toml", "--run.checkpoint_every", "0", command=TORCHRUN)
-    assert run.wait() == 0, run.err
-    assert losses(tmp_path / "runs" / "small-1") == losses(reference)
-    assert run.out.count(f"trained to step {STEPS}") == 1
-
-
 def test_ctrl_c_ends_every_rank(tmp_path: Path, start: Callable[..., Run]) -> None:
     run = start("small.toml", "--train.steps", "5000", "--run.checkpoint_every", "0")
     run.until((tmp_path / "runs" / "small-1" / "timeline.svg").exists)
@@ -184,21 +175,25 @@ def test_ctrl_c_twice_ends_every_rank_at_once(tmp_path: Path, start: Callable[..
     assert "Traceback" not in run.err
 
 
-@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_run_that_is_asked_to_stop_finishes_its_step_and_the_same_command_goes_on(
-    reference: Path, tmp_path: Path, start: Callable[..., Run], asked: signal.Signals
+    reference: Path, tmp_path: Path, start: Callable[..., Run]
 ) -> None:
+    """Twice, by each signal."""
     command = ["small.toml", "--run.folder", "here", "--run.resume", "auto", "--run.checkpoint_every", "1000"]
-    run = start(*command)
-    run.until((tmp_path / "here" / "timeline.svg").exists)
-    run.process.send_signal(asked)
-    assert run.wait() == 75, run.err
-    (written,) = (tmp_path / "here" / "checkpoints").iterdir()
-    step = int(written.name.removeprefix("step-"))
-    assert run.err.splitlines()[-1] == (
-        f"helixpipe: stopped by {asked.name}: step {step} is in its checkpoint, and --resume here goes on from there"
-    )
-    assert "starting from the beginning" in run.err
+    steps: list[int] = []
+    for asked, until in ((signal.SIGTERM, 2), (signal.SIGUSR1, 8)):
+        run = start(*command)
+        run.until(lambda: f"step {until}/{STEPS}" in run.err)  # noqa: B023
+        run.process.send_signal(asked)
+        assert run.wait() == 75, run.err
+        written = sorted(path.name for path in (tmp_path / "here" / "checkpoints").iterdir())
+        steps.append(int(written[-1].removeprefix("step-")))
+        assert len(written) == len(steps)
+        assert run.err.splitlines()[-1] == (
+            f"helixpipe: stopped by {asked.name}: step {steps[-1]} is in its checkpoint, and --resume here goes on from there"
+        )
+        assert ("starting from the beginning" in run.err) == (len(steps) == 1)
+    assert steps[0] < steps[1] < STEPS
     again = start(*command)
     assert again.wait() == 0, again.err
     assert losses(tmp_path / "here") == losses(reference)
@@ -207,9 +202,10 @@ def test_a_run_that_is_asked_to_stop_finishes_its_step_and_the_same_command_goes
     assert losses(tmp_path / "here") == losses(reference)
 
 
-def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(
+def test_under_torchrun_ranks_join_and_a_killed_one_is_started_again(
     reference: Path, tmp_path: Path, start: Callable[..., Run]
 ) -> None:
+    """Each rank is killed once; the losses are as if none was."""
     command = [*TORCHRUN[:3], "--max-restarts", "2", *TORCHRUN[3:]]
     run = start("train", "small.toml", "--run.folder", "here", "--run.resume", "auto", command=command)
     for count, step in enumerate((5, 10)):
@@ -219,6 +215,7 @@ def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(
         os.kill(children[count], signal.SIGKILL)
     assert run.wait() == 0, run.err
     assert losses(tmp_path / "here") == losses(reference)
+    assert run.out.count(f"trained to step {STEPS}") == 1
 
 
 def test_two_runs_in_one_folder_are_one_and_a_refusal(tmp_path: Path, start: Callable[..., Run]) -> None:
