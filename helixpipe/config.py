@@ -253,6 +253,11 @@ class RunConfig:
     """'auto' continues the newest good checkpoint of the run folder, or starts where there is none; a path, that run's or that checkpoint."""
     timeline_step: int = 10
     """The step whose timeline is written, as .json, .svg, .html and for Perfetto; 0 is none."""
+    profile_step: int = 0
+    """The step that torch's profiler traces on every rank, in profile/, with the allocator's history on CUDA; 0 is none."""
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where the numbers of metrics.jsonl go too: tensorboard (event files in the run folder), wandb (Weights & Biases, as its
+    own variables say: WANDB_MODE=offline, ...). They need helixpipe[logging]."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from helixpipe.model.chunked import Chunked
 from helixpipe.model.decoder import Model
 from helixpipe.model.head import takes_weights
 from helixpipe.parts.work import Batch, Keeping, Lengths
-from helixpipe.predict.timeline import Timeline
+from helixpipe.predict.timeline import Span, Timeline
 from helixpipe.runtime.buffers import Buffers
 from helixpipe.runtime.context import Context
 from helixpipe.runtime.documents import Given, document_lengths
@@ -239,8 +239,12 @@ class Pipeline:
 
     def largest(self, mine: float) -> float:
         """The largest of all ranks' numbers, the same on every rank. Collective."""
+        return max(number for (number,) in self.numbers([mine]))
+
+    def numbers(self, mine: Sequence[float]) -> list[list[float]]:
+        """Every rank's numbers, as many of each, in the order of `mesh.places`. Collective."""
         self._watch.doing = "a number of all ranks"
-        found = max(number for (number,) in self._gathered([mine]))
+        found = self._gathered(list(mine))
         self._watch.doing = "work between steps"
         return found
 
@@ -255,6 +259,10 @@ class Pipeline:
         """Measured timeline of the last step, all ranks of this rank's pipeline. Collective."""
         with self.together("the timeline"):
             return of_all(self._recorder, self.group)
+
+    def spans(self) -> tuple[Span, ...]:
+        """What this rank did in the last step."""
+        return self._recorder.spans()
 
     @contextmanager
     def together(self, doing: str) -> Iterator[None]:
