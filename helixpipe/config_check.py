@@ -12,7 +12,7 @@ from helixpipe.parts.shape import ModelShape
 
 # key -> the least it may be
 _AT_LEAST = {
-    "data.held_out": 0, "data.look_ahead": 1, "train.steps": 1, "train.microbatch_size": 1, "train.sequence_length": 1, "train.seed": 0,
+    "data.held_out": 0, "data.look_ahead": 1, "train.steps": 1, "train.microbatch_size": 1, "train.batch_size": 1, "train.sequence_length": 1, "train.seed": 0,
     "train.learning_rate": 0, "train.min_learning_rate": 0, "train.warmup_steps": 0, "train.decay_steps": 1, "train.z_loss": 0, "train.weight_decay": 0,
     "train.mask_token": 0, "train.clip_norm": 0, "train.evaluate_every": 0, "train.evaluate_sequences": 1, "runtime.mlp_chunk": 0,
     "runtime.head_chunk": 0, "runtime.port": 0, "runtime.threads": 1, "run.checkpoint_every": 0, "run.keep": 1,

@@ -138,7 +138,7 @@ def _read(
         warn(f"{what}; starting from the beginning")
     base = renewed(manifest.config) if manifest and given.path is None else {}
     base = {section: keys for section, keys in base.items() if section != "run"} | _kept_run_keys(base)
-    config = build_config(merged(base, over))
+    config = build_config(merged(base, over), ranks)
     if ranks is not None:
         config.mesh_shape().check_ranks(ranks)
     return config, checkpoint, manifest
