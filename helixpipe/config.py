@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from helixpipe.config_data import DataConfig
 from helixpipe.config_lora import LoraConfig
@@ -30,6 +30,8 @@ from helixpipe.schedule.partition import check_cut, refuse_bidirectional
 from helixpipe.schedule.schedule import Schedule
 
 DEFAULT_MODEL = "tiny"
+OrAuto = Annotated[int, "auto"]
+"""A whole number; or auto, which is a number by the time that a config is built."""
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -152,8 +154,9 @@ class ScheduleConfig:
 class MeshConfig:
     """Ranks beside the pipeline's: in all schedule.ranks x dp x cp x tp processes."""
 
-    dp: int = 1
-    """Replicas: each trains on its own share of a batch, and gradients are summed once a step."""
+    dp: OrAuto = 1
+    """Replicas: each trains on its own share of a batch, and gradients are summed once a step. auto: as many as the ranks that
+    torchrun started allow, with train.batch_size, so that a run goes on in a smaller or larger world."""
     cp: int = 1
     """Ranks that share every sequence: each has a part of its tokens."""
     tp: int = 1
@@ -183,6 +186,8 @@ class TrainConfig:
     """masked, masked_diffusion: an id; when unset, of the tokenizer in a prepared folder or in model.path."""
     microbatch_size: int = 1
     """Sequences in a micro-batch."""
+    batch_size: int | None = None
+    """Sequences in a step, on all replicas, from which schedule.microbatches follows; when unset, as many as these are."""
     sequence_length: int = 1024
     """Tokens in a sequence."""
     seed: int = 0
@@ -267,6 +272,11 @@ class RunConfig:
     """'auto' continues the newest good checkpoint of the run folder, or starts where there is none; a path, that run's or that checkpoint."""
     timeline_step: int = 10
     """The step whose timeline is written, as .json, .svg, .html and for Perfetto; 0 is none."""
+    profile_step: int = 0
+    """The step that torch's profiler traces on every rank, in profile/, with the allocator's history on CUDA; 0 is none."""
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where the numbers of metrics.jsonl go too: tensorboard (event files in the run folder), wandb (Weights & Biases, as its
+    own variables say: WANDB_MODE=offline, ...). They need helixpipe[logging]."""
 
     @property
     def saves(self) -> bool:

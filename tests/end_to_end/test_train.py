@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import signal
 import socket
@@ -23,10 +24,11 @@ pytestmark = pytest.mark.timeout(290)
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing stopped: its folder."""
-    run = Run(tmp_path_factory.mktemp("reference"), "small.toml")
+    run = Run(tmp_path_factory.mktemp("reference"), "small.toml", "--run.profile_step", "3")
     assert run.wait() == 0, run.err
     assert run.out.startswith(f"trained to step {STEPS} in 0:")
-    assert "helixpipe:" not in run.err
+    (said,) = [line for line in run.err.splitlines() if "helixpipe:" in line]
+    assert said.startswith("helixpipe: step 3 is traced in ")
     assert f"step 1/{STEPS}  loss 5." in run.err
     assert f"step {STEPS}/{STEPS}  held-out loss " in run.err
     return run.folder / "runs" / "small-1"
@@ -37,12 +39,16 @@ def test_a_run_leaves_config_metrics_checkpoints_and_a_timeline(reference: Path)
         "checkpoints",
         "config.toml",
         "metrics.jsonl",
+        "profile",
         "timeline.html",
         "timeline.json",
         "timeline.perfetto.json",
         "timeline.svg",
     ]
     assert sorted(path.name for path in (reference / "checkpoints").iterdir()) == ["step-00000015", "step-00000020"]
+    traces = sorted((reference / "profile").iterdir())
+    assert [path.name for path in traces] == ["step-00000003-rank-0.json", "step-00000003-rank-1.json"]
+    assert all(json.loads(path.read_text())["traceEvents"] for path in traces)
     assert (reference / "timeline.svg").read_text().startswith("<svg")
     lines = metrics(reference)
     steps = [line for line in lines if "loss" in line]
@@ -51,7 +57,13 @@ def test_a_run_leaves_config_metrics_checkpoints_and_a_timeline(reference: Path)
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.1
     for line in steps:
         assert line["grad_norm"] > 0
-        assert line["tokens_per_s"] > 0
+        assert line["tokens_per_s"] == pytest.approx(2 * line["tokens_per_s_per_accelerator"], abs=0.2)
+        assert line["model_flops_per_s"] > 0
+        assert 0 <= line["data_s"] < line["step_s"]
+        assert (line["mfu"], line["peak_allocated_bytes"]) == (None, None)  # a CPU has neither
+        # an evaluation and a checkpoint are in the line that comes next
+        assert (line["evaluation_s"] > 0) == (line["step"] in (1, 11))
+        assert (line["checkpoint_s"] > 0) == (line["step"] in (6, 11, 16))
         assert 0 <= line["bubble_ratio"] < 1
         assert len(line["peak_activation_bytes"]) == 2
         assert min(line["peak_activation_bytes"]) > 0
