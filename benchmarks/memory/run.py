@@ -60,6 +60,7 @@ def depths() -> Iterator[Case]:
     for layers in (4, 8, 16):
         yield Case("1f1b", "full", CHUNK, ranks=1, layers=layers)
         yield Case("1f1b", chunk=CHUNK, ranks=1, layers=layers, evaluates=True)
+    yield Case("1f1b", "full", CHUNK, ranks=1, length=1024)
 
 
 def sizes() -> Iterator[Case]:
