@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-STEPS = 20
+STEPS = 12
 CONFIG = f"""
 [model]
 layers = 3
@@ -20,11 +20,11 @@ ffn = 64
 [train]
 steps = {STEPS}
 sequence_length = 64
-evaluate_every = 10
+evaluate_every = 6
 evaluate_sequences = 4
-warmup_steps = 5
+warmup_steps = 3
 [run]
-checkpoint_every = 5
+checkpoint_every = 3
 timeline_step = 2
 """
 MODULE = [sys.executable, "-m", "helixpipe", "train"]

@@ -45,7 +45,7 @@ def test_a_run_leaves_config_metrics_checkpoints_and_a_timeline(reference: Path)
         "timeline.perfetto.json",
         "timeline.svg",
     ]
-    assert sorted(path.name for path in (reference / "checkpoints").iterdir()) == ["step-00000015", "step-00000020"]
+    assert sorted(path.name for path in (reference / "checkpoints").iterdir()) == ["step-00000009", "step-00000012"]
     traces = sorted((reference / "profile").iterdir())
     assert [path.name for path in traces] == ["step-00000003-rank-0.json", "step-00000003-rank-1.json"]
     assert all(json.loads(path.read_text())["traceEvents"] for path in traces)
@@ -53,7 +53,7 @@ def test_a_run_leaves_config_metrics_checkpoints_and_a_timeline(reference: Path)
     lines = metrics(reference)
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
-    assert [line["step"] for line in lines if "held_out_loss" in line] == [0, 10, 20]
+    assert [line["step"] for line in lines if "held_out_loss" in line] == [0, 6, 12]
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.1
     for line in steps:
         assert line["grad_norm"] > 0
@@ -76,7 +76,7 @@ def test_killed_in_every_way_and_resumed_the_losses_are_as_never_stopped(
 
     # one rank: the others end within seconds, and its name is on the screen
     run = start("small.toml")
-    run.until((checkpoints / "step-00000005").exists)
+    run.until((checkpoints / "step-00000003").exists)
     ranks = run.ranks()
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
@@ -91,7 +91,7 @@ def test_killed_in_every_way_and_resumed_the_losses_are_as_never_stopped(
 
     # the launcher alone: its ranks do not outlive it
     run = start("small.toml", "--resume")
-    run.until((checkpoints / "step-00000010").exists)
+    run.until((checkpoints / "step-00000006").exists)
     ranks = run.ranks()
     run.process.kill()
     run.wait()
@@ -102,7 +102,7 @@ def test_killed_in_every_way_and_resumed_the_losses_are_as_never_stopped(
 
     # everything, while a checkpoint is written; with the config that was saved, from a path
     run = start("--resume", "runs/small-1", "--run.checkpoint_every", "1")
-    run.until((checkpoints / "step-00000013").exists)
+    run.until((checkpoints / "step-00000008").exists)
     ranks = run.ranks()
     being_written = str(checkpoints / ".step-*[0-9].tmp/*")
     run.until(lambda: glob.glob(being_written), every_s=0)  # Path.glob fails on a folder that goes meanwhile
@@ -114,14 +114,14 @@ def test_killed_in_every_way_and_resumed_the_losses_are_as_never_stopped(
     run = start("small.toml", "--resume")
     assert run.wait() == 0, run.err
     assert losses(tmp_path / "runs" / "small-1") == losses(reference)
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000015", "step-00000020"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000009", "step-00000012"]
 
 
 @pytest.mark.parametrize(("family", "ranks"), [("1f1b", 3), ("gpipe", 1)])
 def test_resumed_with_another_family_and_rank_count_the_losses_are_the_same_to_float32(
     reference: Path, tmp_path: Path, start: Callable[..., Run], family: str, ranks: int
 ) -> None:
-    path = reference / "checkpoints" / "step-00000015"
+    path = reference / "checkpoints" / "step-00000009"
     run = start(
         "small.toml", "--resume", str(path), "--run.folder", "other",
         "--schedule.family", family, "--schedule.ranks", str(ranks), "--runtime.recompute", "none",
@@ -129,7 +129,7 @@ def test_resumed_with_another_family_and_rank_count_the_losses_are_the_same_to_f
     assert run.wait() == 0, run.err
     assert "helixpipe: continuing with changes: schedule.family helix -> " in run.err
     found = losses(tmp_path / "other")
-    wanted = [(step, loss) for step, loss in losses(reference) if step > 15]
+    wanted = [(step, loss) for step, loss in losses(reference) if step > 9]
     assert [step for step, _ in found] == [step for step, _ in wanted]
     assert [loss for _, loss in found] == pytest.approx([loss for _, loss in wanted], rel=2e-5)
 
@@ -147,12 +147,12 @@ def test_a_mesh_trains_as_one_pipeline_does_and_its_checkpoint_moves_to_another(
     assert "helix on 4 ranks (pp 2 x dp 2) (cpu)" in run.err
     # the second half again, of other parts of the model on other ranks
     run = start(
-        "small.toml", "--resume", str(folder / "checkpoints" / "step-00000010"), "--run.folder", "other",
+        "small.toml", "--resume", str(folder / "checkpoints" / "step-00000006"), "--run.folder", "other",
         "--schedule.ranks", "1", "--schedule.folds", "1", "--mesh.cp", "2", "--mesh.tp", "2",
     )  # fmt: skip
     assert run.wait() == 0, run.err
     assert "helix on 4 ranks (pp 1 x cp 2 x tp 2) (cpu)" in run.err
-    later = [pair for pair in losses(reference) if pair[0] > 10]
+    later = [pair for pair in losses(reference) if pair[0] > 6]
     for found, wanted in ((losses(folder), losses(reference)), (losses(tmp_path / "other"), later)):
         assert [step for step, _ in found] == [step for step, _ in wanted]
         assert [loss for _, loss in found] == pytest.approx([loss for _, loss in wanted], rel=2e-5)  # sums in float32
@@ -193,7 +193,7 @@ def test_a_run_that_is_asked_to_stop_finishes_its_step_and_the_same_command_goes
     """Twice, by each signal."""
     command = ["small.toml", "--run.folder", "here", "--run.resume", "auto", "--run.checkpoint_every", "1000"]
     steps: list[int] = []
-    for asked, until in ((signal.SIGTERM, 2), (signal.SIGUSR1, 8)):
+    for asked, until in ((signal.SIGTERM, 2), (signal.SIGUSR1, 7)):
         run = start(*command)
         run.until(lambda: f"step {until}/{STEPS}" in run.err)  # noqa: B023
         run.process.send_signal(asked)
@@ -220,7 +220,7 @@ def test_under_torchrun_ranks_join_and_a_killed_one_is_started_again(
     """Each rank is killed once; the losses are as if none was."""
     command = [*TORCHRUN[:3], "--max-restarts", "2", *TORCHRUN[3:]]
     run = start("train", "small.toml", "--run.folder", "here", "--run.resume", "auto", command=command)
-    for count, step in enumerate((5, 10)):
+    for count, step in enumerate((3, 6)):
         run.until((tmp_path / "here" / "checkpoints" / f"step-{step:08d}").exists)
         children = run.ranks()
         assert len(children) == 2
@@ -281,7 +281,7 @@ def test_on_a_disk_that_is_full_a_run_goes_on_and_fails_where_its_last_checkpoin
         assert failed  # more than one was tried
         assert all(line.endswith(f"training goes on, and the last good one is {newest.name}") for line in failed)
         assert "Traceback" not in run.err
-        assert manifest.verify(newest).step >= 5
+        assert manifest.verify(newest).step >= 3
 
 
 def test_a_port_in_use_is_one_line_and_nothing_is_written(tmp_path: Path, start: Callable[..., Run]) -> None:
