@@ -127,24 +127,34 @@ def marked(mark: str) -> Iterator[int]:
                 continue
 
 
-def rank_of(process: int) -> int:
-    """-1 of a launcher."""
-    try:
-        found = re.search(rb"(?:^|\0)RANK=(\d+)", Path(f"/proc/{process}/environ").read_bytes())
-    except OSError:
-        return -1
-    return int(found[1]) if found else -1
+def ranks_of(processes: list[int]) -> dict[int, int]:
+    """Rank -> process. torchrun tells a rank its number; our own ranks are the nursery's children, in order."""
+    found, nursery = {}, 0
+    for process in processes:
+        try:
+            told = re.search(rb"(?:^|\0)RANK=(\d+)", Path(f"/proc/{process}/environ").read_bytes())
+            line = Path(f"/proc/{process}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if told:
+            found.setdefault(int(told[1]), process)
+        parent = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].split()[1]
+        if b"helixpipe.runtime.nursery" in line and f"{nursery}" != parent:
+            nursery = process
+    if nursery:
+        children = Path(f"/proc/{nursery}/task/{nursery}/children").read_text().split()
+        found |= dict(enumerate(sorted(map(int, children))))
+    return found
 
 
-def strike(blow: Blow, mark: str) -> bool:
+def strike(blow: Blow, launcher: int, mark: str) -> bool:
     """Whether there was somebody to strike. One who was stopped goes on by itself after a while."""
-    victims = [each for each in marked(mark) if rank_of(each) == blow.victim]
-    if not victims:
-        return False
-    victim = min(victims)  # a rank's first process, or the launcher itself
     try:
+        victim = launcher if blow.victim < 0 else ranks_of(sorted(marked(mark))).get(blow.victim)
+        if victim is None:
+            return False
         os.kill(victim, signal.Signals[blow.signal])
-    except ProcessLookupError:
+    except (ProcessLookupError, FileNotFoundError):
         return False
     if blow.signal == "SIGSTOP":
         subprocess.Popen(["sh", "-c", f"sleep {PAUSE_S}; kill -CONT {victim} 2>/dev/null"])
@@ -177,8 +187,8 @@ def attempt(
     begun = time.monotonic()
     while process.poll() is None:
         lived = clock[0] + time.monotonic() - begun
-        while blows and blows[0].after * clock[1] <= lived:
-            strike(blows.pop(0), mark)
+        if blows and blows[0].after * clock[1] <= lived and strike(blows[0], process.pid, mark):
+            del blows[0]
         if time.monotonic() - begun > limit:
             faults.append(f"hang: the command still runs after {limit:.0f} s")
             break
