@@ -44,7 +44,7 @@ def show_help(command: str) -> int:
     with contextlib.suppress(SystemExit):
         tyro.cli(
             _keys, prog=f"helixpipe {command}", description=_DESCRIPTION[command], args=["--help"], use_underscores=True,
-            registry=_KINDS,
+            registry=_KINDS, config=(tyro.conf.FlagConversionOff,),
         )  # fmt: skip
     return 0
 
