@@ -97,6 +97,8 @@ def test_a_null_byte_in_one_of_several_sources() -> None:
 def test_a_null_byte_in_a_call(read: Any) -> None:
     with pytest.raises(HelixpipeError, match="cannot be read: embedded null byte"):
         read("a\0b")
+    with pytest.raises(HelixpipeError, match="cannot be written: embedded null byte"):
+        write_text("a\0b", "text")
 
 
 SMALL = [
