@@ -65,7 +65,7 @@ def test_a_skipped_step_leaves_weights_moments_and_their_count_and_the_run_goes_
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 4, 5, 6]
     assert [line for line in lines if "skipped" in line] == [{"step": 3, "skipped": CAUSE}]
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("helixpipe:")]
-    assert said == [
+    assert [line for line in said if "still being written" not in line] == [  # as a slow disk may have it
         f"helixpipe: step 3: loss nan, gradient norm nan: the first value that is not finite came from {CAUSE}; its update is not made"
     ]
     checkpoints = tmp_path / "run" / "checkpoints"
