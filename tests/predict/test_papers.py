@@ -84,8 +84,8 @@ def test_a_chunked_mlp_costs_time_where_its_output_is_read(helix: dict[str, Any]
 
 def test_recompute_saves_1f1b_more_memory_than_helix(helix: dict[str, Any]) -> None:
     """And costs it more time: at the headline, what is kept is 2p micro-batches of each layer in HelixPipe."""
-    found = {each["way"]: each for each in helix["composition"]()}
-    ours, again = found["helix, travel qkv, recompute selective"], found["1f1b, recompute selective"]
+    ways = helix["WHOLE"][helix["PAPERS"]][0], helix["Way"]("1f1b", "selective")
+    ours, again = (helix["priced"](way, *helix["HEADLINE"], helix["VARIED"][0]) for way in ways)
     assert again["peak_bytes"] < 0.5 * ours["peak_bytes"]
     assert again["step_s"] > 1.2 * ours["step_s"]
 
