@@ -49,6 +49,8 @@ from helixpipe.train.reading import Reading
 
 RANKS = 2
 SPLIT = "perfect split of the work"
+SHORT = (32, 128)
+"""A profile has sequences as short as documents too: such shares of a whole one."""
 
 
 @dataclass(frozen=True)
@@ -307,7 +309,8 @@ def predictions(rank: int, args: argparse.Namespace) -> None:
     pipelines = {str(each): pipeline_of(each, shape, args) for each in chosen}
     law = Law("long tail", LAWS["long tail"][0] * args.length, LAWS["long tail"][1])
     read = readings(shape, law, args.length, args.microbatches, args.seed)
-    parts, cuts = Parts(shape, "cpu", torch.float32), default_cuts(shape, args.length)
+    parts = Parts(shape, "cpu", torch.float32)
+    cuts = (*default_cuts(shape, args.length), *((args.length // n,) for n in SHORT))
     runs: list[Timing] = []
     measured: dict[str, list[tuple[Any, Timeline]]] = {name: [] for name in pipelines}
 
