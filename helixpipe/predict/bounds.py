@@ -1,0 +1,215 @@
+"""Bounds: what no schedule of a layout can be faster than, or hold less than, found without building it.
+
+    rank r   |--- before ---|---------- its own work ----------|--- after ---|
+             forwards of the stages before it,                  the same stages' backwards, of the first segment
+             of the first segment
+
+Each is a true lower bound of the simulated step and of the simulated bytes: a rank runs its actions one by one, whatever
+messages do; it starts when its first stage's input can be there, and when it has ended the stages before it have a backward to
+run still. At the moment of a micro-batch's first backward every rank keeps the whole of its share of that micro-batch.
+
+    Of a policy      all ranks' work over the ranks; parameters and one micro-batch over the ranks          no stage is known
+    Of a placement   the slowest and the fullest rank by the above                        stages, from a schedule of one micro-batch
+    Of a schedule    messages that take no time; what forwards keep, in the schedule's own order            a schedule, not lowered
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from helixpipe.parts.part import Part
+from helixpipe.parts.work import Batch, Work
+from helixpipe.predict.estimate import Setting, reduction_s
+from helixpipe.predict.keeping import kept
+from helixpipe.predict.standing import standing_bytes, trained
+from helixpipe.schedule.action import BACKWARD, Action, Pass
+from helixpipe.schedule.chunks import chunks
+from helixpipe.schedule.order import times
+from helixpipe.schedule.schedule import Schedule
+
+ROUNDING = 1 - 1e-9
+"""Sums in another order differ by as much: a bound stays below what it bounds."""
+
+
+class Sums(NamedTuple):
+    """Seconds of a part on one micro-batch: all segments, and the first."""
+
+    forward_s: float
+    backward_s: float
+    first_forward_s: float
+    first_backward_s: float
+    again_s: float
+    """Of the backward, what was run before."""
+
+
+class Bound(NamedTuple):
+    step_s: float
+    peak_bytes: float
+
+
+class Costs:
+    """Of all parts of a setting on a micro-batch that is cut so."""
+
+    def __init__(self, setting: Setting, batch: Batch) -> None:
+        self._setting, self._batch = setting, batch
+        self._known: dict[object, Sums] = {}
+
+    def of(self, part: Part) -> Sums:
+        like = self._setting.shape.alike(part)
+        if like not in self._known:
+            self._known[like] = self._priced(part)
+        return self._known[like]
+
+    def _priced(self, part: Part) -> Sums:
+        """As `action_seconds` puts actions together, at the least."""
+        setting, batch = self._setting, self._batch
+        costs, about = setting.costs, setting.shape.about(part)
+        forward, backward, again = [], [], []
+        for segment in range(len(batch.segment_lengths)):
+            work = Work(setting.shape, batch, segment, setting.keeping)
+            runs = costs.forward_s(part, batch, segment)
+            more = math.fsum(costs.forward_s(p, batch, segment) for p in about.inside(part) if work.slices(p))
+            again.append(max(runs, more) if setting.keeping.runs_again(part) else more)
+            forward.append(runs)
+            backward.append(costs.input_s(part, batch, segment) + costs.weight_s(part, batch, segment) + again[-1])
+        return Sums(math.fsum(forward), math.fsum(backward), forward[0], backward[0], math.fsum(again))
+
+    def once_s(self, part: Part) -> float:
+        """Forward and backward, nothing again."""
+        sums = self.of(part)
+        return sums.forward_s + sums.backward_s - sums.again_s
+
+
+@dataclass(frozen=True)
+class PolicyBound:
+    """A setting with what forwards keep, for so many ranks and micro-batches."""
+
+    setting: Setting
+    ranks: int
+    microbatches: int
+
+    @cached_property
+    def whole(self) -> Costs:
+        """Of sequences that are not cut: cut ones cost no less."""
+        return Costs(self.setting, self.setting.whole)
+
+    @cached_property
+    def bound(self) -> Bound:
+        """Of any schedule."""
+        setting = self.setting
+        work_s = math.fsum(sum(self.whole.of(part)[:2]) for part in setting.shape.chain())
+        step_s = work_s * self.microbatches / self.ranks
+        return Bound(step_s * ROUNDING, math.floor((self._standing + self._kept / setting.group) / self.ranks))
+
+    @cached_property
+    def _standing(self) -> float:
+        """All ranks' together."""
+        share, keeping = self.setting.share, self.setting.keeping
+        owned = share.parameter_elements(share.chain())
+        updated = sum(trained(owned, share).values())
+        narrow, wide = keeping.element_bytes, keeping.wide_bytes
+        copy = narrow if narrow != wide else 0
+        weights = updated * (2 * wide + copy) + (sum(owned.values()) - updated) * narrow
+        return weights + 2 * wide * updated / optimizer_shards(self.setting)
+
+    @cached_property
+    def _kept(self) -> int:
+        """One micro-batch's, each tensor once."""
+        work = Work(self.setting.shape, self.setting.whole, 0, self.setting.keeping)
+        found: dict[str, int] = {}
+        policy = self.setting.keeping.recompute
+        for part in self.setting.shape.chain() if policy != "full" else ():
+            found |= work.saved(part) if policy == "none" else work.kept(part)
+        return sum(found.values())
+
+    def kept_of_stages(self, schedule: Schedule) -> list[float]:
+        """Bytes of one accelerator that a forward of each stage keeps of a whole micro-batch; 0 where several ranks run it."""
+        work = Work(self.setting.shape, self.setting.whole, 0, self.setting.keeping)
+        found = []
+        for stage, outputs, ranks in zip(schedule.stages, schedule.outputs, schedule.ranks_of, strict=True):
+            cut = chunks(stage, not self.setting.keeping.recomputes, outputs) if len(ranks) == 1 else ()
+            found.append(sum(sum(kept(chunk, work).values()) for chunk in cut) / self.setting.group)
+        return found
+
+    def of_placement(self, small: Placement, costs: Costs, standing: Sequence[float], sums_s: float) -> Bound:
+        """Of a family's schedules with these stages on these ranks. `sums_s`: what its reduction takes."""
+        if small.visits:
+            return Bound(self.bound.step_s + sums_s * ROUNDING, max(standing))
+        stages = [[costs.of(part) for part in stage.parts] for stage in small.schedule.stages]
+        each = [tuple(math.fsum(column) for column in zip(*parts, strict=True)) for parts in stages]
+        kept_bytes = self.kept_of_stages(small.schedule)
+        slowest, fullest = 0.0, 0.0
+        before_s = [0.0]
+        for _, _, first_forward_s, first_backward_s, _ in each:
+            before_s.append(before_s[-1] + first_forward_s + (0.0 if small.splits else first_backward_s))
+        for rank, mine in enumerate(small.stages_of):
+            busy_s = math.fsum(each[stage][0] + each[stage][1] for stage in mine) * self.microbatches
+            slowest = max(slowest, before_s[min(mine)] + busy_s)
+            fullest = max(fullest, standing[rank] + math.floor(sum(kept_bytes[stage] for stage in mine)))
+        return Bound((slowest + sums_s) * ROUNDING, fullest)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A family's stages and who runs them, from a schedule of as few micro-batches and segments as it takes."""
+
+    schedule: Schedule
+
+    @cached_property
+    def visits(self) -> bool:
+        """Whether several ranks run a stage."""
+        return any(len(ranks) > 1 for ranks in self.schedule.ranks_of)
+
+    @cached_property
+    def splits(self) -> bool:
+        """Whether weight gradients are put off, so that a rank may end with one."""
+        return any(action.kind is Pass.W for action in self.schedule.placed)
+
+    @cached_property
+    def stages_of(self) -> list[list[int]]:
+        """Of each rank."""
+        found: list[list[int]] = [[] for _ in self.schedule.ranks]
+        for stage, ranks in enumerate(self.schedule.ranks_of):
+            for rank in ranks:
+                found[rank].append(stage)
+        return found
+
+    def standing(self, setting: Setting) -> list[float]:
+        """Bytes of each rank's accelerators that do not move."""
+        return [
+            float(sum(each))
+            for each in standing_bytes(self.schedule, setting.share, setting.keeping, optimizer_shards(setting))
+        ]
+
+    def reduction_s(self, setting: Setting) -> float:
+        return reduction_s(self.schedule, setting)
+
+
+def optimizer_shards(setting: Setting) -> int:
+    return setting.data_parallel * setting.context_parallel if setting.optimizer == "sharded" else 1
+
+
+def peak_of_order(schedule: Schedule, setting: Setting, batch: Batch, kept_of_stages: Sequence[float]) -> float:
+    """Bytes of the fullest rank's accelerators, at least: what stands, and what forwards keep in the schedule's order."""
+    standing = Placement(schedule).standing(setting)
+    shares = [length / batch.sequence_length for length in batch.segment_lengths]
+    fullest = 0.0
+    for stands, order in zip(standing, schedule.ranks, strict=True):
+        live = most = 0.0
+        for stage, kind, _, segment in order:
+            if kind is Pass.F:
+                live += kept_of_stages[stage] * shares[segment]
+                most = max(most, live)
+            elif kind in BACKWARD:
+                live -= kept_of_stages[stage] * shares[segment]
+        fullest = max(fullest, stands + math.floor(most * ROUNDING))
+    return fullest
+
+
+def makespan_of_order(schedule: Schedule, seconds: Callable[[Action], float]) -> float:
+    """With messages that take no time."""
+    return times(schedule, seconds).makespan * ROUNDING

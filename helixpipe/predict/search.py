@@ -1,0 +1,353 @@
+"""Search: the best plan for a number of accelerators, over layouts, families, options and policies.
+
+    bound of (layout, policy) ─► of (layout, policy, schedule) ─► the schedule's own, built ─► simulated
+         cheap, for all              for what could still win            in order, the lowest bound first
+
+Whatever has the lowest bound is refined; the search ends when no bound is below the times found. What is never simulated is
+therefore no faster than what is told, or does not fit: each mesh's best is its best, and so are the best meshes.
+"""
+
+from __future__ import annotations
+
+import gc
+import heapq
+import itertools
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from helixpipe.errors import ConfigError, ScheduleError
+from helixpipe.parts.work import Batch
+from helixpipe.predict.bounds import Bound, Costs, Placement, PolicyBound, makespan_of_order, peak_of_order
+from helixpipe.predict.candidates import RECOMPUTE, Candidate, candidates, chunk_sizes, setting_of, slices
+from helixpipe.predict.cost import action_seconds
+from helixpipe.predict.estimate import Estimate, Setting, priced
+from helixpipe.predict.layouts import Asked, Layout, layouts
+from helixpipe.predict.steps import RankFigures, figures
+from helixpipe.schedule import families
+from helixpipe.schedule.lower import lower
+from helixpipe.schedule.program import Program
+from helixpipe.schedule.schedule import Schedule
+
+ALONE = ("1f1b", "seq1f1b")
+"""Of one pipeline rank: whole sequences, or segments, each forward followed by its backward. All others keep more."""
+MOST_ACTIONS = 65536
+"""A schedule may have more only if it is the one with the fewest of its family: beyond, pieces gain next to nothing."""
+
+
+class Row(NamedTuple):
+    """A layout and a schedule, simulated."""
+
+    layout: Layout
+    candidate: Candidate
+    step_s: float
+    ideal_s: float
+    bubble_ratio: float
+    ranks: tuple[RankFigures, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(rank.peak_bytes for rank in self.ranks)
+
+    @property
+    def schedule_told(self) -> str:
+        """The schedule in words; one rank is no pipeline."""
+        if self.layout.mesh.pp > 1:
+            return str(self.candidate)
+        told = [f"{name} {value}" for name, value in self.candidate.options]
+        told += [f"evenness {self.candidate.evenness:g}"] if self.candidate.evenness else []
+        return ", ".join(["no pipeline", *told, self.candidate.kept])
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The best layouts, one row a mesh, fastest first."""
+
+    rows: tuple[Row, ...]
+    layouts: int
+    schedules: int
+    """All that there are."""
+    simulated: int
+    refused: str = ""
+    """Why most of what was refused cannot be."""
+    least_bytes: float = 0.0
+    """Where nothing fits: what any needs at least, and which."""
+    least: str = ""
+
+
+Progress = Callable[[int, int], None]
+"""Called with how many are simulated, and how many could still be faster."""
+
+
+def search(asked: Asked, top: int = 1, processes: int = 1, progress: Progress = lambda done, left: None) -> Answer:
+    """The `top` best meshes, each with its best schedule. Raises ConfigError where there is no layout at all."""
+    for name in asked.families:
+        families.options(name)
+    if top < 1:
+        raise ConfigError(f"top: {top}; give at least 1")
+    asked.setting.shape.check_length(asked.setting.sequence_length)
+    _ = asked.setting.costs  # what nothing can be priced by is refused before the search
+    with _executor(processes) as executor:
+        return _Search(asked, top, progress).run(executor, processes)
+
+
+class _Task(NamedTuple):
+    """What a worker refines."""
+
+    asked: Asked
+    layout: Layout
+    candidate: Candidate
+    limit_s: float
+
+
+class _Result(NamedTuple):
+    """`row`, or why there is none: a bound on time or bytes, or what was refused."""
+
+    row: Row | None = None
+    bound: Bound | None = None
+    refused: str = ""
+
+
+@dataclass
+class _Search:
+    asked: Asked
+    top: int
+    progress: Progress
+    best: dict[tuple[int, ...], Row] = field(default_factory=dict)
+    queue: list[tuple[float, int, Any]] = field(default_factory=list)
+    simulated: int = 0
+    schedules: int = 0
+    refusals: list[str] = field(default_factory=list)
+    least: tuple[float, str] = (float("inf"), "")
+    _order: Iterator[int] = field(default_factory=itertools.count)
+
+    def run(self, executor: Executor, processes: int) -> Answer:
+        found = layouts(self.asked)
+        if not found.layouts:
+            raise ConfigError(f"accelerators: no layout of {self.asked.accelerators} can be: {found.why}")
+        self.refusals += found.refused
+        for layout in found.layouts:
+            self._enter(layout)
+        under_way: dict[Future[_Result], _Task] = {}
+        while self.queue or under_way:
+            while self.queue and len(under_way) < processes + (processes > 1):
+                task = self._next()
+                if task is not None:
+                    under_way[executor.submit(_refine, task)] = task
+            if not under_way:
+                continue
+            done, _ = wait(under_way, return_when=FIRST_COMPLETED)
+            for future in done:
+                self._take(under_way.pop(future), future.result())
+            self.progress(self.simulated, self._left() + len(under_way))
+        rows = sorted(self.best.values(), key=_rank)[: self.top]
+        why = max(self.refusals, key=self.refusals.count, default="")
+        return Answer(tuple(rows), len(found.layouts), self.schedules, self.simulated, why, *self.least)
+
+    def _enter(self, layout: Layout) -> None:
+        """A layout under each policy, with its bound."""
+        try:
+            setting = layout.setting(self.asked)
+        except ConfigError as error:
+            self.refusals.append(str(error))
+            return
+        chunks = chunk_sizes(setting.sequence_length, layout.mesh.cp) if slices(setting.shape) else (0,)
+        for recompute, chunk in itertools.product(RECOMPUTE, chunks):
+            keeping = replace(setting.keeping, recompute=recompute, mlp_chunk=chunk, head_chunk=chunk)
+            policy = PolicyBound(replace(setting, keeping=keeping), layout.mesh.pp, layout.microbatches)
+            self._push(policy.bound, (layout, policy), str(layout))
+
+    def _push(self, bound: Bound, item: Any, told: str) -> None:
+        if bound.peak_bytes > self.asked.memory_bytes:
+            self.least = min(self.least, (bound.peak_bytes, told))
+        else:
+            heapq.heappush(self.queue, (bound.step_s, next(self._order), item))
+
+    def limit_s(self, layout: Layout) -> float:
+        """What is slower is neither its mesh's best nor among the best meshes."""
+        others = sorted(row.step_s for key, row in self.best.items() if key != layout.key)
+        mine = self.best[layout.key].step_s if layout.key in self.best else float("inf")
+        return min(mine, others[self.top - 1] if len(others) >= self.top else float("inf"))
+
+    def _next(self) -> _Task | None:
+        """The lowest bound: refined here where it is of a policy, and handed out where it is of a schedule."""
+        bound_s, _, (layout, item) = heapq.heappop(self.queue)
+        limit_s = self.limit_s(layout)
+        if bound_s > limit_s:
+            return None
+        if isinstance(item, PolicyBound):
+            self._expand(layout, item)
+            return None
+        return _Task(self.asked, layout, item, limit_s)
+
+    def _expand(self, layout: Layout, policy: PolicyBound) -> None:
+        setting, keeping = policy.setting, policy.setting.keeping
+        costs: dict[Batch, Costs] = {}
+        for candidate in schedules_of(self.asked, layout):
+            candidate = candidate._replace(recompute=keeping.recompute, chunk=keeping.mlp_chunk)
+            try:
+                mine = setting_of(setting, candidate)
+                batch = mine.batch(dict(candidate.options).get("segments", 1))
+                placement = placed(mine, layout, candidate)
+            except (ConfigError, ScheduleError) as error:
+                self.refusals.append(str(error))
+                continue
+            if candidate.chunk and candidate.chunk >= max(batch.segment_lengths):
+                continue  # no segment is longer: it is another candidate
+            self.schedules += 1
+            if batch not in costs:
+                costs[batch] = Costs(mine, batch)
+            bound = policy.of_placement(placement, costs[batch], placement.standing(mine), placement.reduction_s(mine))
+            self._push(bound, (layout, candidate), f"{layout}, {candidate}")
+
+    def _take(self, task: _Task, result: _Result) -> None:
+        if result.refused:
+            self.refusals.append(result.refused)
+        elif result.bound is not None:  # it is slower, or does not fit
+            if result.bound.peak_bytes > self.asked.memory_bytes:
+                self.least = min(self.least, (result.bound.peak_bytes, f"{task.layout}, {task.candidate}"))
+        elif result.row is not None:
+            self.simulated += 1
+            row, key = result.row, task.layout.key
+            if row.peak_bytes > self.asked.memory_bytes:
+                self.least = min(self.least, (float(row.peak_bytes), f"{row.layout}, {row.candidate}"))
+            elif key not in self.best or _rank(row) < _rank(self.best[key]):
+                self.best[key] = row
+
+    def _left(self) -> int:
+        """How many could still change the answer."""
+        return sum(bound_s <= self.limit_s(item[0]) for bound_s, _, item in self.queue)
+
+
+def _rank(row: Row) -> tuple[Any, ...]:
+    """The faster, then the leaner; then an order that is the same in every run."""
+    return row.step_s, row.peak_bytes, row.layout.key, str(row.layout), row.schedule_told
+
+
+def schedules_of(asked: Asked, layout: Layout) -> list[Candidate]:
+    """Families and options that a layout may have, without a policy."""
+    setting, ranks = asked.setting, layout.mesh.pp
+    only = asked.families
+    if ranks == 1:
+        only = tuple(name for name in ALONE if not only or name in only)
+        if not only:
+            return []
+    each = candidates(
+        ranks, setting.shape.layers, setting.sequence_length, layout.setting(asked).segment_multiple,
+        setting.shape.causal, only,
+    )  # fmt: skip
+    bare = dict.fromkeys(candidate._replace(recompute="none", chunk=0) for candidate in each)
+    return [candidate for candidate in bare if _is_worth(candidate, layout)]
+
+
+def _is_worth(candidate: Candidate, layout: Layout) -> bool:
+    """Whether it has few enough actions, or its family has none with fewer."""
+    given = dict(candidate.options)
+    pieces = given.get("segments", 1) * given.get("stages_per_rank", 1)
+    return pieces <= 4 or 2 * layout.microbatches * pieces * layout.mesh.pp <= MOST_ACTIONS
+
+
+_placements: dict[Any, Placement] = {}
+
+
+def placed(setting: Setting, layout: Layout, candidate: Candidate) -> Placement:
+    """The stages of a candidate, from the smallest schedule that its family makes; refused as the whole one would be."""
+    options = {name: 1 if name == "segments" else value for name, value in candidate.options}
+    ranks, m = layout.mesh.pp, layout.microbatches
+    balance = tuple(setting.balance.items()) if candidate.family in families.FAMILIES else ()
+    key = (setting.shape, candidate.family, tuple(options.items()), ranks, m >= 2 * ranks, balance)
+    if key not in _placements:
+        try:
+            schedule = setting.build(candidate.family, ranks, 1, **options)
+        except ConfigError:
+            schedule = setting.build(candidate.family, ranks, min(m, 2 * ranks), **options)
+        _placements[key] = Placement(schedule)
+    return _placements[key]
+
+
+def _refine(task: _Task) -> _Result:
+    """Build, bound again, and simulate what could still be the answer."""
+    asked, layout, candidate, limit_s = task
+    setting = setting_of(layout.setting(asked), candidate)
+    try:
+        batch = setting.batch(dict(candidate.options).get("segments", 1))
+        schedule = _schedule(setting, layout, candidate)
+    except (ConfigError, ScheduleError) as error:
+        return _Result(refused=str(error))
+    policy = PolicyBound(setting, layout.mesh.pp, layout.microbatches)
+    least_bytes = peak_of_order(schedule, setting, batch, policy.kept_of_stages(schedule))
+    if least_bytes > asked.memory_bytes:
+        return _Result(bound=Bound(0.0, least_bytes))
+    seconds = action_seconds(schedule, setting.shape, batch, setting.costs, setting.keeping)
+    least_s = makespan_of_order(schedule, seconds) + Placement(schedule).reduction_s(setting)
+    if least_s > limit_s:
+        return _Result(bound=Bound(least_s, least_bytes))
+    estimate = priced(_program(schedule, setting, batch), setting)
+    found = figures([estimate])
+    return _Result(Row(layout, candidate, found.step_s, found.ideal_s, found.bubble_ratio, found.ranks))
+
+
+def estimate_row(asked: Asked, row: Row) -> Estimate:
+    """The whole estimate behind a row."""
+    setting = setting_of(row.layout.setting(asked), row.candidate)
+    options = dict(row.candidate.options)
+    schedule = setting.build(row.candidate.family, row.layout.mesh.pp, row.layout.microbatches, **options)
+    return priced(lower(schedule, setting.shape, setting.batch(schedule.segments)), setting)
+
+
+class _Kept:
+    """The last few schedules and programs that a worker made: layouts share them."""
+
+    def __init__(self) -> None:
+        self.known: dict[Any, Any] = {}
+
+    def get(self, key: Any, make: Callable[[], Any]) -> Any:
+        found = self.known.pop(key, None)
+        self.known[key] = make() if found is None else found
+        while len(self.known) > 6:
+            del self.known[next(iter(self.known))]
+        return self.known[key]
+
+
+_kept_schedules, _kept_programs = _Kept(), _Kept()
+
+
+def _schedule(setting: Setting, layout: Layout, candidate: Candidate) -> Schedule:
+    names = families.options(candidate.family)
+    balance = tuple((name, value) for name, value in setting.balance.items() if name in names)
+    key = (candidate.family, candidate.options, layout.mesh.pp, layout.microbatches, balance, setting.shape)
+    schedule: Schedule = _kept_schedules.get(
+        key,
+        lambda: setting.build(candidate.family, layout.mesh.pp, layout.microbatches, **dict(candidate.options)),
+    )
+    return schedule
+
+
+def _program(schedule: Schedule, setting: Setting, batch: Batch) -> Program:
+    program: Program = _kept_programs.get((id(schedule), batch), lambda: lower(schedule, setting.shape, batch))
+    if program.schedule is not schedule:  # another one had its place in memory
+        return lower(schedule, setting.shape, batch)
+    return program
+
+
+class _Here(Executor):
+    """Runs what it is given at once."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+@contextmanager
+def _executor(processes: int) -> Iterator[Executor]:
+    """No fork: the caller may have threads; and no collector: see `plan`."""
+    if processes == 1:
+        yield _Here()
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, initializer=gc.disable) as pool:
+        yield pool
