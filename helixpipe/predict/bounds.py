@@ -18,14 +18,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 from helixpipe.parts.part import Part
+from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Batch, Work
-from helixpipe.predict.estimate import Setting, reduction_s
+from helixpipe.predict.estimate import Setting, reduction_of
 from helixpipe.predict.keeping import kept
-from helixpipe.predict.standing import standing_bytes, trained
+from helixpipe.predict.standing import Elements, owned_and_visiting, standing_of, trained
 from helixpipe.schedule.action import BACKWARD, Action, Pass
 from helixpipe.schedule.chunks import chunks
 from helixpipe.schedule.order import times
@@ -108,12 +109,11 @@ class PolicyBound:
     @cached_property
     def _standing(self) -> float:
         """All ranks' together."""
-        share, keeping = self.setting.share, self.setting.keeping
-        owned = share.parameter_elements(share.chain())
-        updated = sum(trained(owned, share).values())
+        keeping = self.setting.keeping
+        whole, updated = _parameters(self.setting.share)
         narrow, wide = keeping.element_bytes, keeping.wide_bytes
         copy = narrow if narrow != wide else 0
-        weights = updated * (2 * wide + copy) + (sum(owned.values()) - updated) * narrow
+        weights = updated * (2 * wide + copy) + (whole - updated) * narrow
         return weights + 2 * wide * updated / optimizer_shards(self.setting)
 
     @cached_property
@@ -126,8 +126,17 @@ class PolicyBound:
             found |= work.saved(part) if policy == "none" else work.kept(part)
         return sum(found.values())
 
-    def kept_of_stages(self, schedule: Schedule) -> list[float]:
+    def kept_of_stages(self, placement: Placement) -> list[float]:
         """Bytes of one accelerator that a forward of each stage keeps of a whole micro-batch; 0 where several ranks run it."""
+        if id(placement) not in self._kept_by_placement:
+            self._kept_by_placement[id(placement)] = self._kept_of_stages(placement.schedule)
+        return self._kept_by_placement[id(placement)]
+
+    @cached_property
+    def _kept_by_placement(self) -> dict[int, list[float]]:
+        return {}
+
+    def _kept_of_stages(self, schedule: Schedule) -> list[float]:
         work = Work(self.setting.shape, self.setting.whole, 0, self.setting.keeping)
         found = []
         for stage, outputs, ranks in zip(schedule.stages, schedule.outputs, schedule.ranks_of, strict=True):
@@ -141,7 +150,7 @@ class PolicyBound:
             return Bound(self.bound.step_s + sums_s * ROUNDING, max(standing))
         stages = [[costs.of(part) for part in stage.parts] for stage in small.schedule.stages]
         each = [tuple(math.fsum(column) for column in zip(*parts, strict=True)) for parts in stages]
-        kept_bytes = self.kept_of_stages(small.schedule)
+        kept_bytes = self.kept_of_stages(small)
         slowest, fullest = 0.0, 0.0
         before_s = [0.0]
         for _, _, first_forward_s, first_backward_s, _ in each:
@@ -180,22 +189,45 @@ class Placement:
 
     def standing(self, setting: Setting) -> list[float]:
         """Bytes of each rank's accelerators that do not move."""
-        return [
-            float(sum(each))
-            for each in standing_bytes(self.schedule, setting.share, setting.keeping, optimizer_shards(setting))
-        ]
+        key = "standing", setting.share, setting.keeping.element_bytes, optimizer_shards(setting)
+        if key not in self._known:
+            found = standing_of(self._owned(setting.share), setting.share, setting.keeping, optimizer_shards(setting))
+            self._known[key] = [float(sum(each)) for each in found]
+        return self._known[key]
 
     def reduction_s(self, setting: Setting) -> float:
-        return reduction_s(self.schedule, setting)
+        """What summing gradients takes."""
+        key = "sums", setting.shape, setting.keeping.element_bytes, setting.mesh, setting.optimizer, setting.links
+        if key not in self._known:
+            self._known[key] = reduction_of(self._owned(setting.shape), self._owned(setting.share), setting)
+        return float(self._known[key])
+
+    def _owned(self, share: ModelShape) -> list[Elements]:
+        if share not in self._known:
+            self._known[share] = owned_and_visiting(self.schedule, share)[0]
+        found: list[Elements] = self._known[share]
+        return found
+
+    @cached_property
+    def _known(self) -> dict[object, Any]:
+        return {}
+
+
+@lru_cache(maxsize=64)
+def _parameters(share: ModelShape) -> tuple[int, int]:
+    """All that there are, and those that are trained."""
+    owned = share.parameter_elements(share.chain())
+    return sum(owned.values()), sum(trained(owned, share).values())
 
 
 def optimizer_shards(setting: Setting) -> int:
     return setting.data_parallel * setting.context_parallel if setting.optimizer == "sharded" else 1
 
 
-def peak_of_order(schedule: Schedule, setting: Setting, batch: Batch, kept_of_stages: Sequence[float]) -> float:
+def peak_of_order(
+    schedule: Schedule, standing: Sequence[float], batch: Batch, kept_of_stages: Sequence[float]
+) -> float:
     """Bytes of the fullest rank's accelerators, at least: what stands, and what forwards keep in the schedule's order."""
-    standing = Placement(schedule).standing(setting)
     shares = [length / batch.sequence_length for length in batch.segment_lengths]
     fullest = 0.0
     for stands, order in zip(standing, schedule.ranks, strict=True):

@@ -23,7 +23,7 @@ from helixpipe.predict.cost import Analytic, PartCosts, accelerator_bytes, actio
 from helixpipe.predict.hardware import Accelerator, Link, named_accelerator, named_link
 from helixpipe.predict.nodes import Links, Nodes
 from helixpipe.predict.simulate import simulate_program
-from helixpipe.predict.standing import dealt, owned_and_visiting, standing_bytes, trained
+from helixpipe.predict.standing import Elements, dealt, owned_and_visiting, standing_bytes, trained
 from helixpipe.predict.timeline import MemoryPoint, Timeline
 from helixpipe.schedule import families
 from helixpipe.schedule.action import Action
@@ -318,13 +318,18 @@ class Estimate:
 
 def reduction_s(schedule: Schedule, setting: Setting) -> float:
     """See `Estimate.reduction_s`: of the rank that takes longest. It follows from the placement alone."""
+    wholes, _ = owned_and_visiting(schedule, setting.shape)
+    shares, _ = owned_and_visiting(schedule, setting.share)
+    return reduction_of(wholes, shares, setting)
+
+
+def reduction_of(wholes: Sequence[Elements], shares: Sequence[Elements], setting: Setting) -> float:
+    """The same of what each rank owns of the model, and of what one accelerator of it holds of that."""
     replicas, wide = setting.data_parallel * setting.context_parallel, setting.keeping.wide_bytes
     if setting.links is None:
         among, between = setting.link, setting.link if replicas > 1 else setting.tensor_link
     else:
         among, between = setting.links.replicas, setting.links.copies
-    wholes, _ = owned_and_visiting(schedule, setting.shape)
-    shares, _ = owned_and_visiting(schedule, setting.share)
     slowest = 0.0
     for whole, held in zip(wholes, shares, strict=True):
         share = trained(held, setting.share)

@@ -264,7 +264,10 @@ def placed(setting: Setting, layout: Layout, candidate: Candidate) -> Placement:
             schedule = setting.build(candidate.family, ranks, 1, **options)
         except ConfigError:
             schedule = setting.build(candidate.family, ranks, min(m, 2 * ranks), **options)
-        _placements[key] = Placement(schedule)
+        made = Placement(schedule)
+        # families with the same stages on the same ranks are one
+        same = (setting.shape, schedule.stages, schedule.ranks_of, made.splits)
+        _placements[key] = _placements.setdefault(same, made)
     return _placements[key]
 
 
@@ -278,11 +281,12 @@ def _refine(task: _Task) -> _Result:
     except (ConfigError, ScheduleError) as error:
         return _Result(refused=str(error))
     policy = PolicyBound(setting, layout.mesh.pp, layout.microbatches)
-    least_bytes = peak_of_order(schedule, setting, batch, policy.kept_of_stages(schedule))
+    small = placed(setting, layout, candidate)
+    least_bytes = peak_of_order(schedule, small.standing(setting), batch, policy.kept_of_stages(small))
     if least_bytes > asked.memory_bytes:
         return _Result(bound=Bound(0.0, least_bytes))
     seconds = action_seconds(schedule, setting.shape, batch, setting.costs, setting.keeping)
-    least_s = makespan_of_order(schedule, seconds) + Placement(schedule).reduction_s(setting)
+    least_s = makespan_of_order(schedule, seconds) + small.reduction_s(setting)
     if least_s > limit_s:
         return _Result(bound=Bound(least_s, least_bytes))
     estimate = priced(_program(schedule, setting, batch), setting)

@@ -28,8 +28,8 @@ SHAPE = ModelShape(layers=4, hidden=512, heads=4, kv_heads=2, ffn=1024, vocabula
 INSIDE, ACROSS = Link("inside", 1e11, 1e-6, "made up"), Link("across", 5e9, 1e-5, "made up")
 SETTING = Setting(SHAPE, 8192, named_accelerator("h100"), ACROSS, Keeping("none", 2, device="cuda"))
 ASKED = Asked(
-    SETTING, 4, 4, math.inf, Nodes(2, INSIDE, ACROSS), families=("1f1b", "seq1f1b_interleaved", "zb_v", "helix")
-)
+    SETTING, 4, 4, math.inf, Nodes(2, INSIDE, ACROSS), microbatch_size=1, families=("1f1b", "interleaved", "helix")
+)  # fmt: skip
 
 
 def everything(asked: Asked) -> list[Row]:
@@ -58,7 +58,9 @@ def everything(asked: Asked) -> list[Row]:
             for bound in bounds:
                 assert bound.step_s <= row.step_s, row
                 assert bound.peak_bytes <= row.peak_bytes, row
-            assert peak_of_order(schedule, setting, batch, policy.kept_of_stages(schedule)) <= row.peak_bytes, row
+            assert (
+                peak_of_order(schedule, small.standing(setting), batch, policy.kept_of_stages(small)) <= row.peak_bytes
+            ), row
             seconds = action_seconds(schedule, SHAPE, batch, setting.costs, setting.keeping)
             assert makespan_of_order(schedule, seconds) + small.reduction_s(setting) <= row.step_s, row
     return rows
@@ -80,11 +82,11 @@ def best_of(rows: list[Row], memory_bytes: float, top: int) -> list[Row]:
 
 def test_the_answer_is_that_of_trying_everything(rows: list[Row]) -> None:
     peaks = sorted(row.peak_bytes for row in rows)
-    for memory_bytes, top in ((math.inf, 3), (peaks[len(peaks) // 3], 2), (peaks[len(peaks) // 30], 1), (math.inf, 99)):
+    for memory_bytes, top in ((math.inf, 3), (peaks[len(peaks) // 20], 1), (math.inf, 99)):
         found = search(replace(ASKED, memory_bytes=memory_bytes), top)
         assert list(found.rows) == best_of(rows, memory_bytes, top)
-        if top < 99:
-            assert found.simulated < len(rows) / 2
+        if top == 1:
+            assert found.simulated < len(rows) / 4
 
 
 def test_every_family_keeps_its_bounds() -> None:
