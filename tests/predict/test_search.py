@@ -28,7 +28,7 @@ SHAPE = ModelShape(layers=4, hidden=512, heads=4, kv_heads=2, ffn=1024, vocabula
 INSIDE, ACROSS = Link("inside", 1e11, 1e-6, "made up"), Link("across", 5e9, 1e-5, "made up")
 SETTING = Setting(SHAPE, 8192, named_accelerator("h100"), ACROSS, Keeping("none", 2, device="cuda"))
 ASKED = Asked(
-    SETTING, 4, 4, math.inf, Nodes(2, INSIDE, ACROSS), microbatch_size=1, families=("1f1b", "interleaved", "helix")
+    SETTING, 4, 2, math.inf, Nodes(2, INSIDE, ACROSS), cp=1, microbatch_size=1, families=("1f1b", "interleaved", "zb_v")
 )  # fmt: skip
 
 
@@ -85,8 +85,8 @@ def test_the_answer_is_that_of_trying_everything(rows: list[Row]) -> None:
     for memory_bytes, top in ((math.inf, 3), (peaks[len(peaks) // 20], 1), (math.inf, 99)):
         found = search(replace(ASKED, memory_bytes=memory_bytes), top)
         assert list(found.rows) == best_of(rows, memory_bytes, top)
-        if top == 1:
-            assert found.simulated < len(rows) / 4
+        if math.isinf(memory_bytes) and top == 3:
+            assert found.simulated < len(rows) / 2
 
 
 def test_every_family_keeps_its_bounds() -> None:
@@ -120,7 +120,7 @@ def test_processes_find_the_same() -> None:
 
 
 def test_directions_that_are_given_stay() -> None:
-    asked = replace(ASKED, tp=2, families=("1f1b",))
+    asked = replace(ASKED, tp=2, cp=None, families=("1f1b",))
     assert {layout.mesh.tp for layout in layouts(asked).layouts} == {2}
     both = replace(asked, cp=2, context_method="ulysses", optimizer="sharded")
     (layout,) = layouts(both).layouts
