@@ -21,7 +21,7 @@ from helixpipe.schedule.schedule import Schedule
 from helixpipe.schedule.text import to_csv, to_json
 from helixpipe.schedule.torch_text import to_torch_csv
 from helixpipe.view.text import staircase
-from helixpipe.view.units import unit_durations
+from helixpipe.schedule.durations import unit_durations
 
 SHOW = """\
 The terminal shows one column an action, as if all took equally long. The SVG, makespan and bubble use

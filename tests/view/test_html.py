@@ -20,7 +20,7 @@ from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
 from helixpipe.view.html import page
 from helixpipe.view.palette import colour
-from helixpipe.view.units import unit_durations
+from helixpipe.schedule.durations import unit_durations
 
 GIB = 2**30
 

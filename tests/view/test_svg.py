@@ -15,7 +15,7 @@ from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
 from helixpipe.view.svg import LEFT, RIGHT, WIDTH, render
-from helixpipe.view.units import unit_durations
+from helixpipe.schedule.durations import unit_durations
 
 NS = "{http://www.w3.org/2000/svg}"
 
