@@ -258,13 +258,15 @@ class _Step:
         self.values(values, -1, prefix)
 
     def forward(self, chunk: Chunk) -> None:
-        graph = not self.work.keeping.recomputes
+        graph = not self.work.keeping.recomputes or chunk.graphed
         if not graph:
             self.values(chunk.reads, 1)
         self._run(chunk, graph, again=False)
 
     def recompute(self, chunk: Chunk) -> None:
-        """What was kept gives way to the graph."""
+        """What was kept gives way to the graph, where there is none yet."""
+        if chunk.graphed:
+            return
         self._run(chunk, graph=True, again=True)
         self.values(chunk.gives if not self._is_unread(chunk) else chunk.gives[:-1], -1)
         self.hold(kept(chunk, self.work), -1)
