@@ -21,6 +21,9 @@ from helixpipe.errors import ConfigError
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.graph import Graph
 
+SLACK = 1 + 1e-9
+"""Sums of floats that are equal may differ by so much."""
+
 
 @dataclass(frozen=True)
 class Cap:
@@ -59,14 +62,14 @@ class Cap:
         adds = tuple(-add for add in self.adds)
         return replace(self, adds=adds, graph=self.graph.backwards, reverse=not self.reverse)
 
-    def check(self, unit: str = "") -> None:
-        """Raise ConfigError where a rank cannot hold one micro-batch, with the rank that misses most."""
+    def check(self, told: Callable[[float], str] = "{:.4g}".format) -> None:
+        """Raise ConfigError where a rank cannot hold one micro-batch, with the rank that misses most. `told`: an amount in words."""
         least = [max(whole, default=0.0) for whole in self.whole]
         rank = max(range(len(least)), key=lambda r: least[r] - self.limits[r])
-        if least[rank] > self.limits[rank] * (1 + 1e-9):
+        if least[rank] > self.limits[rank] * SLACK:
             raise ConfigError(
-                f"schedule.memory: {self.limits[rank]:.4g}{unit}, and rank {rank} keeps {least[rank]:.4g}{unit} of one micro-batch "
-                "before its first backward; give at least that much, or more ranks"
+                f"schedule.memory: {told(self.limits[rank])}, and rank {rank} keeps {told(least[rank])} of one micro-batch before its "
+                f"first backward; give at least {told(least[rank])}, or more ranks"
             )
 
 
@@ -75,7 +78,7 @@ class Kept:
 
     def __init__(self, cap: Cap) -> None:
         self._cap, self._place, self._adds = cap, cap.place, cap.adds
-        self._limits = [limit * (1 + 1e-9) for limit in cap.limits]
+        self._limits = [limit * SLACK for limit in cap.limits]
         self._kept = [[0.0] * cap.microbatches for _ in cap.limits]
         self._missing = [list(whole) for whole in cap.whole]
         self._left = [[0] * cap.microbatches for _ in cap.limits]  # actions to come
@@ -111,7 +114,9 @@ class Kept:
             self._first[rank] += 1
 
 
-def cap_of(graph: Graph, limits: Sequence[float], kept: Callable[[Action], float], put_off: Callable[[Action], float]) -> Cap:
+def cap_of(
+    graph: Graph, limits: Sequence[float], kept: Callable[[Action], float], put_off: Callable[[Action], float]
+) -> Cap:
     """The cap of a graph: `kept` is what a forward leaves for its backward, `put_off` what of it an I leaves for its W.
 
     An R is counted as nothing.

@@ -3,10 +3,13 @@
 Whenever a rank is free it takes, of the actions that have all they wait for and that its cap has room for, the one it
 prefers. It does not begin one it likes less where a better one is known to come within `patience` of that one's time.
 
-    p=2, m=3, F = B = 1, backwards preferred:      cap of 2 forwards             cap of 1
+    p=2, m=3, one column a unit of time, F = B = 1, backwards preferred, then the first micro-batch; caps of 2 forwards and of 1:
 
-    rank 0   0F0 0F1 0F2 0B0 0B1 0B2               0F0 0F1 ... 0B0 0F2 0B1 ... 0B2     0F0 ... ... 0B0 0F1 ...
-    rank 1   ... 1F0 1B0 1F1 1B1 1F2 1B2           ... 1F0 1B0 1F1 1B1 ... 1F2 1B2     ... 1F0 1B0 ... ... 1F1
+    rank 0   F0 F1 .. B0 F2 B1 .. B2
+    rank 1   .. F0 B0 F1 B1 F2 B2
+
+    rank 0   F0 .. .. B0 F1 .. .. B1 F2 .. .. B2
+    rank 1   .. F0 B0 .. .. F1 B1 .. .. F2 B2
 
 Every run against the clock is linear in the actions but for the heaps of what is ready. Nothing is drawn by lot, times are whole
 numbers and equals go by number, so every rank and every machine builds the same. `check` proves the result like any other.
@@ -104,7 +107,7 @@ def list_schedule(
             if soon:
                 heapq.heappush(moments, (soon[0][0], r))
             continue
-        preference, i = chosen
+        i = chosen[1]
         if patience and soon:
             better = _better(soon, chosen, now + patience * takes[i], r, kept)
             if better is not None:

@@ -89,17 +89,18 @@ def graph(
     costs: Callable[[Action], float],
     travel: Callable[[Action, Action], float] | None = None,
     after: Mapping[Action, Action] | None = None,
+    unit: float = 0.0,
 ) -> Graph:
     """The graph of a schedule's actions, whatever their order. `costs`: of each action, in any unit, none below 0.
 
     `travel`: in the same unit, how long what one action makes is on its way to another one on another rank; free when not
-    given. `after`: actions that are not to be taken before another one has ended, though they need nothing of it.
+    given. `after`: actions that are not to be taken before another one has ended, though they need nothing of it. `unit`: what a time of 1 is; chosen when 0.
     """
     actions = tuple(action for order in schedule.ranks for action in order)
     rank = tuple(r for r, order in enumerate(schedule.ranks) for _ in order)
     number = {action: i for i, action in enumerate(actions)}
     taken = list(map(costs, actions))
-    unit = math.fsum(taken) / (GRAIN * len(taken)) or 1.0
+    unit = unit or math.fsum(taken) / (GRAIN * len(taken)) or 1.0
     followers: list[list[tuple[int, int]]] = [[] for _ in actions]
     dependencies = schedule.dependencies
     for i, action in enumerate(actions):

@@ -16,7 +16,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from helixpipe.schedule.cap import Cap
+from helixpipe.schedule.cap import SLACK, Cap
 from helixpipe.schedule.construct import Built, list_schedule
 from helixpipe.schedule.graph import Graph
 from helixpipe.schedule.order import Stuck
@@ -103,7 +103,7 @@ def exchange(known: Graph, built: Built, cap: Cap | None, tries: int) -> Built:
             if tries <= 0:
                 break
             orders = _exchanged(known, now.orders, first, second)
-            if cap is not None and not _fits(cap, orders[known.rank[first]], known.rank[first]):
+            if cap is not None and not fits(cap, orders[known.rank[first]], known.rank[first]):
                 continue
             tries -= 1
             try:
@@ -163,7 +163,7 @@ def _exchanged(known: Graph, orders: Orders, first: int, second: int) -> Orders:
     return (*orders[:rank], tuple(order), *orders[rank + 1 :])
 
 
-def _fits(cap: Cap, order: Sequence[int], rank: int) -> bool:
+def fits(cap: Cap, order: Sequence[int], rank: int) -> bool:
     """Whether a rank never keeps more than it may."""
     most = max(itertools.accumulate(cap.adds[i] for i in order), default=0.0)
-    return most <= cap.limits[rank] * (1 + 1e-9)
+    return most <= cap.limits[rank] * SLACK

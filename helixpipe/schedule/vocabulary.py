@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from helixpipe.parts.part import Part, ends
+from helixpipe.parts.part import Part, chain, ends
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.construct import Built, list_schedule, schedule_of
 from helixpipe.schedule.durations import unit_durations
@@ -41,33 +41,43 @@ GAIN = 0.002
 
 def spread(schedule: Schedule, prices: Prices = unit_durations) -> Schedule:
     """The schedule with embedding and head in shards, one of each a rank; `prices` decide the order. Stages keep their numbers."""
-    own = len(schedule.stages)
-    ranks, layers = len(schedule.ranks), schedule.layers
-    embed, head = ends(layers)
-    changed = {embed: Part("joined", 0), head: Part("final", layers)}
-    stages = [replace(stage, parts=tuple(changed.get(part, part) for part in stage.parts)) for stage in schedule.stages]
-    first, last = (next(s for s, stage in enumerate(schedule.stages) if end in stage.parts) for end in (embed, head))
+    draft, paced = with_shards(schedule)
+    known = graph(draft, prices(draft), after=paced)
+    return schedule_of(draft, known, _soonest(known, schedule))
+
+
+def with_shards(schedule: Schedule) -> tuple[Schedule, dict[Action, Action]]:
+    """The stages with shards, each rank's actions with those of shards before its own, and which wait for which to come in time.
+
+    Shards are in the order in which a rank prefers them: what others wait for most is first.
+    """
+    ranks, layers, own = len(schedule.ranks), schedule.layers, len(schedule.stages)
+    lookups, joined, final, logits, loss = _cut(chain(layers, vocabulary_shards=ranks), ranks)
+    around = dict(zip(ends(layers), (joined, final), strict=True))
+    first, last = (next(s for s, stage in enumerate(schedule.stages) if end in stage.parts) for end in around)
+    stages = [replace(stage, parts=tuple(around.get(part, part) for part in stage.parts)) for stage in schedule.stages]
+    stages += [Stage((part,)) for part in (*lookups, *logits, loss)]
     units = [(a.microbatch, a.segment) for order in schedule.ranks for a in order if a[:2] == (first, Pass.F)]
-    logits = [Stage((Part("logits", layers, r, ranks),)) for r in range(ranks)]
-    lookups = [Stage((Part("lookup", 0, r, ranks),)) for r in range(ranks)]
-    stages += [*logits, Stage((Part("loss", layers),)), *lookups]
-    loss, table = own + ranks, own + ranks + 1
-    losses = schedule.placement
-    extras: list[list[Action]] = []
-    for rank in range(ranks):
-        mine = [(own + rank, Pass.B, *unit) for unit in units]
-        mine += [(loss, kind, *unit) for kind in (Pass.B, Pass.F) for unit in units if losses[last, unit[0]] == rank]
-        mine += [(own + rank, Pass.F, *unit) for unit in units]
-        mine += [(table + rank, kind, *unit) for kind in (Pass.F, Pass.B) for unit in units]
-        extras.append([Action(*each) for each in mine])
-    draft = Schedule(tuple(stages), tuple((*more, *order) for more, order in zip(extras, schedule.ranks, strict=True)))
+    orders = []
+    for rank, order in enumerate(schedule.ranks):
+        table, words, joins = own + rank, own + ranks + rank, own + 2 * ranks
+        losses = [unit for unit in units if schedule.placement[last, unit[0]] == rank]
+        shards = [Action(words, Pass.B, *unit) for unit in units]
+        shards += [Action(joins, kind, *unit) for kind in (Pass.B, Pass.F) for unit in losses]
+        shards += [Action(words, Pass.F, *unit) for unit in units]
+        shards += [Action(table, kind, *unit) for kind in (Pass.F, Pass.B) for unit in units]
+        orders.append((*shards, *order))
     paced = {
-        Action(table + rank, Pass.F, *unit): Action(first, Pass.F, *before)
+        Action(own + rank, Pass.F, *unit): Action(first, Pass.F, *before)
         for unit, before in zip(units[LOOK_UPS:], units, strict=False)
         for rank in range(ranks)
     }
-    known = graph(draft, prices(draft), after=paced)
-    return schedule_of(draft, known, _soonest(known, schedule))
+    return Schedule(tuple(stages), tuple(orders)), paced
+
+
+def _cut(whole: Sequence[Part], ranks: int) -> tuple[Sequence[Part], Part, Part, Sequence[Part], Part]:
+    """A model's chain without its layers: shards of the table, what joins them, what ends the last layer, shards, the loss."""
+    return whole[:ranks], whole[ranks], whole[-ranks - 2], whole[-ranks - 1 : -1], whole[-1]
 
 
 def _soonest(known: Graph, schedule: Schedule) -> Built:
@@ -75,7 +85,7 @@ def _soonest(known: Graph, schedule: Schedule) -> Built:
     best: Built | None = None
     places = range(len(known.actions))
     for more in MORE:
-        chains = [[known.number[action] for action in _ahead(order, more)] for order in schedule.ranks]
+        chains = [[known.number[action] for action in ahead(order, more)] for order in schedule.ranks]
         try:
             built = list_schedule(known, places, chains=chains)
         except Stuck:  # so many forwards wait for backwards that come behind them
@@ -87,7 +97,7 @@ def _soonest(known: Graph, schedule: Schedule) -> Built:
     return best
 
 
-def _ahead(order: Sequence[Action], more: int) -> Iterator[Action]:
+def ahead(order: Sequence[Action], more: int) -> Iterator[Action]:
     """An order with each action that is no forward behind so many more forwards than it was."""
     forwards = [action for action in order if action.kind is Pass.F]
     seen = given = 0
