@@ -28,10 +28,16 @@ OPTIONS = {
     "groups": ("G", "one group after another, sequential, or all forwards first, forward_first"),
     "balance": ("B", "micro-batches take their places by number, or by the cost of their attention, work"),
     "work": ("W,W,...", "what each micro-batch's attention costs, in any unit, for --balance work"),
+    "placement": ("P", "stages round the ranks, looped, there and back, v, or one a rank, line"),
+    "memory": ("M", "what a rank's forwards may keep: 24GiB, or 1.5 times what one micro-batch leaves [ranks times]"),
+    "tries": ("N", "runs against the clock that improve an order; 0 chooses"),
     "costs": ("F,I,W", "times of a stage's F, I and W, which decide the order"),
     "opaque": ("L,L,...", "layers that are one block, which nothing can split"),
     "ends": ("E,H", "how many layers' work embed and head are"),
 }
+
+EVERYWHERE = ("vocabulary", "layers_per_stage")
+"""Options that are of no family."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -123,6 +129,10 @@ def add_family_options(parser: Parser) -> None:
     for name, kind in _family_options().items():
         metavar, meaning = OPTIONS.get(name, (name.upper(), ""))
         own.add_argument(flag(name), type=kind, metavar=metavar, help=f"{meaning} [{_who_has(name)}]")
+    spread = "last, or spread: head and embedding divided by words over all ranks [all; default last]"
+    own.add_argument("--vocabulary", metavar="V", help=spread)
+    by_hand = "layers of each stage, in order [all but helix; default by cost]"
+    own.add_argument("--layers-per-stage", type=partial(_numbers, int), metavar="L,L,...", help=by_hand)
 
 
 def _family_options() -> dict[str, Callable[[str], Any]]:
@@ -161,4 +171,4 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
             have = ", ".join(family for family in FAMILIES if name in options(family))
             advice = f"; did you mean '{flag(near[0])}'?" if near else f", {has}, but of {have}"
             raise ConfigError(f"{flag(name)}: not an option of {args.family}{advice}")
-    return given
+    return given | {name: value for name in EVERYWHERE if (value := getattr(args, name)) is not None}
