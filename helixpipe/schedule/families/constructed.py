@@ -19,6 +19,7 @@ With equal stages it is never longer than the best of these families in the same
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 
@@ -41,7 +42,7 @@ from helixpipe.schedule.families.zb_v import zb_v
 from helixpipe.schedule.problem import Kept, Orders, Problem, best
 from helixpipe.schedule.schedule import Schedule
 from helixpipe.schedule.stage import Stage
-from helixpipe.schedule.vocabulary import Prices
+from helixpipe.schedule.vocabulary import DELAY, Prices
 
 PLACEMENTS = ("looped", "v", "line")
 MEMORY = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(GiB)?")
@@ -56,6 +57,7 @@ def constructed(
     stages_per_rank: int = 1,
     memory: str = "",
     tries: int = 0,
+    delay: float = DELAY,
     opaque: Collection[int] = (),
     ends: Sequence[float] = (0, 0),
     *,
@@ -67,15 +69,18 @@ def constructed(
 ) -> Schedule:
     """`memory`: what forwards of a rank may keep at one time: "24GiB", where `kept` says bytes, or "1.5" times what one micro-batch
     leaves on a rank; p times when not given, as 1F1B. `tries`: runs against the clock that improve an order; 0 chooses.
+    `delay`: what a message is taken to be on its way, in forwards of a stage: with some an order bears messages that are late.
     `prices`: of a schedule, what its actions take. `opaque`: see gpipe. `ends`: see split_layers.
     """
     check_segments(segments, opaque)
+    if not 0 <= delay < math.inf or tries < 0:
+        raise ConfigError(f"schedule.delay, schedule.tries: {delay:g} and {tries}; give none below 0")
     of_stage = _ranks_of_stages(placement, ranks, stages_per_rank)
     by_cost = cut_by_cost(layer_costs or (1.0,) * layers, ends, of_stage)
     stages = cut_layers(layers, layers_per_stage or by_cost, len(of_stage), opaque)
     starts, unit = [], 0.0
     for actions, named in _modes(placement, ranks, microbatches, segments, stages_per_rank, stages):
-        problem = Problem.of(Schedule(stages, actions), vocabulary, prices, unit)
+        problem = Problem.of(Schedule(stages, actions), vocabulary, prices, delay, unit)
         unit = problem.known.unit
         problem = _capped(problem, memory, kept)
         starts += [(problem, built) for order in named for built in problem.begun(order)]
@@ -168,7 +173,12 @@ def _capped(problem: Problem, memory: str, kept: Kept | None) -> Problem:
             f"schedule.memory: '{memory}' needs a model, whose bytes are known; give micro-batches, such as 1.5"
         )
     keeps, puts_off = kept(problem.draft) if kept is not None else _shares(problem)
-    forwards = [action for order in problem.draft.ranks for action in order if action.kind is Pass.F]
+    forwards = [
+        action
+        for order in problem.draft.ranks
+        for action in order
+        if action.kind is Pass.F and action.stage < problem.own
+    ]
     one = sum(map(keeps, forwards)) / (problem.draft.microbatches * len(problem.draft.ranks))
     limit = float(match[1]) * (2.0**30 if match[2] else one)
 
