@@ -9,12 +9,14 @@ Where layers differ, stages are cut by what their layers cost. Orders to begin w
 placement, and some that list scheduling finds (see `construct`); each as it is, where it keeps no more than it may, and
 as preferences. The best ones are improved (see `improve`). Weight gradients are put off to a W or not, whichever is shorter.
 
-    p=2, m=3, line, F = 1, B = 2, but F = 2, B = 4 on rank 1, memory for 2 micro-batches:
+    line, memory for 2 micro-batches, p=3, m=4, k=1, v=1, one column a unit of time, F = I = W = 1:
 
-    rank 0   F0 F1 .. .. .. .. .. B0 B0 F2 .. .. .. .. B1 B1 .. .. .. .. B2 B2
-    rank 1   .. F0 F0 B0 B0 B0 B0 F1 F1 B1 B1 B1 B1 F2 F2 B2 B2 B2 B2
+    rank 0   F0 F1 .. .. .. I0 W0 F2 I1 W1 F3 .. .. I2 W2 I3 W3
+    rank 1   .. F0 F1 .. I0 W0 I1 W1 F2 .. .. F3 I2 W2 I3 W3
+    rank 2   .. .. F0 I0 F1 I1 W0 W1 .. F2 I2 W2 F3 I3 W3
 
-With equal stages it is never longer than the best of these families in the same memory.
+Bubble and memory have no formula: it is built for the costs it is given. In the same memory it is never longer than the named
+families of its placement where stages are equal, since it begins with theirs.
 """
 
 from __future__ import annotations
