@@ -34,7 +34,7 @@ SCATTERED = 0.3
 def profile(given: list[str]) -> int:
     """`helixpipe profile [options]`"""
     args = _parser().read(given)
-    shape = shape_from(args)
+    shape = shape_from(args, TIMED_KEYS)
     _check(args)
     from helixpipe.runtime.profiling import measure_machine
 

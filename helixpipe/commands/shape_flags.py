@@ -27,21 +27,26 @@ def add_shape_flags(parser: Parser, keys: Sequence[str] = SHAPE_KEYS) -> None:
     fields = {field.name: str(field.type) for field in dataclasses.fields(ModelShape)}
     for key in keys:
         metavar = {"int": "N", "float": "X", "str": "NAME"}.get(fields[key], "BOOL")
-        own.add_argument(flag(key), type=kinds[fields[key]], metavar=metavar)
+        own.add_argument(_flag(key, keys), dest=f"model_{key}", type=kinds[fields[key]], metavar=metavar)
 
 
 def changes_from(args: Namespace) -> dict[str, Any]:
     """Those that are given."""
-    return {key: value for key in SHAPE_KEYS if (value := getattr(args, key, None)) is not None}
+    return {key: value for key in SHAPE_KEYS if (value := getattr(args, f"model_{key}", None)) is not None}
 
 
-def shape_from(args: Namespace) -> ModelShape:
+def _flag(key: str, keys: Sequence[str]) -> str:
+    """Where a schedule's options stand beside them, `--vocabulary` is where that is."""
+    return "--vocabulary-size" if key == "vocabulary" and keys is SHAPE_KEYS else flag(key)
+
+
+def shape_from(args: Namespace, keys: Sequence[str] = SHAPE_KEYS) -> ModelShape:
     """Raises ConfigError that names the flag."""
     try:
         return model_shape(args.model, **changes_from(args))
     except ConfigError as error:  # which names keys of a config
         key, _, fault = str(error).removeprefix("model.").partition(": ")
-        raise ConfigError(f"{'--model' if key in ('name', 'path') else flag(key)}: {fault}") from None
+        raise ConfigError(f"{'--model' if key in ('name', 'path') else _flag(key, keys)}: {fault}") from None
 
 
 def _truth(text: str) -> bool:

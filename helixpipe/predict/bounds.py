@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
-from helixpipe.parts.part import Part
+from helixpipe.parts.part import Part, chain
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Batch, Work
 from helixpipe.predict.estimate import Setting, reduction_of
@@ -102,9 +102,16 @@ class PolicyBound:
     def bound(self) -> Bound:
         """Of any schedule."""
         setting = self.setting
-        work_s = math.fsum(sum(self.whole.of(part)[:2]) for part in setting.shape.chain())
-        step_s = work_s * self.microbatches / self.ranks
+        step_s = min(map(self._work_s, (0, self.ranks))) * self.microbatches / self.ranks
         return Bound(step_s * ROUNDING, math.floor((self._standing + self._kept / setting.group) / self.ranks))
+
+    def _work_s(self, vocabulary_shards: int) -> float:
+        """One micro-batch through the model, whose vocabulary has so many shards; 0 is whole."""
+        shape = self.setting.shape
+        if vocabulary_shards and shape.opaque:
+            return math.inf  # there is no such schedule
+        parts = chain(shape.layers, shape.opaque, vocabulary_shards)
+        return math.fsum(sum(self.whole.of(part)[:2]) for part in parts)
 
     @cached_property
     def _standing(self) -> float:
@@ -118,11 +125,11 @@ class PolicyBound:
 
     @cached_property
     def _kept(self) -> int:
-        """One micro-batch's, each tensor once."""
+        """One micro-batch's of all layers, each tensor once."""
         work = Work(self.setting.shape, self.setting.whole, 0, self.setting.keeping)
         found: dict[str, int] = {}
         policy = self.setting.keeping.recompute
-        for part in self.setting.shape.chain() if policy != "full" else ():
+        for part in self.setting.shape.chain()[1:-1] if policy != "full" else ():
             found |= work.saved(part) if policy == "none" else work.kept(part)
         return sum(found.values())
 
@@ -140,7 +147,8 @@ class PolicyBound:
         work = Work(self.setting.shape, self.setting.whole, 0, self.setting.keeping)
         found = []
         for stage, outputs, ranks in zip(schedule.stages, schedule.outputs, schedule.ranks_of, strict=True):
-            cut = chunks(stage, not self.setting.keeping.recomputes, outputs) if len(ranks) == 1 else ()
+            waits = len(ranks) == 1 and not stage.in_any_order  # else it may be gone before others are there
+            cut = chunks(stage, not self.setting.keeping.recomputes, outputs) if waits else ()
             found.append(sum(sum(kept(chunk, work).values()) for chunk in cut) / self.setting.group)
         return found
 
@@ -151,14 +159,16 @@ class PolicyBound:
         stages = [[costs.of(part) for part in stage.parts] for stage in small.schedule.stages]
         each = [tuple(math.fsum(column) for column in zip(*parts, strict=True)) for parts in stages]
         kept_bytes = self.kept_of_stages(small)
+        before_s = small.longest([sums[2] for sums in each])
+        after_s = [0.0] * len(each) if small.splits else small.longest([sums[3] for sums in each])
         slowest, fullest = 0.0, 0.0
-        before_s = [0.0]
-        for _, _, first_forward_s, first_backward_s, _ in each:
-            before_s.append(before_s[-1] + first_forward_s + (0.0 if small.splits else first_backward_s))
         for rank, mine in enumerate(small.stages_of):
-            busy_s = math.fsum(each[stage][0] + each[stage][1] for stage in mine) * self.microbatches
-            slowest = max(slowest, before_s[min(mine)] + busy_s)
             fullest = max(fullest, standing[rank] + math.floor(sum(kept_bytes[stage] for stage in mine)))
+            # of the stages that can begin no sooner than one of them: what lies before all, their work, what lies behind all
+            for first in mine:
+                later = [stage for stage in mine if before_s[stage] >= before_s[first]]
+                busy_s = math.fsum(each[stage][0] + each[stage][1] for stage in later) * self.microbatches
+                slowest = max(slowest, before_s[first] + busy_s + min(after_s[stage] for stage in later))
         return Bound((slowest + sums_s) * ROUNDING, fullest)
 
 
@@ -172,6 +182,20 @@ class Placement:
     def visits(self) -> bool:
         """Whether several ranks run a stage."""
         return any(len(ranks) > 1 for ranks in self.schedule.ranks_of)
+
+    def longest(self, seconds: Sequence[float]) -> list[float]:
+        """Of each stage the longest way to it through those that it reads from: a backward's, the other way round."""
+        found: dict[int, float] = {}
+
+        def to(stage: int) -> float:
+            if stage not in found:
+                edges = self.schedule.edges_into[stage]
+                found[stage] = max((to(edge.producer) + seconds[edge.producer] for edge in edges), default=0.0)
+            return found[stage]
+
+        for stage in range(len(seconds)):  # in order, so that no way is walked far
+            to(stage)
+        return [found[stage] for stage in range(len(seconds))]
 
     @cached_property
     def splits(self) -> bool:

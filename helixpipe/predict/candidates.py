@@ -22,6 +22,7 @@ CHUNK = 4096
 SEGMENTS = (2, 4, 8, 16, 32)
 STAGES_PER_RANK = (2, 4, 8)
 EVENNESS = (0.0, 0.5)
+CONSTRUCTED = "constructed"
 MOST_PIECES = 64
 """Segments times stages a rank: more pieces gain nothing and cost a start each."""
 
@@ -47,10 +48,17 @@ class Candidate(NamedTuple):
         return f"recompute {self.recompute}" + (f", chunks of {self.chunk}" if self.chunk else "")
 
 
+SPREAD = ("vocabulary", "spread")
+"""An option of every family: embedding and head are divided over the ranks."""
+
+
 def candidates(
     ranks: int, layers: int, sequence_length: int, multiple: int, causal: bool = True, only: Sequence[str] = ()
 ) -> list[Candidate]:
-    """All that make sense; sizes that a family refuses are left to it."""
+    """All that make sense, of named families; sizes that a family refuses are left to it.
+
+    `constructed` has as many orders as there are memories: it is tried where something is found (see `like`).
+    """
     segments = [k for k in SEGMENTS if causal and k * multiple <= sequence_length]
     stages = [v for v in STAGES_PER_RANK if v * ranks <= layers + 1]
     grids: dict[str, dict[str, Sequence[Any]]] = {
@@ -67,7 +75,7 @@ def candidates(
     }  # fmt: skip
     chunks = chunk_sizes(sequence_length)
     found = []
-    for family in only or families.FAMILIES:
+    for family in only or (name for name in families.FAMILIES if name != CONSTRUCTED):
         grid = grids.get(family, {})
         for values in itertools.product(*grid.values()):
             options = tuple(zip(grid, values, strict=True))
@@ -78,6 +86,23 @@ def candidates(
             evenness = EVENNESS if by_cost else (0.0,)
             found += [Candidate(family, options, *each) for each in itertools.product(evenness, RECOMPUTE, chunks)]
     return found
+
+
+def like(candidate: Candidate, kept_bytes: float) -> Candidate | None:
+    """An order built for what stages cost, with a candidate's stages and segments, where forwards may keep so many bytes.
+
+    None of a family whose placement it does not have.
+    """
+    given = dict(candidate.options)
+    if candidate.family in ("helix", CONSTRUCTED) or kept_bytes <= 0:
+        return None
+    v_shaped = candidate.family in ("zb_v", "v_half", "v_min", "dualpipe_v")
+    stages = 2 if v_shaped else given.get("stages_per_rank", 1)
+    placement = "v" if v_shaped else "looped" if stages > 1 else "line"
+    options: dict[str, Any] = {"placement": placement, "segments": given.get("segments", 1), "stages_per_rank": stages}
+    options["memory"] = f"{kept_bytes / 2**30:.2f}GiB"
+    options |= {"vocabulary": given["vocabulary"]} if "vocabulary" in given else {}
+    return candidate._replace(family=CONSTRUCTED, options=tuple(options.items()))
 
 
 def chunk_sizes(sequence_length: int, context_parallel: int = 1) -> tuple[int, ...]:

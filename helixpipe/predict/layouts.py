@@ -41,6 +41,8 @@ class Asked:
     context_method: str | None = None
     optimizer: str | None = None
     microbatch_size: int | None = None
+    vocabulary: str | None = None
+    """last or spread."""
     families: tuple[str, ...] = ()
     """Those to consider; () is all."""
 

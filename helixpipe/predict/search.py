@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from helixpipe.errors import ConfigError, ScheduleError
 from helixpipe.parts.work import Batch
 from helixpipe.predict.bounds import Bound, Costs, Placement, PolicyBound, makespan_of_order, peak_of_order
-from helixpipe.predict.candidates import RECOMPUTE, Candidate, candidates, chunk_sizes, setting_of, slices
+from helixpipe.predict.candidates import RECOMPUTE, SPREAD, Candidate, candidates, chunk_sizes, setting_of, slices
 from helixpipe.predict.cost import action_seconds
 from helixpipe.predict.estimate import Estimate, Setting, priced
 from helixpipe.predict.layouts import Asked, Layout, layouts
@@ -239,7 +239,10 @@ def schedules_of(asked: Asked, layout: Layout) -> list[Candidate]:
         ranks, setting.shape.layers, setting.sequence_length, layout.setting(asked).segment_multiple,
         setting.shape.causal, only,
     )  # fmt: skip
-    bare = dict.fromkeys(candidate._replace(recompute="none", chunk=0) for candidate in each)
+    bare = [candidate for candidate in each if candidate.recompute == "none" and not candidate.chunk]
+    spread = [candidate._replace(options=(*candidate.options, SPREAD)) for candidate in bare]
+    if ranks > 1 and not setting.shape.opaque and asked.vocabulary != "last":
+        bare = spread if asked.vocabulary == "spread" else bare + spread
     return [candidate for candidate in bare if _is_worth(candidate, layout)]
 
 
@@ -260,8 +263,8 @@ def placed(setting: Setting, layout: Layout, candidate: Candidate) -> Placement:
     balance = tuple(setting.balance.items()) if candidate.family in families.FAMILIES else ()
     key = (setting.shape, candidate.family, tuple(options.items()), ranks, m >= 2 * ranks, balance)
     if key not in _placements:
-        try:
-            schedule = setting.build(candidate.family, ranks, 1, **options)
+        try:  # two micro-batches show whether each has ranks of its own
+            schedule = setting.build(candidate.family, ranks, min(m, 2), **options)
         except ConfigError:
             schedule = setting.build(candidate.family, ranks, min(m, 2 * ranks), **options)
         made = Placement(schedule)

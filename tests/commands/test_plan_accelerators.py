@@ -62,7 +62,7 @@ def test_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_no_machine_has_only_ratios(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = told(capsys, TINY)
+    lines = told(capsys, f"{TINY} --ranks 1")
     assert any(line.startswith("hardware ideal is no machine: only ratios") for line in lines)
     assert not any(line.startswith("attention: ") for line in lines)
 
@@ -84,14 +84,14 @@ def test_a_row_is_what_simulate_says_of_it(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_config_trains_once_it_is_told_what_no_plan_knows(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     asked = (
         "--model tiny --layers 3 --sequence-length 256 --accelerators 2 --batch-tokens 2k --hardware laptop-core "
         "--processes 1 --cp 2 --config best.toml --slurm best.sbatch"
     )
-    lines = told(capsys, asked)
+    lines = told(capfd, asked)
     assert lines[-2:] == [
         "set in best.toml what run.asks names, then start it on every node with",
         "    sbatch best.sbatch",
@@ -103,13 +103,13 @@ def test_the_config_trains_once_it_is_told_what_no_plan_knows(
     assert "steps" not in table["train"]
     assert table["mesh"]["cp"] == 2
     assert main(["train", "best.toml", "--train.steps", "2"]) == 2
-    assert capsys.readouterr().err == (
+    assert capfd.readouterr().err == (
         "helixpipe: error: data.path, train.learning_rate: left open by the config; give them, such as --data.path VALUE\n"
     )
     Path("text.txt").write_text("what a plan does not know " * 500)
     flags = "--data.path text.txt --train.steps 2 --train.learning_rate 1e-3 --train.evaluate_every 0 --data.held_out 0"
     assert main(["train", "best.toml", *flags.split(), "--run.timeline_step", "0"]) == 0
-    assert "trained to step 2" in capsys.readouterr().out
+    assert "trained to step 2" in capfd.readouterr().out
 
 
 def test_a_bidirectional_model_is_asked_for_its_objective(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,10 +130,10 @@ def test_what_starts_it() -> None:
 
 
 def test_numbers_as_people_write_them(capsys: pytest.CaptureFixture[str]) -> None:
-    plain = told(capsys, f"{TINY.replace('1k', '1024')} --top 1")
-    assert told(capsys, f"{TINY} --top 1")[0] == plain[0]
+    plain = told(capsys, f"{TINY.replace('1k', '1024')} --ranks 1 --top 1")
+    assert told(capsys, f"{TINY} --ranks 1 --top 1")[0] == plain[0]
     tokens = TINY.replace("--batch 8", "--batch-tokens 8k")
-    assert told(capsys, f"{tokens} --top 1")[0] == plain[0]
+    assert told(capsys, f"{tokens} --ranks 1 --top 1")[0] == plain[0]
 
 
 @pytest.mark.parametrize(
