@@ -152,10 +152,16 @@ class PolicyBound:
             found.append(sum(sum(kept(chunk, work).values()) for chunk in cut) / self.setting.group)
         return found
 
-    def of_placement(self, small: Placement, costs: Costs, standing: Sequence[float], sums_s: float) -> Bound:
-        """Of a family's schedules with these stages on these ranks. `sums_s`: what its reduction takes."""
-        if small.visits:
-            return Bound(self.bound.step_s + sums_s * ROUNDING, max(standing))
+    def of_placement(
+        self, small: Placement, costs: Costs, standing: Sequence[float], sums_s: float, together: int = 1
+    ) -> Bound:
+        """Of a family's schedules with these stages on these ranks. `sums_s`: what its reduction takes; `together`: how many
+        micro-batches a rank has run forward before its first backward.
+        """
+        if small.visits:  # all ranks' forwards, each rank's before its first backward, over the ranks
+            kept_bytes = together * self._kept / self.setting.group
+            mean_bytes = math.floor((sum(standing) + kept_bytes) / self.ranks)
+            return Bound(self.bound.step_s + sums_s * ROUNDING, max(max(standing), mean_bytes))
         stages = [[costs.of(part) for part in stage.parts] for stage in small.schedule.stages]
         each = [tuple(math.fsum(column) for column in zip(*parts, strict=True)) for parts in stages]
         kept_bytes = self.kept_of_stages(small)
@@ -163,7 +169,7 @@ class PolicyBound:
         after_s = [0.0] * len(each) if small.splits else small.longest([sums[3] for sums in each])
         slowest, fullest = 0.0, 0.0
         for rank, mine in enumerate(small.stages_of):
-            fullest = max(fullest, standing[rank] + math.floor(sum(kept_bytes[stage] for stage in mine)))
+            fullest = max(fullest, standing[rank] + math.floor(together * sum(kept_bytes[stage] for stage in mine)))
             # of the stages that can begin no sooner than one of them: what lies before all, their work, what lies behind all
             for first in mine:
                 later = [stage for stage in mine if before_s[stage] >= before_s[first]]

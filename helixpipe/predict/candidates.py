@@ -105,6 +105,14 @@ def like(candidate: Candidate, kept_bytes: float) -> Candidate | None:
     return candidate._replace(family=CONSTRUCTED, options=tuple(options.items()))
 
 
+def together(candidate: Candidate, ranks: int, microbatches: int) -> int:
+    """Micro-batches whose forwards a rank has all run before its first backward, by its family's definition; at least 1."""
+    given = dict(candidate.options)
+    if candidate.family in ("gpipe", "breadth_first", "terapipe") or given.get("groups") == "forward_first":
+        return microbatches
+    return min(microbatches, given.get("folds", 2) * ranks) if candidate.family == "helix" else 1
+
+
 def chunk_sizes(sequence_length: int, context_parallel: int = 1) -> tuple[int, ...]:
     """A chunk is of all context-parallel ranks together: as many tokens on each."""
     chunk = CHUNK * context_parallel

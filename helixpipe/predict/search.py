@@ -22,7 +22,16 @@ from typing import Any, NamedTuple
 from helixpipe.errors import ConfigError, ScheduleError
 from helixpipe.parts.work import Batch
 from helixpipe.predict.bounds import Bound, Costs, Placement, PolicyBound, makespan_of_order, peak_of_order
-from helixpipe.predict.candidates import RECOMPUTE, SPREAD, Candidate, candidates, chunk_sizes, setting_of, slices
+from helixpipe.predict.candidates import (
+    RECOMPUTE,
+    SPREAD,
+    Candidate,
+    candidates,
+    chunk_sizes,
+    setting_of,
+    slices,
+    together,
+)
 from helixpipe.predict.cost import action_seconds
 from helixpipe.predict.estimate import Estimate, Setting, priced
 from helixpipe.predict.layouts import Asked, Layout, layouts
@@ -34,7 +43,9 @@ from helixpipe.schedule.schedule import Schedule
 
 ALONE = ("1f1b", "seq1f1b")
 """Of one pipeline rank: whole sequences, or segments, each forward followed by its backward. All others keep more."""
-MOST_ACTIONS = 65536
+UNEVEN = ("slimpipe",)
+"""Not tried unless asked for: seq1f1b_interleaved has its order, with segments that cost the same."""
+MOST_ACTIONS = 32768
 """A schedule may have more only if it is the one with the fewest of its family: beyond, pieces gain next to nothing."""
 
 
@@ -200,7 +211,10 @@ class _Search:
             self.schedules += 1
             if batch not in costs:
                 costs[batch] = Costs(mine, batch)
-            bound = policy.of_placement(placement, costs[batch], placement.standing(mine), placement.reduction_s(mine))
+            bound = policy.of_placement(
+                placement, costs[batch], placement.standing(mine), placement.reduction_s(mine),
+                together(candidate, layout.mesh.pp, layout.microbatches),
+            )  # fmt: skip
             self._push(bound, (layout, candidate), f"{layout}, {candidate}")
 
     def _take(self, task: _Task, result: _Result) -> None:
@@ -231,8 +245,10 @@ def schedules_of(asked: Asked, layout: Layout) -> list[Candidate]:
     """Families and options that a layout may have, without a policy."""
     setting, ranks = asked.setting, layout.mesh.pp
     only = asked.families
+    if not only:
+        only = tuple(name for name in families.FAMILIES if name not in (*UNEVEN, CONSTRUCTED))
     if ranks == 1:
-        only = tuple(name for name in ALONE if not only or name in only)
+        only = tuple(name for name in ALONE if name in only)
         if not only:
             return []
     each = candidates(
@@ -243,12 +259,14 @@ def schedules_of(asked: Asked, layout: Layout) -> list[Candidate]:
     spread = [candidate._replace(options=(*candidate.options, SPREAD)) for candidate in bare]
     if ranks > 1 and not setting.shape.opaque and asked.vocabulary != "last":
         bare = spread if asked.vocabulary == "spread" else bare + spread
-    return [candidate for candidate in bare if _is_worth(candidate, layout)]
+    return [candidate for candidate in bare if _is_worth(asked, candidate, layout)]
 
 
-def _is_worth(candidate: Candidate, layout: Layout) -> bool:
+def _is_worth(asked: Asked, candidate: Candidate, layout: Layout) -> bool:
     """Whether it has few enough actions, or its family has none with fewer."""
     given = dict(candidate.options)
+    if asked.setting.shape.causal and (given.get("folds") == 1 or (SPREAD in candidate.options and candidate.evenness)):
+        return False  # twice as many folds hide their messages; evenness is for memory, which a spread head leaves
     pieces = given.get("segments", 1) * given.get("stages_per_rank", 1)
     return pieces <= 4 or 2 * layout.microbatches * pieces * layout.mesh.pp <= MOST_ACTIONS
 

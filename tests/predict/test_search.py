@@ -13,7 +13,7 @@ from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Keeping
 from helixpipe.predict import search as module
 from helixpipe.predict.bounds import Costs, PolicyBound, makespan_of_order, peak_of_order
-from helixpipe.predict.candidates import RECOMPUTE, chunk_sizes, setting_of
+from helixpipe.predict.candidates import RECOMPUTE, chunk_sizes, setting_of, together
 from helixpipe.predict.cost import action_seconds
 from helixpipe.predict.estimate import Setting, priced
 from helixpipe.predict.hardware import Link, named_accelerator
@@ -53,7 +53,13 @@ def everything(asked: Asked) -> list[Row]:
             policy, small = PolicyBound(setting, layout.mesh.pp, m), placed(setting, layout, candidate)
             bounds = [
                 policy.bound,
-                policy.of_placement(small, Costs(setting, batch), small.standing(setting), small.reduction_s(setting)),
+                policy.of_placement(
+                    small,
+                    Costs(setting, batch),
+                    small.standing(setting),
+                    small.reduction_s(setting),
+                    together(candidate, layout.mesh.pp, m),
+                ),
             ]
             for bound in bounds:
                 assert bound.step_s <= row.step_s, row
@@ -111,7 +117,13 @@ def test_a_model_whose_layers_differ_keeps_its_bounds(monkeypatch: pytest.Monkey
             schedule = mine.build(candidate.family, 2, layout.microbatches, **dict(candidate.options))
             found = figures([priced(lower(schedule, shape, batch), mine)])
             policy, small = PolicyBound(mine, 2, layout.microbatches), placed(mine, layout, candidate)
-            bound = policy.of_placement(small, Costs(mine, batch), small.standing(mine), small.reduction_s(mine))
+            bound = policy.of_placement(
+                small,
+                Costs(mine, batch),
+                small.standing(mine),
+                small.reduction_s(mine),
+                together(candidate, 2, layout.microbatches),
+            )
             assert bound.step_s <= found.step_s
             assert bound.peak_bytes <= found.peak_bytes
 
