@@ -28,7 +28,8 @@ from helixpipe.predict.alternatives import Alternative, alternatives
 from helixpipe.predict.candidates import RECOMPUTE, chunk_sizes, slices
 from helixpipe.predict.estimate import Estimate
 from helixpipe.predict.layouts import Asked
-from helixpipe.predict.search import Answer, Row, estimate_row, search
+from helixpipe.predict.refine import Row, estimate_row
+from helixpipe.predict.search import Answer, search
 from helixpipe.predict.worth import Worth, worth
 
 RESERVE = 0.08

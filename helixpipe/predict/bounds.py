@@ -159,8 +159,8 @@ class PolicyBound:
         micro-batches a rank has run forward before its first backward.
         """
         if small.visits:  # all ranks' forwards, each rank's before its first backward, over the ranks
-            kept_bytes = together * self._kept / self.setting.group
-            mean_bytes = math.floor((sum(standing) + kept_bytes) / self.ranks)
+            all_bytes = sum(standing) + together * self._kept / self.setting.group
+            mean_bytes = math.floor(all_bytes / self.ranks)
             return Bound(self.bound.step_s + sums_s * ROUNDING, max(max(standing), mean_bytes))
         stages = [[costs.of(part) for part in stage.parts] for stage in small.schedule.stages]
         each = [tuple(math.fsum(column) for column in zip(*parts, strict=True)) for parts in stages]
@@ -223,7 +223,8 @@ class Placement:
         if key not in self._known:
             found = standing_of(self._owned(setting.share), setting.share, setting.keeping, optimizer_shards(setting))
             self._known[key] = [float(sum(each)) for each in found]
-        return self._known[key]
+        standing: list[float] = self._known[key]
+        return standing
 
     def reduction_s(self, setting: Setting) -> float:
         """What summing gradients takes."""

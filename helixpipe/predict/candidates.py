@@ -23,6 +23,10 @@ SEGMENTS = (2, 4, 8, 16, 32)
 STAGES_PER_RANK = (2, 4, 8)
 EVENNESS = (0.0, 0.5)
 CONSTRUCTED = "constructed"
+MOST_BUILT = 8192
+"""Actions of an order that is built for its costs: more take minutes."""
+KEPT_SHARE = 0.75
+"""Of the room that weights leave, what forwards may keep there; the rest is for what runs and what is sent."""
 MOST_PIECES = 64
 """Segments times stages a rank: more pieces gain nothing and cost a start each."""
 
@@ -86,6 +90,11 @@ def candidates(
             evenness = EVENNESS if by_cost else (0.0,)
             found += [Candidate(family, options, *each) for each in itertools.product(evenness, RECOMPUTE, chunks)]
     return found
+
+
+def spread(candidate: Candidate) -> Candidate:
+    """The same with the vocabulary on all ranks."""
+    return candidate._replace(options=(*candidate.options, SPREAD)) if SPREAD not in candidate.options else candidate
 
 
 def like(candidate: Candidate, kept_bytes: float) -> Candidate | None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
 from collections.abc import Hashable
 from typing import NamedTuple
 
@@ -44,14 +43,16 @@ def _what(estimate: Estimate, rank: int) -> str:
     """Of what the rank runs, the kind of part that takes most beyond what it takes on the other ranks."""
     by_rank, layers = _of_ranks(estimate)
     others = [each for each in range(len(by_rank)) if each != rank]
-    beyond = {kind: mine - statistics.mean(by_rank[o][kind] for o in others) for kind, mine in by_rank[rank].items()}
+    beyond = {
+        kind: mine - statistics.mean(by_rank[o].get(kind, 0.0) for o in others) for kind, mine in by_rank[rank].items()
+    }
     kind = max(beyond, key=lambda each: beyond[each])
     if kind != _LAYERS:
         return "the embedding" if kind == FIRST else f"the {kind}"
     return f"its {len(layers[rank])} layers, {statistics.mean(len(layers[o]) for o in others):.3g} on others"
 
 
-def _of_ranks(estimate: Estimate) -> tuple[list[Counter[str]], list[set[int]]]:
+def _of_ranks(estimate: Estimate) -> tuple[list[dict[str, float]], list[set[int]]]:
     """Of each rank the seconds of one micro-batch's parts by kind, all of a layer together; and the layers it runs."""
     costs, batch, shape = estimate.setting.costs, estimate.program.batches[0], estimate.setting.shape
     segments = range(len(batch.segment_lengths))
@@ -64,13 +65,14 @@ def _of_ranks(estimate: Estimate) -> tuple[list[Counter[str]], list[set[int]]]:
             known[like] = math.fsum(price(part, batch, segment) for price in each for segment in segments)
         return known[like]
 
-    found: list[Counter[str]] = [Counter() for _ in estimate.schedule.ranks]
+    found: list[dict[str, float]] = [{} for _ in estimate.schedule.ranks]
     layers: list[set[int]] = [set() for _ in estimate.schedule.ranks]
     for stage, ranks in zip(estimate.schedule.stages, estimate.schedule.ranks_of, strict=True):
         for part in stage.parts:
             is_layers = part.about.opaque or part.kind in LAYER_KINDS
             for rank in ranks:
-                found[rank][_LAYERS if is_layers else part.kind] += seconds(part) / len(ranks)
+                kind = _LAYERS if is_layers else part.kind
+                found[rank][kind] = found[rank].get(kind, 0.0) + seconds(part) / len(ranks)
                 if is_layers:
                     layers[rank].add(part.layer)
     return found, layers

@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 from helixpipe.errors import ConfigError
 from helixpipe.parts.work import Lengths, microbatches
 from helixpipe.predict.alternatives import alternatives
-from helixpipe.predict.candidates import RECOMPUTE, Candidate, candidates, chunk_sizes, setting_of, slices
+from helixpipe.predict.beside import beside, built_like
+from helixpipe.predict.candidates import RECOMPUTE, Candidate, candidates, chunk_sizes, setting_of, slices, spread
 from helixpipe.predict.estimate import Estimate, Setting, check_actions
 from helixpipe.predict.steps import Batches, RankFigures, figures, mean, price_step, typical
 from helixpipe.schedule import families
@@ -148,6 +149,8 @@ def plan(
         asked = [candidate for candidate in asked if not candidate.chunk]
     of_step = _Of(setting, ranks, microbatches, (typical(setting, steps) * (microbatches * setting.data_parallel),))
     found = _ranked(of_step, asked, memory_bytes, processes, progress)
+    if more := _beside(of_step, asked, found, only, bool(any(steps))):
+        found = _joined(found, _ranked(of_step, more, memory_bytes, processes, progress))
     if not any(steps):
         return found
     pipelines = [choice for choice in found.fits if choice.is_pipeline]
@@ -159,6 +162,34 @@ def plan(
         misses=tuple(sorted(misses, key=lambda choice: choice.peak_bytes)),
         refused={**found.refused, **on_steps.refused},
         unpriced=len(pipelines) - len(again),
+    )
+
+
+def _beside(of: _Of, asked: Sequence[Candidate], found: Plan, only: Sequence[str], documents: bool) -> list[Candidate]:
+    """What else could be the fastest. Bounds are of sequences of one document: of others it is tried where the rest is fastest."""
+    pipelines = [choice for choice in found.fits if choice.is_pipeline]
+    if of.ranks == 1 or of.setting.shape.opaque or not pipelines:
+        return []
+    fastest = pipelines[0]
+    if documents:
+        more = [spread(choice.candidate) for choice in pipelines[:MOST_ON_STEPS]]
+    else:
+        more = beside(of.setting, of.ranks, of.microbatches, asked, fastest.makespan_s, found.memory_bytes)
+    rank = fastest.ranks[fastest.fullest]
+    room_bytes = min(found.memory_bytes, 2 * rank.peak_bytes) - (rank.peak_bytes - rank.peak_activation_bytes)
+    more += built_like(fastest.candidate, of.microbatches, of.ranks, room_bytes, only)
+    return list(dict.fromkeys(more))
+
+
+def _joined(first: Plan, second: Plan) -> Plan:
+    """Both plans' choices in one order, alternatives once."""
+    fits = [*first.fits, *(choice for choice in second.fits if choice.is_pipeline)]
+    misses = [*first.misses, *(choice for choice in second.misses if choice.is_pipeline)]
+    return replace(
+        first,
+        fits=tuple(sorted(fits, key=lambda c: (c.makespan_s, c.peak_bytes))),
+        misses=tuple(sorted(misses, key=lambda c: c.peak_bytes)),
+        refused={**first.refused, **second.refused},
     )
 
 

@@ -17,12 +17,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from helixpipe.errors import ConfigError, ScheduleError
 from helixpipe.parts.work import Batch
-from helixpipe.predict.bounds import Bound, Costs, Placement, PolicyBound, makespan_of_order, peak_of_order
+from helixpipe.predict.beside import built_like
+from helixpipe.predict.bounds import Bound, Costs, PolicyBound
 from helixpipe.predict.candidates import (
+    CONSTRUCTED,
     RECOMPUTE,
     SPREAD,
     Candidate,
@@ -30,16 +32,12 @@ from helixpipe.predict.candidates import (
     chunk_sizes,
     setting_of,
     slices,
+    spread,
     together,
 )
-from helixpipe.predict.cost import action_seconds
-from helixpipe.predict.estimate import Estimate, Setting, priced
 from helixpipe.predict.layouts import Asked, Layout, layouts
-from helixpipe.predict.steps import RankFigures, figures
+from helixpipe.predict.refine import Result, Row, Task, placed, refine
 from helixpipe.schedule import families
-from helixpipe.schedule.lower import lower
-from helixpipe.schedule.program import Program
-from helixpipe.schedule.schedule import Schedule
 
 ALONE = ("1f1b", "seq1f1b")
 """Of one pipeline rank: whole sequences, or segments, each forward followed by its backward. All others keep more."""
@@ -47,30 +45,6 @@ UNEVEN = ("slimpipe",)
 """Not tried unless asked for: seq1f1b_interleaved has its order, with segments that cost the same."""
 MOST_ACTIONS = 32768
 """A schedule may have more only if it is the one with the fewest of its family: beyond, pieces gain next to nothing."""
-
-
-class Row(NamedTuple):
-    """A layout and a schedule, simulated."""
-
-    layout: Layout
-    candidate: Candidate
-    step_s: float
-    ideal_s: float
-    bubble_ratio: float
-    ranks: tuple[RankFigures, ...]
-
-    @property
-    def peak_bytes(self) -> int:
-        return max(rank.peak_bytes for rank in self.ranks)
-
-    @property
-    def schedule_told(self) -> str:
-        """The schedule in words; one rank is no pipeline."""
-        if self.layout.mesh.pp > 1:
-            return str(self.candidate)
-        told = [f"{name} {value}" for name, value in self.candidate.options]
-        told += [f"evenness {self.candidate.evenness:g}"] if self.candidate.evenness else []
-        return ", ".join(["no pipeline", *told, self.candidate.kept])
 
 
 @dataclass(frozen=True)
@@ -105,23 +79,6 @@ def search(asked: Asked, top: int = 1, processes: int = 1, progress: Progress = 
         return _Search(asked, top, progress).run(executor, processes)
 
 
-class _Task(NamedTuple):
-    """What a worker refines."""
-
-    asked: Asked
-    layout: Layout
-    candidate: Candidate
-    limit_s: float
-
-
-class _Result(NamedTuple):
-    """`row`, or why there is none: a bound on time or bytes, or what was refused."""
-
-    row: Row | None = None
-    bound: Bound | None = None
-    refused: str = ""
-
-
 @dataclass
 class _Search:
     asked: Asked
@@ -142,18 +99,19 @@ class _Search:
         self.refusals += found.refused
         for layout in found.layouts:
             self._enter(layout)
-        under_way: dict[Future[_Result], _Task] = {}
+        under_way: dict[Future[Result], Task] = {}
         while self.queue or under_way:
             while self.queue and len(under_way) < processes + (processes > 1):
                 task = self._next()
                 if task is not None:
-                    under_way[executor.submit(_refine, task)] = task
+                    under_way[executor.submit(refine, task)] = task
             if not under_way:
                 continue
             done, _ = wait(under_way, return_when=FIRST_COMPLETED)
             for future in done:
                 self._take(under_way.pop(future), future.result())
             self.progress(self.simulated, self._left() + len(under_way))
+        self._construct(executor)
         rows = sorted(self.best.values(), key=_rank)[: self.top]
         why = max(self.refusals, key=self.refusals.count, default="")
         return Answer(tuple(rows), len(found.layouts), self.schedules, self.simulated, why, *self.least)
@@ -183,7 +141,7 @@ class _Search:
         mine = self.best[layout.key].step_s if layout.key in self.best else float("inf")
         return min(mine, others[self.top - 1] if len(others) >= self.top else float("inf"))
 
-    def _next(self) -> _Task | None:
+    def _next(self) -> Task | None:
         """The lowest bound: refined here where it is of a policy, and handed out where it is of a schedule."""
         bound_s, _, (layout, item) = heapq.heappop(self.queue)
         limit_s = self.limit_s(layout)
@@ -192,7 +150,7 @@ class _Search:
         if isinstance(item, PolicyBound):
             self._expand(layout, item)
             return None
-        return _Task(self.asked, layout, item, limit_s)
+        return Task(self.asked, layout, item, limit_s)
 
     def _expand(self, layout: Layout, policy: PolicyBound) -> None:
         setting, keeping = policy.setting, policy.setting.keeping
@@ -217,7 +175,7 @@ class _Search:
             )  # fmt: skip
             self._push(bound, (layout, candidate), f"{layout}, {candidate}")
 
-    def _take(self, task: _Task, result: _Result) -> None:
+    def _take(self, task: Task, result: Result) -> None:
         if result.refused:
             self.refusals.append(result.refused)
         elif result.bound is not None:  # it is slower, or does not fit
@@ -230,6 +188,25 @@ class _Search:
                 self.least = min(self.least, (float(row.peak_bytes), f"{row.layout}, {row.candidate}"))
             elif key not in self.best or _rank(row) < _rank(self.best[key]):
                 self.best[key] = row
+
+    def _construct(self, executor: Executor) -> None:
+        """Of each of the best meshes an order built for its costs, with the stages and the memory of the best that was found."""
+        tasks = []
+        for row in sorted(self.best.values(), key=_rank)[: self.top]:
+            fullest, ranks = max(row.ranks, key=lambda rank: rank.peak_bytes), row.layout.mesh.pp
+            room = min(self.asked.memory_bytes, 2 * fullest.peak_bytes) - (
+                fullest.peak_bytes - fullest.peak_activation_bytes
+            )
+            built = (
+                built_like(row.candidate, row.layout.microbatches, ranks, room, self.asked.families)
+                if ranks > 1
+                else []
+            )
+            tasks += [Task(self.asked, row.layout, candidate, row.step_s) for candidate in built[:1]]
+        self.schedules += len(tasks)
+        for task, future in [(task, executor.submit(refine, task)) for task in tasks]:
+            self._take(task, future.result())
+            self.progress(self.simulated, 0)
 
     def _left(self) -> int:
         """How many could still change the answer."""
@@ -256,9 +233,8 @@ def schedules_of(asked: Asked, layout: Layout) -> list[Candidate]:
         setting.shape.causal, only,
     )  # fmt: skip
     bare = [candidate for candidate in each if candidate.recompute == "none" and not candidate.chunk]
-    spread = [candidate._replace(options=(*candidate.options, SPREAD)) for candidate in bare]
     if ranks > 1 and not setting.shape.opaque and asked.vocabulary != "last":
-        bare = spread if asked.vocabulary == "spread" else bare + spread
+        bare = [*(bare if asked.vocabulary is None else ()), *map(spread, bare)]
     return [candidate for candidate in bare if _is_worth(asked, candidate, layout)]
 
 
@@ -268,94 +244,7 @@ def _is_worth(asked: Asked, candidate: Candidate, layout: Layout) -> bool:
     if asked.setting.shape.causal and (given.get("folds") == 1 or (SPREAD in candidate.options and candidate.evenness)):
         return False  # twice as many folds hide their messages; evenness is for memory, which a spread head leaves
     pieces = given.get("segments", 1) * given.get("stages_per_rank", 1)
-    return pieces <= 4 or 2 * layout.microbatches * pieces * layout.mesh.pp <= MOST_ACTIONS
-
-
-_placements: dict[Any, Placement] = {}
-
-
-def placed(setting: Setting, layout: Layout, candidate: Candidate) -> Placement:
-    """The stages of a candidate, from the smallest schedule that its family makes; refused as the whole one would be."""
-    options = {name: 1 if name == "segments" else value for name, value in candidate.options}
-    ranks, m = layout.mesh.pp, layout.microbatches
-    balance = tuple(setting.balance.items()) if candidate.family in families.FAMILIES else ()
-    key = (setting.shape, candidate.family, tuple(options.items()), ranks, m >= 2 * ranks, balance)
-    if key not in _placements:
-        try:  # two micro-batches show whether each has ranks of its own
-            schedule = setting.build(candidate.family, ranks, min(m, 2), **options)
-        except ConfigError:
-            schedule = setting.build(candidate.family, ranks, min(m, 2 * ranks), **options)
-        made = Placement(schedule)
-        # families with the same stages on the same ranks are one
-        same = (setting.shape, schedule.stages, schedule.ranks_of, made.splits)
-        _placements[key] = _placements.setdefault(same, made)
-    return _placements[key]
-
-
-def _refine(task: _Task) -> _Result:
-    """Build, bound again, and simulate what could still be the answer."""
-    asked, layout, candidate, limit_s = task
-    setting = setting_of(layout.setting(asked), candidate)
-    try:
-        batch = setting.batch(dict(candidate.options).get("segments", 1))
-        schedule = _schedule(setting, layout, candidate)
-    except (ConfigError, ScheduleError) as error:
-        return _Result(refused=str(error))
-    policy = PolicyBound(setting, layout.mesh.pp, layout.microbatches)
-    small = placed(setting, layout, candidate)
-    least_bytes = peak_of_order(schedule, small.standing(setting), batch, policy.kept_of_stages(small))
-    if least_bytes > asked.memory_bytes:
-        return _Result(bound=Bound(0.0, least_bytes))
-    seconds = action_seconds(schedule, setting.shape, batch, setting.costs, setting.keeping)
-    least_s = makespan_of_order(schedule, seconds) + small.reduction_s(setting)
-    if least_s > limit_s:
-        return _Result(bound=Bound(least_s, least_bytes))
-    estimate = priced(_program(schedule, setting, batch), setting)
-    found = figures([estimate])
-    return _Result(Row(layout, candidate, found.step_s, found.ideal_s, found.bubble_ratio, found.ranks))
-
-
-def estimate_row(asked: Asked, row: Row) -> Estimate:
-    """The whole estimate behind a row."""
-    setting = setting_of(row.layout.setting(asked), row.candidate)
-    options = dict(row.candidate.options)
-    schedule = setting.build(row.candidate.family, row.layout.mesh.pp, row.layout.microbatches, **options)
-    return priced(lower(schedule, setting.shape, setting.batch(schedule.segments)), setting)
-
-
-class _Kept:
-    """The last few schedules and programs that a worker made: layouts share them."""
-
-    def __init__(self) -> None:
-        self.known: dict[Any, Any] = {}
-
-    def get(self, key: Any, make: Callable[[], Any]) -> Any:
-        found = self.known.pop(key, None)
-        self.known[key] = make() if found is None else found
-        while len(self.known) > 6:
-            del self.known[next(iter(self.known))]
-        return self.known[key]
-
-
-_kept_schedules, _kept_programs = _Kept(), _Kept()
-
-
-def _schedule(setting: Setting, layout: Layout, candidate: Candidate) -> Schedule:
-    names = families.options(candidate.family)
-    balance = tuple((name, value) for name, value in setting.balance.items() if name in names)
-    key = (candidate.family, candidate.options, layout.mesh.pp, layout.microbatches, balance, setting.shape)
-    schedule: Schedule = _kept_schedules.get(
-        key,
-        lambda: setting.build(candidate.family, layout.mesh.pp, layout.microbatches, **dict(candidate.options)),
-    )
-    return schedule
-
-
-def _program(schedule: Schedule, setting: Setting, batch: Batch) -> Program:
-    program: Program = _kept_programs.get((id(schedule), batch), lambda: lower(schedule, setting.shape, batch))
-    if program.schedule is not schedule:  # another one had its place in memory
-        return lower(schedule, setting.shape, batch)
-    return program
+    return bool(pieces <= 4) or 2 * layout.microbatches * pieces * layout.mesh.pp <= MOST_ACTIONS
 
 
 class _Here(Executor):

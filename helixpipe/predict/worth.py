@@ -91,7 +91,8 @@ def _seconds(estimate: Estimate) -> dict[str, float]:
 def _once(bare: Setting, estimate: Estimate) -> tuple[float, float]:
     """Attention and all else, each forward and backward once, of the mean rank."""
     costs = Costs(bare, estimate.program.batches[0])
-    attention, other = [], []
+    attention: list[float] = []
+    other: list[float] = []
     for part in bare.shape.chain():
         (attention if bare.shape.about(part).attends else other).append(costs.once_s(part))
     times = estimate.schedule.microbatches / len(estimate.schedule.ranks)
