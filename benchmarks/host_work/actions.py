@@ -49,7 +49,11 @@ def overhead(rank: int, recompute: str) -> dict[str, float]:
 
     def bare() -> None:
         for _ in range(MANY):
-            x = torch.zeros(1, LENGTH, dtype=torch.int64) if rank == 0 else torch.zeros(1, LENGTH, 16, requires_grad=True)
+            x = (
+                torch.zeros(1, LENGTH, dtype=torch.int64)
+                if rank == 0
+                else torch.zeros(1, LENGTH, 16, requires_grad=True)
+            )
             out = plain(x)
             if rank == 0:
                 out.backward(torch.zeros_like(out))

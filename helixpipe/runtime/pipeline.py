@@ -23,6 +23,7 @@ from helixpipe.runtime.buffers import Buffers
 from helixpipe.runtime.context import Context
 from helixpipe.runtime.documents import Given, document_lengths
 from helixpipe.runtime.executor import execute
+from helixpipe.runtime.garbage import uncollected
 from helixpipe.runtime.gradient_norm import clip, norm_of, squares
 from helixpipe.runtime.losses import Counted, Losses, check_head, check_weights, divisor, of_rank, of_ranks
 from helixpipe.runtime.mesh import Mesh
@@ -141,7 +142,7 @@ class Pipeline:
             if self.rank in schedule.ranks_of[s]
         }
         self._recorder, self._timeout_s = Recorder(self.device), timeout_s
-        self._watch.reached = lambda: self._recorder.reached()[0]
+        self._watch.reached = self._recorder.at
         self.keeping = Keeping(
             recompute, dtype.itemsize, *_chunks_of(model), self.device.type, tensor_parallel=self.mesh.shape.tp,
             threads=torch.get_num_threads(), processes=self.mesh.shape.cp * self.mesh.shape.tp,
@@ -360,7 +361,7 @@ class Pipeline:
         bare = self._weights.bare()
         self._reduction.begin()
         try:
-            with nullcontext() if training else evaluating(self._weights.modules.values()):
+            with uncollected(), nullcontext() if training else evaluating(self._weights.modules.values()):
                 execute(program.ranks[self.rank], stages, self._weights, self._transport, self._recorder, self._watch)
         except RankError as error:
             raise self._watch.placed(error) from error
