@@ -22,7 +22,7 @@ def main() -> None:
     model = hp.Layers(nn.Embedding(256, 64), [Recurrent(64) for _ in range(4)], nn.Linear(64, 256))
     pipeline = hp.Pipeline(model, hp.build_schedule("1f1b", ranks=2, model=model, microbatches=4))
     optimizer = torch.optim.AdamW(pipeline.parameters.values(), lr=3e-3)
-    windows = torch.tensor(list(Path(__file__).read_bytes())).unfold(0, 65, 1)
+    windows = torch.tensor(list(Path(__file__).read_bytes())).unfold(0, 33, 1)
     for step in range(41):
         rows = windows[torch.randint(len(windows), (16,))]
         pipeline.zero_gradients()

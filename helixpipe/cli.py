@@ -46,17 +46,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code: 0 done, 2 bad input."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        for word in given:
+            if "\0" in word:
+                raise ConfigError(f"'{word}': a null byte, which nothing that is given may have; leave it out")
         code = _command(given)
         sys.stdout.flush()
         return code
     except HelixpipeError as error:
-        print(f"helixpipe: error: {_one_line(str(error))}", file=sys.stderr)
-        return 2
+        return _failed(str(error))
     except BrokenPipeError:  # whoever read our output has enough; nothing more may be written, at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
         return 130
+    except OSError as error:  # of a path that may be seen and not opened, or not listed, wherever that is found out
+        if error.filename is None:
+            raise
+        return _failed(f"{os.fsdecode(error.filename)}: {(error.strerror or str(error)).lower()}")
+
+
+def _failed(text: str) -> int:
+    print(f"helixpipe: error: {_one_line(text)}", file=sys.stderr)
+    return 2
 
 
 def _command(given: list[str]) -> int:

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from helixpipe.config_data import DataConfig
 from helixpipe.config_lora import LoraConfig
@@ -30,6 +30,8 @@ from helixpipe.schedule.partition import check_cut, refuse_bidirectional
 from helixpipe.schedule.schedule import Schedule
 
 DEFAULT_MODEL = "tiny"
+OrAuto = Annotated[int, "auto"]
+"""A whole number; or auto, which is a number by the time that a config is built."""
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -152,8 +154,9 @@ class ScheduleConfig:
 class MeshConfig:
     """Ranks beside the pipeline's: in all schedule.ranks x dp x cp x tp processes."""
 
-    dp: int = 1
-    """Replicas: each trains on its own share of a batch, and gradients are summed once a step."""
+    dp: OrAuto = 1
+    """Replicas: each trains on its own share of a batch, and gradients are summed once a step. auto: as many as the ranks that
+    torchrun started allow, with train.batch_size, so that a run goes on in a smaller or larger world."""
     cp: int = 1
     """Ranks that share every sequence: each has a part of its tokens."""
     tp: int = 1
@@ -183,6 +186,8 @@ class TrainConfig:
     """masked, masked_diffusion: an id; when unset, of the tokenizer in a prepared folder or in model.path."""
     microbatch_size: int = 1
     """Sequences in a micro-batch."""
+    batch_size: int | None = None
+    """Sequences in a step, on all replicas, from which schedule.microbatches follows; when unset, as many as these are."""
     sequence_length: int = 1024
     """Tokens in a sequence."""
     seed: int = 0
@@ -209,6 +214,10 @@ class TrainConfig:
     """Adapters to train in the place of the weights, which are frozen: a table with a rank, and alpha and targets."""
     clip_norm: float = 1.0
     """Gradients above this norm, over all ranks, are scaled down to it; 0 is no clipping."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """Of a step whose loss or gradient norm is no finite number: end the run, or go on without its update. Where it came from is told."""
+    nonfinite_limit: int = 10
+    """skip: how many such steps in a row a run may have."""
     evaluate_every: int = 40
     """Steps between evaluations on held-out data; 0 is only the first and the last."""
     evaluate_sequences: int = 16
@@ -248,13 +257,31 @@ class RunConfig:
     name: str = ""
     """Of new folders; "" is the config file's name, or 'default'."""
     checkpoint_every: int = 40
-    """Steps between checkpoints (the last step has one too); 0 is none."""
+    """Steps between checkpoints (the last step has one too); 0 is none but those of checkpoint_minutes."""
+    checkpoint_minutes: float = 0.0
+    """Minutes after which there is a checkpoint too; 0 is none but those of checkpoint_every."""
+    checkpoint_async: bool = True
+    """Checkpoints are written while training goes on, from a copy of weights and moments in the CPU's memory; false: a step waits."""
     keep: int = 2
-    """Checkpoints to keep: the newest ones."""
+    """Checkpoints to keep: the newest ones, and those of the next two keys."""
+    keep_every: int = 0
+    """Checkpoints of steps that are multiples of it are kept for good; 0 is none."""
+    keep_hours: float = 0.0
+    """Checkpoints that are younger are kept; 0 is none."""
     resume: str = ""
     """'auto' continues the newest good checkpoint of the run folder, or starts where there is none; a path, that run's or that checkpoint."""
     timeline_step: int = 10
     """The step whose timeline is written, as .json, .svg, .html and for Perfetto; 0 is none."""
+    profile_step: int = 0
+    """The step that torch's profiler traces on every rank, in profile/, with the allocator's history on CUDA; 0 is none."""
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where the numbers of metrics.jsonl go too: tensorboard (event files in the run folder), wandb (Weights & Biases, as its
+    own variables say: WANDB_MODE=offline, ...). They need helixpipe[logging]."""
+
+    @property
+    def saves(self) -> bool:
+        """Whether there are checkpoints."""
+        return bool(self.checkpoint_every or self.checkpoint_minutes)
 
 
 @dataclass(frozen=True)

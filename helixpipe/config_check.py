@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 
 from helixpipe.config import Config, TrainConfig
 from helixpipe.config_data import DataConfig
@@ -12,11 +13,11 @@ from helixpipe.parts.shape import ModelShape
 
 # key -> the least it may be
 _AT_LEAST = {
-    "data.held_out": 0, "data.look_ahead": 1, "train.steps": 1, "train.microbatch_size": 1, "train.sequence_length": 1, "train.seed": 0,
+    "data.held_out": 0, "data.look_ahead": 1, "train.steps": 1, "train.microbatch_size": 1, "train.batch_size": 1, "train.sequence_length": 1, "train.seed": 0,
     "train.learning_rate": 0, "train.min_learning_rate": 0, "train.warmup_steps": 0, "train.decay_steps": 1, "train.z_loss": 0, "train.weight_decay": 0,
-    "train.mask_token": 0, "train.clip_norm": 0, "train.evaluate_every": 0, "train.evaluate_sequences": 1, "runtime.mlp_chunk": 0,
+    "train.mask_token": 0, "train.clip_norm": 0, "train.nonfinite_limit": 0, "train.evaluate_every": 0, "train.evaluate_sequences": 1, "runtime.mlp_chunk": 0,
     "runtime.head_chunk": 0, "runtime.port": 0, "runtime.threads": 1, "run.checkpoint_every": 0, "run.keep": 1,
-    "run.timeline_step": 0, "schedule.segment_multiple": 1, "mesh.dp": 1, "mesh.cp": 1, "mesh.tp": 1,
+    "run.checkpoint_minutes": 0, "run.keep_every": 0, "run.keep_hours": 0, "run.timeline_step": 0, "run.profile_step": 0, "schedule.segment_multiple": 1, "mesh.dp": 1, "mesh.cp": 1, "mesh.tp": 1,
 }  # fmt: skip
 # objective -> which of MASK_KEYS it has
 OBJECTIVES = {
@@ -25,6 +26,7 @@ OBJECTIVES = {
     "masked_diffusion": ("mask_token",),
 }
 MASK_KEYS = OBJECTIVES["masked"]
+_FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 _AT_MOST = {"train.seed": 2**63 - 1, "runtime.port": 65535, "runtime.timeout_s": 10**8}
 
 
@@ -50,6 +52,12 @@ def _check_values(config: Config) -> None:
         raise ConfigError(f"runtime.timeout_s: {config.runtime.timeout_s}; give more than 0")
     if not 0 <= config.schedule.evenness <= 1:
         raise ConfigError(f"schedule.evenness: {config.schedule.evenness:g}; give 0 (computation-wise) to 1 (even)")
+    if config.run.profile_step > config.train.steps:
+        raise ConfigError(
+            f"run.profile_step: {config.run.profile_step} comes after the last step, train.steps {config.train.steps}; lower it"
+        )
+    if len(set(config.run.log)) < len(config.run.log):
+        raise ConfigError(f"run.log: {', '.join(config.run.log)}; name each once")
     for beta in config.train.betas:
         if not 0 <= beta < 1:
             raise ConfigError(f"train.betas: {beta}; give two numbers from 0 to below 1")
@@ -67,6 +75,7 @@ def _check_together(config: Config) -> None:
     _check_objective(train, shape)
     shape.check_length(train.sequence_length)
     _check_rates(train)
+    _check_adamw(train, config.runtime.dtype)
     check_packing(config.data, train.sequence_length)
 
 
@@ -106,6 +115,16 @@ def _check_rates(train: TrainConfig) -> None:
         raise ConfigError(f"train.decay_steps: {train.schedule} has no such key, wsd has; remove it")
     if decay is not None and decay > train.steps:
         raise ConfigError(f"train.decay_steps: {decay} are more than train.steps {train.steps}; lower it")
+
+
+def _check_adamw(train: TrainConfig, dtype: str) -> None:
+    """AdamW's factors of a step are numbers of the weights' precision."""
+    most, name = (sys.float_info.max, dtype) if dtype == "float64" else (_FLOAT32_MAX, "float32")
+    if train.learning_rate / (1 - train.betas[0]) > most:
+        raise ConfigError(
+            f"train.learning_rate: {train.learning_rate:g}, of which AdamW's first step takes {1 / (1 - train.betas[0]):g} times as "
+            f"much, and {name} ends at {most:.3g}; lower it"
+        )
 
 
 def check_packing(data: DataConfig, length: int) -> None:

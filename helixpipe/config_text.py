@@ -10,13 +10,14 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import tomli_w
 
-from helixpipe.config import FAMILY_OPTIONS, Config, ScheduleConfig
+from helixpipe.config import FAMILY_OPTIONS, Config, OrAuto, ScheduleConfig
 from helixpipe.config_check import MASK_KEYS, OBJECTIVES, check_config
 from helixpipe.config_data import SourceConfig, Sources, sources_from_text, typed_sources
+from helixpipe.config_replicas import counted_anew, spread
 from helixpipe.errors import ConfigError, nearest
 
 Table = dict[str, dict[str, Any]]
@@ -41,6 +42,8 @@ def _parsed(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}; give the path of a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}; give the path of a TOML file") from None
 
 
 def write_toml(config: Config) -> str:
@@ -96,6 +99,8 @@ def merged(base: Table, over: Table) -> Table:
     for one, other in (("name", "path"), ("path", "name")):  # the one takes the other's place
         if one in over.get("model", {}) and other not in over.get("model", {}):
             found.get("model", {}).pop(other, None)
+    if counted_anew(base, over):
+        found.get("schedule", {}).pop("microbatches", None)
     for section, keys in over.items():
         mine = found.setdefault(section, {})
         for key, value in keys.items():
@@ -104,9 +109,12 @@ def merged(base: Table, over: Table) -> Table:
     return found
 
 
-def build_config(table: Mapping[str, Any]) -> Config:
-    """A config from a table; raises ConfigError for a key, type, value or combination that cannot be."""
-    table = _checked(table, "")
+def build_config(table: Mapping[str, Any], ranks: int | None = None) -> Config:
+    """A config from a table; raises ConfigError for a key, type, value or combination that cannot be.
+
+    `ranks`: how many were started, for what follows from that; None when as many as the config says will be.
+    """
+    table = spread(_checked(table, ""), ranks)
     config = Config(**{name: _made(kind, table.get(name, {})) for name, kind in _sections().items()})
     check_config(config)
     return config
@@ -207,7 +215,7 @@ def _field_type(section: str, key: str, where: str) -> Any:
 
 def _hints(kind: Any) -> dict[str, Any]:
     """The types of a dataclass's fields; of one that may be unset, what it is when it is set."""
-    return {key: _given(hint) for key, hint in typing.get_type_hints(kind).items()}
+    return {key: _given(hint) for key, hint in typing.get_type_hints(kind, include_extras=True).items()}
 
 
 def _given(kind: Any) -> Any:
@@ -245,8 +253,12 @@ def _checked(table: Mapping[str, Any], where: str) -> Table:
 
 def _typed(kind: Any, value: Any, where: str) -> Any:
     """The value, when it is of the type; an integer may stand for a float."""
+    if _has_null_byte(value):
+        raise ConfigError(f"{where}: {_shown(value)} has a null byte, which no path or name may have; leave it out")
     if kind == Sources:
         return typed_sources(value, where)
+    if kind == OrAuto:
+        return value if value == "auto" or type(value) is int else _refuse(kind, value, where)
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         if value not in choices:
@@ -261,7 +273,19 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
         return float(value)
     elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
-    raise ConfigError(f"{where}: {_shown(value)} will not do; give {_expected(kind)}")
+    _refuse(kind, value, where)
+
+
+def _refuse(kind: Any, value: Any, where: str) -> NoReturn:
+    raise ConfigError(f"{where}: {_shown(value)} will not do; give {_expected(kind)}") from None
+
+
+def _has_null_byte(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_has_null_byte, value.values()))
+    return (
+        any(map(_has_null_byte, value)) if isinstance(value, list | tuple) else isinstance(value, str) and "\0" in value
+    )
 
 
 def _from_text(kind: Any, text: str, where: str) -> Any:
@@ -271,11 +295,13 @@ def _from_text(kind: Any, text: str, where: str) -> Any:
     try:
         if kind in (int, float):
             return kind(text)
+        if kind == OrAuto:
+            return text if text == "auto" else int(text)
         if typing.get_origin(kind) is tuple:
             each = typing.get_args(kind)[0]
             return _typed(kind, [_from_text(each, item.strip(), where) for item in text.split(",") if item], where)
     except ValueError:
-        raise ConfigError(f"{where}: {_shown(text)} will not do; give {_expected(kind)}") from None
+        _refuse(kind, text, where)
     if kind is bool and text in ("true", "false"):
         return text == "true"
     return _typed(kind, text, where)
@@ -284,6 +310,8 @@ def _from_text(kind: Any, text: str, where: str) -> Any:
 def _expected(kind: Any) -> str:
     if kind == Sources:
         return "a path, or path:weight,path:weight"
+    if kind == OrAuto:
+        return "a whole number, or auto"
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(typing.get_args(kind))
     if typing.get_origin(kind) is tuple:

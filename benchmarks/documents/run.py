@@ -49,6 +49,8 @@ from helixpipe.train.reading import Reading
 
 RANKS = 2
 SPLIT = "perfect split of the work"
+SHORT = (32, 128)
+"""A profile has sequences as short as documents too: such shares of a whole one."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,8 @@ def worker(rank: int, args: argparse.Namespace) -> None:
     for name, (median, sigma, fills) in LAWS.items():
         law = Law(name, median * args.length, sigma, fills)
         read = readings(shape, law, args.length, args.microbatches, args.seed)
-        taken = {str(each): 0 for each in contenders(args)} | {SPLIT: 0}
+        splits = {packing: f"{SPLIT}, {packing}" for packing in read}  # packings deal the same documents to other steps
+        taken = {str(each): 0 for each in contenders(args)} | dict.fromkeys(splits.values(), 0)
 
         def step(each: Contender, read: dict[str, Reading] = read, taken: dict[str, int] = taken) -> None:
             taken[str(each)] += 1
@@ -189,20 +192,22 @@ def worker(rank: int, args: argparse.Namespace) -> None:
             pipeline.zero_gradients()
             pipeline.step(*batch_of(args, taken[str(each)]), documents=documents if each.masked else None)
 
-        def split(read: dict[str, Reading] = read, taken: dict[str, int] = taken) -> None:
-            taken[SPLIT] += 1
+        def split(packing: str, read: dict[str, Reading] = read, taken: dict[str, int] = taken) -> None:
+            name = f"{SPLIT}, {packing}"
+            taken[name] += 1
             reference.zero_gradients()
-            reference.step(*batch_of(args, taken[SPLIT]), documents=read["documents"].documents(taken[SPLIT]))
+            reference.step(*batch_of(args, taken[name]), documents=read[packing].documents(taken[name]))
 
         steps: dict[str, Callable[[], None]] = {str(each): lambda each=each: step(each) for each in contenders(args)}
-        seconds = interleaved(steps | {SPLIT: split}, args.steps, warmup=1)
-        # of all steps together: packings deal the same documents to other steps
-        whole = sum(seconds[SPLIT]) / RANKS
+        steps |= {each: lambda packing=packing: split(packing) for packing, each in splits.items()}
+        seconds = interleaved(steps, args.steps, warmup=1)
         rows = {
-            each: {"over_split": sum(took) / whole, "median_s": statistics.median(took)}
-            for each, took in seconds.items()
+            str(each): {
+                "over_split": sum(seconds[str(each)]) / (sum(seconds[splits[each.packing]]) / RANKS),
+                "median_s": statistics.median(seconds[str(each)]),
+            }
+            for each in contenders(args)
         }
-        rows[SPLIT]["over_split"] = 1.0
         result["laws"][name] = {"lengths": vars(law), "rows": rows}
         if rank == 0:
             print(
@@ -304,7 +309,8 @@ def predictions(rank: int, args: argparse.Namespace) -> None:
     pipelines = {str(each): pipeline_of(each, shape, args) for each in chosen}
     law = Law("long tail", LAWS["long tail"][0] * args.length, LAWS["long tail"][1])
     read = readings(shape, law, args.length, args.microbatches, args.seed)
-    parts, cuts = Parts(shape, "cpu", torch.float32), default_cuts(shape, args.length)
+    parts = Parts(shape, "cpu", torch.float32)
+    cuts = (*default_cuts(shape, args.length), *((args.length // n,) for n in SHORT))
     runs: list[Timing] = []
     measured: dict[str, list[tuple[Any, Timeline]]] = {name: [] for name in pipelines}
 
@@ -349,9 +355,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--length", type=int, default=8192)
+    parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--microbatches", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bidirectional", action="store_true")
     parser.add_argument("--only", default="", help="comma separated: words that are all in the names of those to run")

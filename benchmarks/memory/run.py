@@ -60,6 +60,7 @@ def depths() -> Iterator[Case]:
     for layers in (4, 8, 16):
         yield Case("1f1b", "full", CHUNK, ranks=1, layers=layers)
         yield Case("1f1b", chunk=CHUNK, ranks=1, layers=layers, evaluates=True)
+    yield Case("1f1b", "full", CHUNK, ranks=1, length=1024)
 
 
 def sizes() -> Iterator[Case]:
@@ -92,6 +93,15 @@ def measured(case: Case) -> dict[str, Any]:
         row["error"] = str(error)
     took = time.perf_counter() - began
     print(f"{case}: {brief(row)} ({took:.0f} s)", file=sys.stderr, flush=True)
+    return row
+
+
+def written(case: Case, record: Path | None) -> dict[str, Any]:
+    """A row, and a line of the record of it where there is one."""
+    row = measured(case)
+    if record is not None and "error" not in row:
+        with record.open("a") as file:
+            file.write(json.dumps(row) + "\n")
     return row
 
 
@@ -163,9 +173,12 @@ def main() -> int:
     parser.add_argument(
         "--anatomy", action="store_true", help="instead: every tensor alive at each rank's peak, of ours"
     )
+    parser.add_argument("--record", type=Path, help="a line of JSON a case: what is in it already is not run again")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     found = cases(args)
+    lines = args.record.read_text().splitlines() if args.record and args.record.exists() else []
+    known = {row["case"]: row for row in map(json.loads, lines)}
     if not found:
         parser.error(f"--only {args.only}: no case has all these words in its name")
     try:
@@ -173,7 +186,7 @@ def main() -> int:
             for case in (case for case in found if not case.is_torch):
                 print("\n".join(told(case, anatomies(case, LIMIT_S))), flush=True)
             return 0
-        rows = [measured(case) for case in found]
+        rows = [known.get(str(case)) or written(case, args.record) for case in found]
     except (NoMeter, HelixpipeError) as error:
         print(error, file=sys.stderr)
         return 2

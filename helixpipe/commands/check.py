@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 from helixpipe.commands.facts import facts
 from helixpipe.errors import ConfigError, ScheduleError
+from helixpipe.files import json_text
 from helixpipe.flags import Parser, number
 from helixpipe.schedule.check import check as prove
 from helixpipe.schedule.text import load
@@ -31,9 +30,9 @@ def check(given: list[str]) -> int:
     except ScheduleError as error:
         if args.json:
             place = {"rank": error.rank, "position": error.position, "action": error.action}
-            print(json.dumps({"ok": False, "reason": error.reason} | place))
+            print(json_text({"ok": False, "reason": error.reason} | place))
         raise
     known = facts(schedule)
     told = ", ".join(f"{name} {number}" for name, number in known.items())
-    print(json.dumps({"ok": True} | known) if args.json else f"ok: {told}")
+    print(json_text({"ok": True} | known) if args.json else f"ok: {told}")
     return 0

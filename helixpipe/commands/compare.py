@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from helixpipe.commands.setting import ONLY_RATIOS, as_flags, duration, gibibyte
 from helixpipe.config import Config
 from helixpipe.config_text import build_config, read_saved
 from helixpipe.errors import ConfigError
+from helixpipe.files import json_text
 from helixpipe.flags import Parser
 from helixpipe.parts.work import Lengths
 from helixpipe.predict.estimate import priced
@@ -56,7 +56,7 @@ def compare(given: list[str]) -> int:
     stages = tuple(map(str, config.build_schedule().stages))
     write_pictures(args, {"predicted": predicted, "measured": measured}, title, stages, [("predicted from", source)])
     if args.json:
-        print(json.dumps({"run": str(folder), "predicted_from": source, "only_ratios": only_ratios, "numbers": rows}))
+        print(json_text({"run": str(folder), "predicted_from": source, "only_ratios": only_ratios, "numbers": rows}))
         return 0
     print(f"{folder}: {config.schedule.family}, {config.schedule.ranks} ranks; predicted from {source}")
     print(f"{ONLY_RATIOS}\n" if only_ratios else "")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
+from helixpipe.files import json_text
 from helixpipe.flags import Parser
 
 ABOUT = """\
@@ -36,7 +36,7 @@ def export(given: list[str]) -> int:
 
     found = write(args.run, args.folder, args.dtype, args.max_shard_size, args.merge)
     if args.json:
-        print(json.dumps(dataclasses.asdict(found), default=str))
+        print(json_text(dataclasses.asdict(found), default=str))
         return 0
     what = f"adapters of {found.architecture}" if found.adapter else found.architecture
     files = f"{found.files} files" if found.files > 1 else "one file"

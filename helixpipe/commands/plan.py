@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -27,7 +26,7 @@ from helixpipe.config import Config
 from helixpipe.config_data import DataConfig
 from helixpipe.config_text import build_config, write_toml
 from helixpipe.errors import ConfigError
-from helixpipe.files import write_text
+from helixpipe.files import json_text, write_text
 from helixpipe.flags import Parser, number
 from helixpipe.parts.work import Lengths
 from helixpipe.predict.estimate import Setting
@@ -69,7 +68,7 @@ def plan(given: list[str]) -> int:
             _ = found.best  # raises, and says why
     if args.json:
         data = None if read is None else _data_as_json(*read)
-        print(json.dumps([_as_json(choice, setting) | ({"data": data} if data else {}) for choice in found.fits]))
+        print(json_text([_as_json(choice, setting) | ({"data": data} if data else {}) for choice in found.fits]))
     else:
         print("\n".join(_table(found, setting, args, taken_s, [] if read is None else _data_told(found, *read))))
     # an answer that is no pipeline is told above; it has no config

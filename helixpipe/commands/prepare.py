@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
 
 from helixpipe.errors import ConfigError
+from helixpipe.files import json_text
 from helixpipe.flags import Parser, number
 
 MOST_WORKERS = 512
@@ -82,7 +82,7 @@ def prepare(given: list[str]) -> int:
     skipped = manifest["skipped"]
     if args.json:
         shown = {key: value for key, value in manifest.items() if key != "shards"}
-        print(json.dumps({"folder": args.output, "seconds": round(seconds, 3)} | shown))
+        print(json_text({"folder": args.output, "seconds": round(seconds, 3)} | shown))
         return 0
     left_out = ", ".join(f"{skipped[kind]:,} {kind}" for kind in ("bad", "short", "long") if skipped[kind])
     print(

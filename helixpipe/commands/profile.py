@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from helixpipe.commands.setting import decimal
 from helixpipe.errors import ConfigError
-from helixpipe.files import fault
+from helixpipe.files import fault, json_text
 from helixpipe.flags import Parser, flag, number
 from helixpipe.hub.folder import model_shape
 from helixpipe.parts.shape import ModelShape
@@ -60,7 +60,7 @@ def profile(given: list[str]) -> int:
             for (kind, name), curve in found.curves.items()
         ]
         print(
-            json.dumps({"file": args.out, "worst_error": found.worst_error, "fits": fits} | json.loads(found.to_json()))
+            json_text({"file": args.out, "worst_error": found.worst_error, "fits": fits} | json.loads(found.to_json()))
         )
         return 0
     print("\n".join([*_table(found, args.sequence_length), *_words(found), f"written: {args.out}"]))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from helixpipe.commands.setting import ONLY_RATIOS, decimal, duration, estimate_from, family_parser, options_told
 from helixpipe.errors import ConfigError
+from helixpipe.files import json_text
 from helixpipe.flags import given_options
 from helixpipe.predict.timeline import Timeline
 
@@ -50,7 +50,7 @@ def rehearse(given: list[str]) -> int:
     is_equal = measured.order == estimate.schedule.ranks
     result = _result(estimate.timeline, measured, scale) | {"order_equal": is_equal, "only_ratios": setting.only_ratios}
     if args.json:
-        print(json.dumps({"family": args.family, "options": given_options(args)} | result))
+        print(json_text({"family": args.family, "options": given_options(args)} | result))
     else:
         options = options_told(given_options(args))
         print(

@@ -12,7 +12,7 @@ import sys
 from helixpipe.commands.facts import facts
 from helixpipe.commands.pictures import add_picture_flags, write_pictures
 from helixpipe.errors import ConfigError
-from helixpipe.files import write_text
+from helixpipe.files import json_text, write_text
 from helixpipe.flags import Parser, add_family_options, flag, given_options, number, shown
 from helixpipe.predict.peak import peak_kept
 from helixpipe.predict.simulate import simulate_schedule
@@ -63,7 +63,7 @@ def _show(args: argparse.Namespace) -> int:
     if args.json:
         modelled = {"makespan_units": timeline.makespan_s, "bubble_ratio": timeline.bubble_ratio}
         told_facts = {"family": args.family, "options": options} | facts(schedule) | modelled
-        print(json.dumps(told_facts | {"peak_forwards": peaks, "schedule": json.loads(to_json(schedule))}))
+        print(json_text(told_facts | {"peak_forwards": peaks, "schedule": json.loads(to_json(schedule))}))
         return 0
     width = shutil.get_terminal_size((120, 24)).columns
     print(f"{args.family}: {told}\n{_stages(schedule, width)}\n")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from helixpipe.commands.documents import add_data_flags, data_from
 from helixpipe.commands.pictures import add_picture_flags, write_pictures
 from helixpipe.commands.setting import ONLY_RATIOS, duration, estimate_from, family_parser, gibibytes, options_told
 from helixpipe.commands.simulated_steps import Steps, simulate_steps, steps_as_json, steps_table
+from helixpipe.files import json_text
 from helixpipe.flags import given_options
 from helixpipe.predict.estimate import Estimate
 from helixpipe.predict.explain import Reason, critical_path, idle_by_reason
@@ -39,7 +39,7 @@ def simulate(given: list[str]) -> int:
     write_pictures(args, {"predicted": estimate.timeline}, title, stages, _facts(estimate, steps))
     if args.json:
         told = {"family": args.family, "options": given_options(args)} | as_json(estimate)
-        print(json.dumps(told if steps is None else told | {"data": steps_as_json(steps)}))
+        print(json_text(told if steps is None else told | {"data": steps_as_json(steps)}))
         return 0
     print("\n".join(steps_table(steps) if steps else []), end="\n" if steps else "")
     print(_head(args.family, given_options(args), estimate))

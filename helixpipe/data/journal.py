@@ -17,13 +17,14 @@ from typing import IO, Any
 from helixpipe.data.inputs import MANIFEST
 from helixpipe.data.shards import TEMPORARY, Done, cannot_write, from_table, save
 from helixpipe.errors import ConfigError
+from helixpipe.files import make_folder
 
 JOURNAL = "journal.jsonl"
 FORMAT, VERSION = "helixpipe tokens", 1
 
 
 def line(table: dict[str, Any]) -> str:
-    return json.dumps(table, sort_keys=True, separators=(",", ":"))
+    return json.dumps(table, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def digest(manifest: dict[str, Any]) -> str:
@@ -40,7 +41,7 @@ class Journal:
         self.folder, self.done, self.kept = folder, dict[int, Done](), kept
         self.manifest: dict[str, Any] | None = None
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             names = os.listdir(folder)
             if MANIFEST in names:
                 self.manifest = _whole(folder, asked)
@@ -69,7 +70,7 @@ class Journal:
     def finish(self, manifest: dict[str, Any]) -> None:
         """Make the folder a whole one."""
         self._clean()
-        text = json.dumps(manifest | {"digest": digest(manifest)}, indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(manifest | {"digest": digest(manifest)}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         save(self.folder / MANIFEST, text.encode("utf-8", "backslashreplace"))
         (self.folder / JOURNAL).unlink()
         self._file.close()

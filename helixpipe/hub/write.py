@@ -7,6 +7,7 @@ Nothing but the tensor at hand is in memory. The folder has its name once everyt
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from helixpipe.errors import ConfigError, HelixpipeError
+from helixpipe.files import json_text
 from helixpipe.hub.architecture import Place
 from helixpipe.hub.folder import CONFIG
 from helixpipe.hub.headers import DTYPES, SAFE
@@ -100,7 +102,7 @@ def write_folder(
 ) -> None:
     """Write it. Raises ConfigError where something is already, HelixpipeError where it cannot be written."""
     with new_folder(target) as beside:
-        (beside / config_name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (beside / config_name).write_text(_strict(config, config_name) + "\n", encoding="utf-8")
         for name, lines in shards.items():
             with (beside / name).open("wb") as file:
                 _write_file(file, lines, dtype, read)
@@ -113,6 +115,16 @@ def write_folder(
             (beside / f"{SAFE}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         if carried_from is not None:
             _carry(carried_from, beside)
+
+
+def _strict(config: dict[str, Any], name: str) -> str:
+    """A config as JSON. Raises ConfigError for a number that JSON has no word for."""
+    for key, value in config.items():
+        if json_text(value) != json.dumps(value):
+            raise ConfigError(
+                f"{name}: {key} is {json.dumps(value)}, which is no JSON; change it in the folder that the run came from"
+            )
+    return json.dumps(config, indent=2, allow_nan=False)
 
 
 @contextmanager
@@ -168,12 +180,20 @@ def made(line: Line, dtype: torch.dtype, read: Callable[[str], Tensor]) -> Tenso
 
 
 def _carry(source: Path, target: Path) -> None:
-    for pattern in CARRIED:
-        for path in source.glob(pattern):
-            if path.is_dir():
-                shutil.copytree(path, target / path.name)
-            else:
-                shutil.copyfile(path, target / path.name)
+    try:
+        names = os.listdir(source)  # Path.glob finds nothing where it may not look
+    except OSError as error:
+        raise HelixpipeError(
+            f"{source}: what is in it cannot be listed: {(error.strerror or str(error)).lower()}"
+        ) from None
+    for name in sorted(names):
+        path = source / name
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in CARRIED):
+            continue
+        if path.is_dir():
+            shutil.copytree(path, target / name)
+        else:
+            shutil.copyfile(path, target / name)
 
 
 def _name(dtype: torch.dtype) -> str:

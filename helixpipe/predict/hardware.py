@@ -9,6 +9,7 @@ efficiency it is a common value of well-tuned training, and it is said. A profil
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -147,6 +148,18 @@ def named_accelerator(name: str) -> Accelerator:
     if name not in ACCELERATORS:
         raise ConfigError(f"hardware: '{name}' is not known{nearest(name, ACCELERATORS)}")
     return ACCELERATORS[name]
+
+
+def accelerator_of_device(name: str) -> Accelerator | None:
+    """The accelerator that a device says it is (`torch.cuda.get_device_name`); None where its rates are not known.
+
+    Rates are those of SXM boards: others of the same chip (PCIe, NVL), and shares of one (MIG), have other rates.
+    """
+    words = set(re.split(r"[^a-z0-9]+", name.lower()))
+    if words & {"pcie", "nvl", "mig"}:
+        return None
+    devices = (each for each in ACCELERATORS.values() if each.device == "cuda" and not each.only_ratios)
+    return next((each for each in devices if each.name in words), None)
 
 
 def named_link(name: str, key: str = "link") -> Link:

@@ -20,7 +20,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from helixpipe.errors import ConfigError, nearest
-from helixpipe.files import read_text, write_text
+from helixpipe.files import json_text, read_text, write_text
 from helixpipe.parts.kind import KINDS
 from helixpipe.parts.part import Part, chain, layer_parts
 from helixpipe.parts.shape import ModelShape
@@ -159,8 +159,8 @@ class Profile:
         facts: dict[str, Any] = {"format": FORMAT, "shape": _fields(self.shape)}
         facts |= {name: getattr(self, name) for name in ("device", "device_type", "dtype", "threads", "ranks", "torch")}
         facts["link"] = self.link and _fields(self.link)
-        lines = [f"  {json.dumps(name)}: {json.dumps(value)},\n" for name, value in facts.items()]
-        rows = ",\n".join(f"    {json.dumps(timing)}" for timing in self.timings)
+        lines = [f"  {json.dumps(name)}: {json_text(value)},\n" for name, value in facts.items()]
+        rows = ",\n".join(f"    {json_text(timing)}" for timing in self.timings)
         return f'{{\n{"".join(lines)}  "timings": [\n{rows}\n  ]\n}}\n'
 
     @staticmethod

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from helixpipe.errors import ConfigError, ScheduleError
+from helixpipe.files import json_text
 from helixpipe.predict.timeline import MemoryPoint, Span, Standing, Timeline
 from helixpipe.schedule.action import Action
 
@@ -19,7 +20,7 @@ def to_json(timeline: Timeline) -> str:
         [[str(s.action), round(s.start_s, 7), round(s.end_s, 7), s.awaited] for s in rank] for rank in timeline.spans
     ]
     memory = [[[round(p.time_s, 7), *p[1:]] for p in rank] for rank in timeline.memory]
-    return json.dumps({"spans": spans, "memory": memory, "standing": timeline.standing}) + "\n"
+    return json_text({"spans": spans, "memory": memory, "standing": timeline.standing}) + "\n"
 
 
 def from_json(text: str) -> Timeline:

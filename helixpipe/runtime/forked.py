@@ -1,19 +1,17 @@
 """Forked: local processes, one a rank, that start together and share what they import.
 
-    caller ── stdin: a job, then silence ──> nursery   imports what the job needs, then forks; hosts the ranks' store
+    caller ── stdin: a job, then signals ──> nursery   imports what the job needs, then forks; hosts the ranks' store
        ^                                        ├─ rank 0    a pipe back: what it made, or what its error says
        └────────── a pipe: all of it ───────────┤
                                                 └─ rank 63   a pipe ahead, never written: its end says the nursery is gone
 
 Forking is safe only before there are threads and groups, so it is done in a process of its own: torch is imported
 once, and 64 ranks start within seconds and share its memory. Whoever dies, nobody remains: the end of a pipe
-is noticed by the one who reads it.
+is noticed by the one who reads it. This is the caller's side; `nursery` is the other.
 """
 
 from __future__ import annotations
 
-import gc
-import math
 import os
 import pickle
 import selectors
@@ -21,33 +19,25 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
-import traceback
-from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from helixpipe import errors
-from helixpipe.errors import HelixpipeError, RankError
+from helixpipe.errors import RankError
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 HOST = "127.0.0.1"
-# after a rank said that it lost another, so long for that one to be found dead
-SETTLE_S = 2.0
-# an error names no more silent ranks than these
-MOST_SILENT = 4
 # between telling the nursery to end and making it
 STOP_S = 5.0
-# for a rank to reach the store
-MEET_S = 60.0
-# one wait for what ranks say, however long a job may take
-LONGEST_S = 3600.0
+# how often the caller is asked whether there is a signal to pass on
+POLL_S = 0.05
 
-Said = tuple[Any, tuple[str, str] | None]
-"""What a rank made, or its error: kind and text; an error that is none of ours has no kind, and its traceback is the text."""
+
+class Ended(RankError):
+    """A rank that ended without a word of ours: one line, and its traceback after an empty one where it raised."""
 
 
 class Job(Protocol):
@@ -70,31 +60,41 @@ class Job(Protocol):
         ...
 
 
-def run_forked(job: Job, prints: bool = False) -> list[Any]:
-    """What `job.run` returned, by rank. Raises what a rank raised, RankError for one that failed, died or took too long.
+def run_forked(
+    job: Job,
+    prints: bool = False,
+    listener: socket.socket | None = None,
+    asked: Callable[[], int] | None = None,
+    blocked: Collection[int] = (),
+) -> list[Any]:
+    """What `job.run` returned, by rank. Raises what a rank raised, Ended for one that failed, died or took too long.
 
-    `prints`: what ranks print is the caller's output, not something beside it.
+    `prints`: what ranks print is the caller's output, not something beside it. `listener`: where ranks meet, None for any
+    port. `asked`: the last signal to pass on to all ranks, 0 while there is none; `blocked`: those that processes are started
+    with blocked, so that ranks hear them once they can.
     """
     answers, theirs = os.pipe()
+    meeting = listener or socket.create_server((HOST, 0), backlog=1024)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
         process = subprocess.Popen(
-            [sys.executable, "-m", "helixpipe.runtime.forked", str(theirs)],
-            stdin=subprocess.PIPE, stdout=None if prints else 2, pass_fds=[theirs], env=_environment(),
+            [sys.executable, "-m", "helixpipe.runtime.nursery", str(theirs), str(meeting.fileno())],
+            stdin=subprocess.PIPE, stdout=None if prints else 2, pass_fds=[theirs, meeting.fileno()], env=_environment(),
             start_new_session=True,  # Ctrl-C is the caller's, whose end of the pipe then tells the rest
         )  # fmt: skip
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.close(theirs)
+        meeting.close()
     assert process.stdin is not None
     try:
-        try:
-            process.stdin.write(pickle.dumps(sys.path) + pickle.dumps(job))
-            process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it is dead already, which is found out now
-        with os.fdopen(answers, "rb") as pipe:
-            text = pipe.read()
+        told = pickle.dumps((sys.path, pickle.dumps(job)))
+        _write(process.stdin, len(told).to_bytes(8) + told)
+        with os.fdopen(answers, "rb", buffering=0) as pipe:
+            text = _answer(pipe, process.stdin, asked)
     finally:
-        process.stdin.close()
+        with suppress(BrokenPipeError):
+            process.stdin.close()
         try:
             process.wait(STOP_S)
         except subprocess.TimeoutExpired:
@@ -102,12 +102,34 @@ def run_forked(job: Job, prints: bool = False) -> list[Any]:
             process.wait()
     if not text:
         raise RankError(
-            f"the process that starts the ranks {_how(process.returncode)} before they were done; what it wrote is above"
+            f"the process that starts the ranks {how(process.returncode)} before they were done; what it wrote is above"
         )
     made, error = pickle.loads(text)
     if error is not None:
-        raise getattr(errors, error[0])(error[1])
+        kind, said = error
+        raise getattr(errors, kind)(said) if kind else Ended(said)
     return list(made)
+
+
+def _answer(pipe: IO[bytes], stdin: IO[bytes], asked: Callable[[], int] | None) -> bytes:
+    """All that the nursery says; it is told meanwhile what the caller is asked to pass on."""
+    text, passed = bytearray(), 0
+    with selectors.DefaultSelector() as selector:
+        selector.register(pipe, selectors.EVENT_READ)
+        while True:
+            if selector.select(None if asked is None else POLL_S):
+                if not (piece := pipe.read(1 << 16)):
+                    return bytes(text)
+                text += piece
+            if asked is not None and asked() != passed:
+                passed = asked()
+                _write(stdin, bytes([passed]))
+
+
+def _write(stdin: IO[bytes], text: bytes) -> None:
+    with suppress(BrokenPipeError):  # it is dead already, which is found out now
+        stdin.write(text)
+        stdin.flush()
 
 
 def _environment() -> dict[str, str]:
@@ -117,192 +139,5 @@ def _environment() -> dict[str, str]:
     return quiet | local | dict(os.environ) | {"OMP_NUM_THREADS": "1"}
 
 
-def _how(code: int) -> str:
+def how(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-
-
-# In the nursery
-
-
-@dataclass
-class _Rank:
-    number: int
-    pid: int
-    pipe: int
-    text: bytearray = field(default_factory=bytearray)
-    code: int | None = None
-    """How it ended, and when."""
-    ended_s: float = 0.0
-    raised_s: float = math.inf
-    """When it raised its error: what others raise because of it comes later."""
-
-    def reap(self) -> None:
-        self.ended_s = time.monotonic()
-        if self.text:
-            *_, self.raised_s = pickle.loads(bytes(self.text))
-        self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-    @property
-    def failed(self) -> bool:
-        return self.code not in (None, 0)
-
-    @property
-    def said(self) -> Said:
-        return pickle.loads(bytes(self.text))[:2] if self.text else (None, None)
-
-    @property
-    def distance(self) -> int:
-        """How far its end is from the cause: 0 killed, 1 said why, 2 an error that is none of ours, 3 lost another rank."""
-        if self.code is not None and self.code < 0:
-            return 0
-        error = self.said[1]
-        if error is None or not error[0]:
-            return 2
-        return 3 if error[0] == RankError.__name__ else 1
-
-
-def _main() -> NoReturn:
-    """`python -m helixpipe.runtime.forked`: the nursery."""
-    answers = int(sys.argv[1])
-    sys.path[:] = pickle.load(sys.stdin.buffer)
-    job: Job = pickle.load(sys.stdin.buffer)
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    job.prepare()
-    listener = socket.create_server((HOST, 0), backlog=1024)
-    ranks = _fork(job, listener, answers)
-    try:
-        port = listener.getsockname()[1]
-        store = TCPStore(
-            HOST, port, job.ranks, True, wait_for_workers=False, master_listen_fd=listener.detach()
-        )  # fmt: skip
-        if _watch(ranks, job.limit_s):
-            with os.fdopen(answers, "wb") as pipe:
-                pickle.dump(_outcome(ranks, job.limit_s), pipe)
-        del store
-    finally:
-        for rank in ranks:
-            if rank.code is None:
-                os.kill(rank.pid, signal.SIGKILL)
-                rank.reap()
-    os._exit(0)
-
-
-def _fork(job: Job, listener: socket.socket, answers: int) -> list[_Rank]:
-    gc.collect()
-    gc.freeze()  # what the ranks share stays untouched, and shared
-    life, held = os.pipe()
-    ranks: list[_Rank] = []
-    port = listener.getsockname()[1]
-    for number in range(job.ranks):
-        pipe, report = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            for other in (held, answers, pipe, listener.fileno(), *(rank.pipe for rank in ranks)):
-                os.close(other)
-            _be(job, number, port, life, report)
-        os.close(report)
-        ranks.append(_Rank(number, pid, pipe))
-    os.close(life)
-    return ranks
-
-
-def _watch(ranks: list[_Rank], limit_s: float) -> bool:
-    """Until all have ended, or one has failed and the cause is known, or time is up. False when the caller is gone."""
-    deadline = time.monotonic() + limit_s
-    with selectors.DefaultSelector() as selector:
-        selector.register(0, selectors.EVENT_READ)
-        for rank in ranks:
-            selector.register(rank.pipe, selectors.EVENT_READ, rank)
-        while any(rank.code is None for rank in ranks) and time.monotonic() < deadline:
-            for key, _ in selector.select(min(max(deadline - time.monotonic(), 0), LONGEST_S)):
-                if key.data is None:  # nothing more is ever written there
-                    return False
-                text = os.read(key.fd, 1 << 16)
-                key.data.text.extend(text)
-                if not text:
-                    selector.unregister(key.fd)
-                    os.close(key.fd)
-                    key.data.reap()
-            failed = [rank for rank in ranks if rank.failed]
-            if failed and min(rank.distance for rank in failed) <= 1:
-                break
-            if failed:
-                deadline = min(deadline, time.monotonic() + SETTLE_S)
-    return True
-
-
-def _outcome(ranks: list[_Rank], limit_s: float) -> Said:
-    """What all made, or the error to raise: the cause, not what followed from it."""
-    failed = [rank for rank in ranks if rank.failed]
-    if failed:
-        cause = min(failed, key=lambda rank: (rank.distance, min(rank.raised_s, rank.ended_s)))
-        error = cause.said[1]
-        if error is not None and error[0]:
-            return None, (error[0], error[1] + _silent(ranks) * (error[0] == RankError.__name__))
-        assert cause.code is not None
-        how = _how(cause.code) if error is None else "failed"
-        told = "" if error is None else f"\n\n{error[1]}"
-        how = f"rank {cause.number} (pid {cause.pid}) {how}; the other ranks are stopped{told}"
-    else:
-        late = [rank.number for rank in ranks if rank.code is None]
-        if not late:
-            return [rank.said[0] for rank in ranks], None
-        how = (
-            f"no end after {limit_s:.0f} s of rank{'s' * (len(late) > 1)} {', '.join(map(str, late))}; they are stopped"
-        )
-    return None, (RankError.__name__, how)
-
-
-def _silent(ranks: list[_Rank]) -> str:
-    """Who said nothing while others gave up waiting: perhaps the cause."""
-    silent = [str(rank.number) for rank in ranks if rank.code is None]
-    return f"; silent since: rank {', '.join(silent)}" if 0 < len(silent) <= MOST_SILENT else ""
-
-
-# On a rank
-
-
-def _be(job: Job, rank: int, port: int, life: int, report: int) -> NoReturn:
-    code, text = 1, b""
-    try:
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        threading.Thread(target=_end_with, args=(life,), daemon=True, name="helixpipe-nursery").start()
-        text, code = pickle.dumps((job.run(rank, _store(job.ranks, rank, port)), None, math.inf)), 0
-    except HelixpipeError as error:
-        text, code = pickle.dumps((None, (type(error).__name__, str(error)), time.monotonic())), 2
-    except BaseException as error:
-        text = pickle.dumps((None, ("", _told(error)), time.monotonic()))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with os.fdopen(report, "wb") as pipe:
-        pipe.write(text)
-    os._exit(code)  # without the waits for peers that tearing down a broken group would do
-
-
-def _told(error: BaseException) -> str:
-    """Its traceback, from where the caller's own code begins."""
-    frames = error.__traceback__
-    while frames is not None and frames.tb_frame.f_globals.get("__name__") in ("__main__", "helixpipe.runtime.launch"):
-        frames = frames.tb_next
-    return "".join(traceback.format_exception(type(error), error, frames or error.__traceback__)).rstrip()
-
-
-def _store(ranks: int, rank: int, port: int) -> Store:
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    try:
-        return TCPStore(HOST, port, ranks, False, timedelta(seconds=MEET_S), wait_for_workers=False)
-    except RuntimeError as error:
-        raise RankError(f"rank {rank} did not meet the others: {' '.join(str(error).split())}") from None
-
-
-def _end_with(life: int) -> None:
-    """The other end closes when the nursery ends, however it does."""
-    while os.read(life, 1):
-        pass
-    os._exit(1)
-
-
-if __name__ == "__main__":
-    _main()

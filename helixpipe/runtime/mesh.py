@@ -54,6 +54,7 @@ class Mesh:
         """
         self.device_mesh = mesh
         self._names = _names(mesh)
+        self._lines: dict[str, DeviceMesh] = {}
         if mesh is None:
             self.everyone: Group = dist.group.WORLD if dist.is_initialized() else None
             count = dist.get_world_size(self.everyone) if self.everyone is not None else 1
@@ -116,7 +117,11 @@ class Mesh:
     def line(self, axis: str) -> DeviceMesh:
         """The one-dimensional mesh of `group(axis)`."""
         assert self.device_mesh is not None
-        return self.device_mesh if self.device_mesh.ndim == 1 else self.device_mesh[axis]
+        if self.device_mesh.ndim == 1:
+            return self.device_mesh
+        if axis not in self._lines:  # every tensor of a checkpoint asks
+            self._lines[axis] = self.device_mesh[axis]
+        return self._lines[axis]
 
     def gathered(self, mine: Sequence[float], watch: Watch) -> list[list[float]]:
         """Every rank's numbers, in the order of `places`. Collective."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from helixpipe.model.decoder import Model
 from helixpipe.model.head import takes_weights
 from helixpipe.parts.work import Batch, Keeping, Lengths
 from helixpipe.predict.hardware import Communicators, check_communicators
-from helixpipe.predict.timeline import Timeline
+from helixpipe.predict.timeline import Span, Timeline
 from helixpipe.runtime.buffers import Buffers
 from helixpipe.runtime.context import Context
 from helixpipe.runtime.documents import Given, document_lengths
@@ -28,6 +29,7 @@ from helixpipe.runtime.gradient_norm import clip, norm_of, squares
 from helixpipe.runtime.losses import Counted, Losses, check_head, check_weights, divisor, of_rank, of_ranks
 from helixpipe.runtime.mesh import Mesh
 from helixpipe.runtime.modules import Modules
+from helixpipe.runtime.nonfinite import search
 from helixpipe.runtime.programs import Arrange, Programs
 from helixpipe.runtime.randomness import Stream, evaluating
 from helixpipe.runtime.recorder import Recorder, of_all
@@ -50,6 +52,13 @@ from helixpipe.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
+Say = Callable[[], Sequence[float]]
+
+
+def _nothing() -> Sequence[float]:
+    return ()
 
 
 class Pipeline:
@@ -181,7 +190,7 @@ class Pipeline:
         weights: Tensor | None = None,
         documents: Given = None,
         clip_norm: float | None = None,
-        asked: float = 0.0,
+        say: Say = _nothing,
     ) -> float:
         """Forward and backward of one batch; the mean loss per target that counts, the same on every rank.
 
@@ -202,15 +211,15 @@ class Pipeline:
         rotary scaling makes of the length. Targets are as they were: a document's last token predicts what its target says,
         -100 for nothing. None: a sequence is one document. Parts of someone else's that attend or read positions are refused.
 
-        `clip_norm`: what `clip_gradients` would do next, without an exchange of its own. `asked`: a number of this rank's.
-        `Pipeline.told` has what came of both, and what the step took.
+        `clip_norm`: what `clip_gradients` would do next, without an exchange of its own. `say`: asked at the step's end for
+        numbers of this rank's, as many on each. `Pipeline.told` has what came of both, and what the step took.
 
         Raises ConfigError for a batch that cannot be, or one that has more than `counted`; warns with UncountedWarning
         where nothing counts: the loss is 0 then, and gradients get nothing.
         """
         scale = 1.0 / divisor(targets, counted)
         lengths = self._documents(tokens, documents)
-        rows = self._run(tokens, targets, scale, True, weights, lengths, clip_norm, asked)
+        rows = self._run(tokens, targets, scale, True, weights, lengths, clip_norm, say)
         self.told = told(rows, self.mesh.places, self._watch.line, clip_norm is not None)
         if clip_norm is not None:
             clip(self.parameters, self.told.gradient_norm, clip_norm)
@@ -246,6 +255,15 @@ class Pipeline:
         rows = self._run(tokens, targets, 1.0, False, weights, lengths)
         more = len(Word._fields)
         return of_ranks([(row[0], row[more:]) for row in rows], targets, self._head, counted, lengths)
+
+    def first_nonfinite(self, **batch: Any) -> str:
+        """What made the first value that is no finite number in the last step, which was given `batch`: "layer 3's mlp, on rank
+        1, micro-batch 2, forward", or "" where none comes again. Takes that step once more, and leaves no gradients. Collective.
+        """
+        self.steps -= 1  # the same random numbers
+        chain, segments = self.model.shape.chain(), self.schedule.segments
+        with self.together("the search for a value that is not finite"):
+            return search(lambda: self.step(**batch), self._tapes.values(), self._weights, chain, self.mesh, segments)
 
     def zero_gradients(self) -> None:
         for parameter in self.parameters.values():
@@ -284,6 +302,10 @@ class Pipeline:
         with self.together("the timeline"):
             return of_all(self._recorder, self.group, everywhere)
 
+    def spans(self) -> tuple[Span, ...]:
+        """What this rank did in the last step."""
+        return self._recorder.spans()
+
     @contextmanager
     def together(self, doing: str) -> Iterator[None]:
         """Around what all ranks do at once: a rank lost in it is a RankError that says what the others were doing."""
@@ -291,6 +313,13 @@ class Pipeline:
         with self._watch.together():
             yield
         self._watch.doing = "work between steps"
+
+    def wait_for(self, doing: str, done: Future[T]) -> T:
+        """What a thread of every rank is to give, however long it takes: a checkpoint's. Raises RankError where a rank is lost
+        meanwhile, or is not heard of for `timeout_s`.
+        """
+        with self.together(doing):
+            return self._watch.patient(done, self._timeout_s)
 
     @property
     def last_program(self) -> Program:
@@ -333,9 +362,11 @@ class Pipeline:
         weights: Tensor | None,
         documents: Lengths,
         clip_norm: float | None = None,
-        asked: float = 0.0,
+        say: Say = _nothing,
     ) -> list[list[float]]:
-        """Of each rank its `Word`, whose loss is times `scale`; behind it, of an evaluation, what `losses.of_rank` says."""
+        """Of each rank its `Word`, whose loss is times `scale`; behind it, of an evaluation, what `losses.of_rank` says, and at last
+        what `say` gave.
+        """
         batch = self._shares.batch(tokens, targets)
         self._check_weighed(weights, targets)
         check_positions(self.model, batch, documents)
@@ -373,11 +404,12 @@ class Pipeline:
         by_position = norm[:0] if training else of_rank(losses, tokens.shape[1], self.device)
         divided, whole, *more = numbers(norm, by_position, *(each.sum() for each in losses))
         more, each = more[: len(by_position)], more[len(by_position) :]
+        said = say()
         word = Word(
-            sum(each, 0.0) * scale, self._buffers.end(training), divided, whole, *self._recorder.summary(), asked
+            sum(each, 0.0) * scale, self._buffers.end(training), divided, whole, *self._recorder.summary(), len(said)
         )
         names = program.returning
-        rows = self._gathered([*word, *more, *flags(self._weights.used(names))])
+        rows = self._gathered([*word, *more, *flags(self._weights.used(names)), *said])
         self._recorder.meet()
         self._buffers.settle([row[1] for row in rows])
         if training and names:

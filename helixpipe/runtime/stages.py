@@ -87,8 +87,8 @@ class Stages:
             past = self._key_values.setdefault(mb, KeyValuesByLayer(self.ledger, self.feeds[mb, seg].batch))
         needs = self._needs(mb, seg) if self._needs else None
         stream = self._streams(mb, seg) if self._streams else None
-        found = replace(self.feeds[mb, seg], key_values=past, needs=needs, stream=stream, by_token=not self.training)
-        self._fed[mb, seg] = found
+        feed = replace(self.feeds[mb, seg], key_values=past, needs=needs, stream=stream)
+        self._fed[mb, seg] = found = replace(feed, microbatch=mb, by_token=not self.training)
         return found
 
     def _forward(self, action: Action) -> None:

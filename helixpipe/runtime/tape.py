@@ -38,6 +38,7 @@ from helixpipe.parts.work import Batch
 from helixpipe.runtime.lean import Lean
 from helixpipe.runtime.ledger import Kept, Ledger
 from helixpipe.runtime.live import Live, Needs
+from helixpipe.runtime.nonfinite import Probe, edges
 from helixpipe.runtime.randomness import Stream, may_draw
 from helixpipe.schedule.chunks import Chunk, chunks
 from helixpipe.schedule.stage import Stage
@@ -71,6 +72,8 @@ class Feed:
     """Whether a head that knows the loss of each token gives these, as in evaluations, and not their sum."""
     batch: Batch | None = None
     """The micro-batch, whole, where its sequences hold several documents; None: each is one."""
+    microbatch: int = 0
+    """Its number on this replica."""
 
     @property
     def attended(self) -> Start:
@@ -105,6 +108,8 @@ class Tape:
         self.chunks = chunks(stage, policy == "none", outputs)
         self.queue = WeightQueue(ledger.keep)
         self._calls = {part: _Call(modules[part], part.reads, part.makes, part.about.attends) for part in stage.parts}
+        self.probe: Probe | None = None
+        """Looks for values that are not finite, where it is set."""
         self._draws = {part for part in stage.parts if may_draw(modules[part])}
         for part in stage.parts:
             for module in modules[part].modules():
@@ -217,21 +222,29 @@ class Tape:
     ) -> None:
         for place, part in enumerate(chunk.parts):
             if lean is None:
-                self._run_part(chunk, place, live, feed, kept, graph, False)
+                self._run_part(chunk, place, live, feed, kept, graph, None)
             else:
                 with lean.keeping(place, live):
-                    self._run_part(chunk, place, live, feed, kept, graph, lean.in_place(place))
+                    self._run_part(chunk, place, live, feed, kept, graph, lean)
             is_replayed = graph and kept is not None and self._calls[part].attends
             if feed.needs is not None and not is_replayed:
                 self.ledger.works(feed.needs.forward_bytes(part, graph))
             live.drop(chunk.lifetimes.drops[place])
 
     def _run_part(
-        self, chunk: Chunk, place: int, live: Live, feed: Feed, kept: KeptAttention | None, graph: bool, in_place: bool
+        self,
+        chunk: Chunk,
+        place: int,
+        live: Live,
+        feed: Feed,
+        kept: KeptAttention | None,
+        graph: bool,
+        lean: Lean | None,
     ) -> None:
         part = chunk.parts[place]
         module, reads, makes, _ = self._calls[part]
-        inputs = live.read(reads)
+        inputs, in_place = live.read(reads), lean is not None and lean.in_place(place)
+        read = edges(inputs) if self.probe is not None and graph else []
         if feed.stream is not None and part in self._draws:
             with feed.stream.of(part, feed.tokens.device):
                 made = run_part(part, module, inputs, feed, kept, in_place)
@@ -244,6 +257,11 @@ class Tape:
             if graph and made[-1].requires_grad:
                 nbytes = feed.needs.backward_bytes(chunk, place)
                 made[-1].register_hook(lambda _: self.ledger.works(nbytes))
+        if self.probe is not None:
+            if lean is None:  # what a recompute makes was seen, and may be a stand-in that nobody reads
+                self.probe.made(part, feed.microbatch, feed.segment, made)
+            if graph:
+                self.probe.follow(part, feed.microbatch, feed.segment, read, made)
         for value, tensor in zip(makes, made, strict=True):
             live.put(value, tensor)
 

@@ -1,6 +1,6 @@
 """Words: what ranks tell each other when a step has ended, in one exchange of numbers between their CPUs.
 
-    rank 0   loss  buffers  norm  seconds  bytes  asked  used?   ──┐
+    rank 0   loss  buffers  norm  seconds  bytes  used?  more    ──┐
     rank 1   ...                                                   ├──► the same on every rank
     rank 2   ...                                                 ──┘
 
@@ -41,7 +41,8 @@ class Word(NamedTuple):
     busy_s: float = 0.0
     peak_bytes: float = 0.0
     """A `Summary`, field by field."""
-    asked: float = 0.0
+    more: float = 0.0
+    """How many numbers of somebody else's stand at the end."""
 
     @property
     def summary(self) -> Summary:
@@ -57,18 +58,19 @@ class Told:
     gradient_norm: float
     """Of all ranks' gradients, before they were clipped; NaN where nobody asked for it."""
     totals: Totals
-    asked: float
-    """The largest number that any rank gave."""
+    said: tuple[tuple[float, ...], ...] = ()
+    """What else each rank said, in the order of the mesh's places."""
 
 
 def told(rows: Sequence[Sequence[float]], places: Sequence[Place], line: Iterable[int], normed: bool) -> Told:
-    """`rows`: a word and its flags, of the ranks at `places`; `line`: those of one pipeline, by pipeline rank."""
+    """`rows`: a word, its flags and what else was said, of the ranks at `places`; `line`: those of one pipeline, by pipeline rank."""
     words = [Word(*row[: len(Word._fields)]) for row in rows]
     norm = norm_of([(word.divided, word.whole) for word in words], places) if normed else math.nan
     each = [words[rank].summary for rank in line]
     makespan_s = max(of.ended_s for of in each) - min(of.begun_s for of in each)
     totals = Totals(makespan_s, tuple(of.busy_s for of in each), tuple(int(of.peak_bytes) for of in each))
-    return Told(math.fsum(word.loss for word in words), norm, totals, max(word.asked for word in words))
+    said = tuple(tuple(row[len(row) - int(word.more) :]) for word, row in zip(words, rows, strict=True))
+    return Told(math.fsum(word.loss for word in words), norm, totals, said)
 
 
 def flags(of: Sequence[bool]) -> list[float]:

@@ -3,17 +3,19 @@
 Every rank saves the tensors it owns under names that know no placement (`model.layers.3.qkv.q.weight`), so a
 run of any family, mesh or travel option loads what any other saved: what replicas share is written once, and a
 parameter that tp divides is part of a DTensor, which is put together or divided anew by whoever loads it. How a folder becomes a
-checkpoint, and how it is verified, is in `manifest`.
+checkpoint, and how it is verified, is in `manifest`; how it is written while training goes on, in `saver`.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,10 +32,26 @@ from torch.futures import Future
 from helixpipe.config import Config
 from helixpipe.config_text import to_table
 from helixpipe.errors import CheckpointError, RankError
+from helixpipe.runtime.watch import starting
 from helixpipe.train import manifest as manifests
 from helixpipe.train.manifest import FileSeal, Manifest
 
 T = TypeVar("T")
+
+
+class NotWritten(CheckpointError):
+    """A checkpoint that could not be written. The folder is as it was before."""
+
+    def __init__(self, step: int, reason: str, last: Path | None) -> None:
+        self.step, self.reason, self.last = step, reason, last
+        good = f"the last good one is {last}; --resume continues it" if last else "there is no earlier one"
+        super().__init__(f"checkpoint of step {step}: {reason}; {good}")
+
+    @property
+    def warning(self) -> str:
+        """Of a run that goes on."""
+        good = f"the last good one is {self.last.name}" if self.last else "there is no earlier one"
+        return f"checkpoint of step {self.step}: {self.reason}; training goes on, and {good}"
 
 
 class Checkpoints:
@@ -43,28 +61,62 @@ class Checkpoints:
     ranks.
     """
 
-    def __init__(self, folder: Path, keep: int, group: dist.ProcessGroup | None, data: tuple[int, ...] = ()) -> None:
-        """`data`: what the run trains on, by its fingerprint."""
-        self.folder, self.keep, self.group, self.data = folder, keep, group, data
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        group: dist.ProcessGroup | None,
+        data: tuple[int, ...] = (),
+        keep_every: int = 0,
+        keep_hours: float = 0.0,
+    ) -> None:
+        """`data`: what the run trains on, by its fingerprint. `keep`, `keep_every`, `keep_hours`: see `manifest.prune`."""
+        self.folder, self.group, self.data = folder, group, data
+        self._keeps = keep, keep_every, keep_hours
         self.rank = 0 if group is None else dist.get_rank(group)
+        self.remark = ""
+        """What else is to be known of the last one that was saved, on rank 0."""
+
+    def apart(self, timeout: timedelta) -> Checkpoints:
+        """The same with a process group of its own, for a thread: collectives of two threads on one group would mix. Collective."""
+        found = copy.copy(self)
+        if self.group is not None:
+            with starting(self.rank):
+                ranks = dist.get_process_group_ranks(self.group)
+                found.group = dist.new_group(ranks, timeout=timeout, backend="gloo")
+        return found
+
+    def manifest(self, step: int, config: Config, read: dict[str, Any] | None = None) -> Manifest:
+        """That of a checkpoint which is not yet written: its files are not known. `read`: what it says of data read."""
+        return Manifest(step, dataclasses.asdict(config.shape()), to_table(config), {}, self.data, read or {})
 
     def save(self, state: dict[str, Tensor], step: int, config: Config, read: dict[str, Any] | None = None) -> Path:
-        """Write a checkpoint of what all ranks give, keep the newest ones. `read`: what the manifest says of data read.
+        """As `write`, by itself: torch's remarks are kept off the screen."""
+        with quiet():
+            return self.write(state, self.manifest(step, config, read))
 
-        At every instant the last good one is whole. Raises CheckpointError, the same on all ranks, when
-        any of them cannot write; the folder is then as it was before.
+    def write(self, state: dict[str, Tensor], manifest: Manifest, before: Callable[[], None] = lambda: None) -> Path:
+        """Write a checkpoint of what all ranks give, verify it, then remove those that are not kept. `before` is called on
+        rank 0 right before it counts; its OSError is a reason not to.
+
+        At every instant the last good one is whole. Raises NotWritten, the same on all ranks, when any of them cannot write, or
+        what is there is not what was written.
         """
-        temporary = self.folder / manifests.temporary_name(step)
+        temporary = self.folder / manifests.temporary_name(manifest.step)
+        self.remark = ""
         try:
-            return self._save(temporary, state, step, config, read or {})
+            return self._write(temporary, state, manifest, before)
         except CheckpointError as error:
             if self.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(f"checkpoint of step {step}: {error}; {self._last_good()}") from None
+            found: list[Path] = []
+            with suppress(OSError):
+                found = manifests.checkpoints(self.folder)
+            raise NotWritten(manifest.step, str(error), found[-1] if found else None) from None
 
-    def _save(self, temporary: Path, state: dict[str, Tensor], step: int, config: Config, read: dict[str, Any]) -> Path:
+    def _write(self, temporary: Path, state: dict[str, Tensor], made: Manifest, before: Callable[[], None]) -> Path:
         self._together(lambda: self._prepare(temporary) if self.rank == 0 else None)
-        with quiet(), self._lost():
+        with self._lost():
             try:
                 save(
                     dict(state), storage_writer=_Writer(temporary), process_group=self.group, no_dist=self.group is None
@@ -73,10 +125,9 @@ class Checkpoints:
                 rank, cause = _first(error)
                 raise CheckpointError(_blame(rank, "write", cause)) from None
         sealed = self._together(lambda: self._seal(temporary))
-        files = {name: seal for each in sealed for name, seal in each.items()}
-        made = Manifest(step, dataclasses.asdict(config.shape()), to_table(config), files, self.data, read)
-        self._together(lambda: self._finish(temporary, made) if self.rank == 0 else None)
-        return self.folder / manifests.folder_name(step)
+        made = dataclasses.replace(made, files={name: seal for each in sealed for name, seal in each.items()})
+        self._together(lambda: self._finish(temporary, made, before) if self.rank == 0 else None)
+        return self.folder / manifests.folder_name(made.step)
 
     def load(self, checkpoint: Path, state: dict[str, Tensor]) -> None:
         """Fill this rank's tensors from a verified checkpoint, whoever saved them; raises CheckpointError on all."""
@@ -89,25 +140,23 @@ class Checkpoints:
 
     def _seal(self, temporary: Path) -> dict[str, FileSeal]:
         """This rank's files, on the disk for good."""
-        mine = sorted(temporary.glob(f"__{self.rank}_*"))
+        mine = sorted(path for path in temporary.iterdir() if path.name.startswith(f"__{self.rank}_"))
         if self.rank == 0:
             mine.append(temporary / ".metadata")
         return {path.name: manifests.seal(path) for path in mine}
 
-    def _finish(self, temporary: Path, made: Manifest) -> None:
+    def _finish(self, temporary: Path, made: Manifest, before: Callable[[], None]) -> None:
+        before()
         newest = manifests.finish(temporary, made)
-        manifests.prune(newest, self.keep)
-
-    def _last_good(self) -> str:
-        found = manifests.checkpoints(self.folder)
-        return f"the last good one is {found[-1]}; --resume continues it" if found else "there is no earlier one"
+        manifests.check_written(newest)
+        self.remark = manifests.prune(newest, *self._keeps)
 
     def _together(self, action: Callable[[], T], doing: str = "write") -> list[T]:
         """Run on every rank; what each gave, by rank. One rank's failure is raised on all, as CheckpointError."""
         mine: tuple[T | None, str]
         try:
             mine = action(), ""
-        except (OSError, CheckpointError) as error:
+        except Exception as error:  # the others wait to hear of it, whatever it is
             mine = None, _blame(self.rank, doing, error)
         everyone = [mine]
         if self.group is not None:
@@ -179,13 +228,15 @@ def _read(checkpoint: Path, state: dict[str, Tensor]) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep torch's remarks about processes and formats off the user's screen."""
+    """Keep torch's remarks about processes and formats off the user's screen. Of the whole process, so for a thread its maker
+    enters it.
+    """
     logger = logging.getLogger("torch.distributed.checkpoint")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
             yield
     finally:
         logger.setLevel(before)

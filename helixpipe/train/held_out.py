@@ -6,6 +6,7 @@ any two schedules, meshes and batches give the same number.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from helixpipe.errors import ConfigError
 from helixpipe.runtime.losses import Losses
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.train.checkpoint import Checkpoints
@@ -54,6 +56,7 @@ def evaluate(job: Job, device: str, group: dist.ProcessGroup | None) -> None:
         objective = Objective.of(config)
         losses = held_out_losses(pipeline, corpus, asked, objective, lambda done: progress.update(bar, completed=done))
     pipeline.close()
+    check_finite(losses, weights, "its weights, or what they make, are beyond runtime.dtype; choose another checkpoint")
     if speaks:
         found = Evaluation(losses, weights, job.step, count, config.train.sequence_length)
         print(found.to_json() if job.as_json else found.table(), flush=True)
@@ -72,6 +75,14 @@ def held_out_losses(
         found.append(pipeline.losses(**tensors(batch)))
         tell(min(done * corpus.batch_size, corpus.windows(sequences)))
     return Losses.joined(found)
+
+
+def check_finite(losses: Losses, whose: str, advice: str) -> None:
+    """Raise ConfigError for a loss that is no finite number."""
+    if not losses.counted:
+        raise ConfigError(f"{whose}: no target of the held-out data counts; give data.held_out a larger share")
+    if not math.isfinite(losses.mean):
+        raise ConfigError(f"{whose}: the held-out loss is {losses.mean}; {advice}")
 
 
 def tensors(batch: Batch) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def show_help(command: str) -> int:
     with contextlib.suppress(SystemExit):
         tyro.cli(
             _keys, prog=f"helixpipe {command}", description=_DESCRIPTION[command], args=["--help"], use_underscores=True,
-            registry=_KINDS,
+            registry=_KINDS, config=(tyro.conf.FlagConversionOff,),
         )  # fmt: skip
     return 0
 
@@ -55,6 +55,20 @@ def _of_sources(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str] | None
     if kind.type != Sources:
         return None
     return PrimitiveConstructorSpec(1, "PATH", "".join, lambda value: isinstance(value, str), lambda value: [value])
+
+
+@_KINDS.primitive_rule
+def _of_truth(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool | None] | None:
+    """As a config and the command line spell it."""
+    if kind.type not in (bool, bool | None):
+        return None
+    return PrimitiveConstructorSpec(
+        1, "{true,false}", lambda words: words[0] == "true", lambda value: value in (True, False, None), _spelt
+    )
+
+
+def _spelt(value: bool | None) -> list[str]:
+    return [str(value) if value is None else str(value).lower()]
 
 
 def _keys(

@@ -21,6 +21,7 @@ from helixpipe.train.data import Corpus, open_corpus
 from helixpipe.train.initial import check_model
 from helixpipe.train.manifest import Manifest
 from helixpipe.train.mask_token import with_mask_token
+from helixpipe.train.sinks.sink import check_sinks
 
 _RUNS = Path("runs")
 # of a run, in bytes: file systems allow 255, and a number comes behind it
@@ -76,6 +77,7 @@ def prepare(arguments: Sequence[str], warn: Callable[[str], None], ranks: int | 
     """A job of training."""
     given = parse_arguments(arguments)
     config, checkpoint, manifest = _read(given, warn, ranks, may_begin=True)
+    check_sinks(config.run.log)
     config = with_mask_token(config)
     check_model(config, checkpoint)
     corpus = open_corpus(config)
@@ -136,7 +138,7 @@ def _read(
         warn(f"{what}; starting from the beginning")
     base = renewed(manifest.config) if manifest and given.path is None else {}
     base = {section: keys for section, keys in base.items() if section != "run"} | _kept_run_keys(base)
-    config = build_config(merged(base, over))
+    config = build_config(merged(base, over), ranks)
     if ranks is not None:
         config.mesh_shape().check_ranks(ranks)
     return config, checkpoint, manifest
@@ -193,7 +195,7 @@ def _resolved(config: Config, given: Arguments, checkpoint: Path | None) -> tupl
     may_be_used = config.run.resume == "auto"
     continued = checkpoint.parent.parent if checkpoint and checkpoint.parent.name == "checkpoints" else None
     if config.run.folder:
-        folder = Path(config.run.folder).resolve()
+        folder = Path(os.path.realpath(config.run.folder))
         if folder != continued:
             refuse_used(folder, may_be_used)
     else:
@@ -220,7 +222,7 @@ def _anywhere(config: Config) -> Config:
 
 def _absolute(path: str) -> str:
     """Of "", itself."""
-    return str(Path(path).resolve()) if path else ""
+    return os.path.realpath(path) if path else ""
 
 
 def _absolute_sources(given: Sources) -> Sources:

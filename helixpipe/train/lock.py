@@ -11,10 +11,11 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from helixpipe.errors import ConfigError
+from helixpipe.files import make_folder
 from helixpipe.train.job import Job, refuse_used
 
 NAME = "lock"
@@ -49,15 +50,10 @@ def claimed(job: Job) -> Iterator[Job]:
 
 def _make(folder: Path) -> list[Path]:
     """Make a folder; those that were missing, the innermost first."""
-    missing = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        return make_folder(folder)
     except OSError as error:
-        for each in missing:
-            with suppress(OSError):
-                each.rmdir()
         raise ConfigError(f"run.folder: '{folder}' cannot be made: {(error.strerror or str(error)).lower()}") from None
-    return missing
 
 
 def _lock(job: Job) -> int:

@@ -3,52 +3,43 @@
 <run>/config.toml     the resolved config
       metrics.jsonl   a line per step and per evaluation
       timeline.*      one measured step: .json, .svg, .html (beside its replay), .perfetto.json
+      profile/        see `trace`
       checkpoints/    see `manifest`
+
+and what sinks write (see `sinks`).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column
-
-from helixpipe.config import Config
+from helixpipe.config import ELEMENT_BYTES, Config
 from helixpipe.config_text import write_toml
 from helixpipe.errors import HelixpipeError
 from helixpipe.files import write_text
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Lengths
 from helixpipe.predict.replay import replayed
-from helixpipe.predict.timeline import Timeline, Totals
+from helixpipe.predict.timeline import Timeline
 from helixpipe.predict.timeline_text import to_json
 from helixpipe.schedule.program import Program
 from helixpipe.train import manifest as manifests
+from helixpipe.train.device import peak_flops_per_s
 from helixpipe.train.job import Job
+from helixpipe.train.metrics import MetricsFile
+from helixpipe.train.record import Metrics, Ranks, StepRecord, scalars
+from helixpipe.train.screen import Screen
+from helixpipe.train.sinks.sink import Sinks, open_sinks
+from helixpipe.train.straggler import SLOW, WINDOW
 from helixpipe.view.html import page
 from helixpipe.view.perfetto import perfetto
 from helixpipe.view.svg import render
-
-
-class StepRecord(NamedTuple):
-    """What one step gave and cost."""
-
-    step: int
-    loss: float
-    """Mean nats per target token."""
-    gradient_norm: float
-    """Over all ranks, before clipping."""
-    learning_rate: float
-    seconds: float
-    totals: Totals
 
 
 class Log:
@@ -56,8 +47,11 @@ class Log:
 
     def __init__(self, job: Job, rank: int, device: str) -> None:
         self.job, self.device, self.speaks = job, device, rank == 0
-        self._metrics = job.folder / "metrics.jsonl"
-        self._progress: Progress | None = None
+        self._metrics, self._metrics_fault = MetricsFile(job.folder / "metrics.jsonl"), ""
+        self._screen: Screen | None = None
+        self._sinks = Sinks(())
+        self._peak_flops_per_s: float | None = None
+        self._slow: int | None = None
         self._first_held_out: float | None = None
         self._held_out: float | None = None
         self._left: list[Path] = []
@@ -67,15 +61,24 @@ class Log:
     def __enter__(self) -> Log:
         if self.speaks:
             self._open_folder()
+            self._peak_flops_per_s = peak_flops_per_s(self.device, ELEMENT_BYTES[self.job.config.runtime.dtype])
             self._head()
+            self._sinks = open_sinks(self.job)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        if kind is None or issubclass(kind, Exception):  # not where somebody wants the end at once
+            self._tell_all(self._sinks.close())
+        if self._screen is not None:
+            self._screen.close()
+            self._screen = None
         if self.speaks and kind is None:
+            if self._metrics_fault:
+                raise HelixpipeError(
+                    f"{self._metrics.path}: cannot be written: {self._metrics_fault}; its last lines are lost"
+                )
             if self._end:
                 self._say(self._end)
             else:
@@ -86,39 +89,33 @@ class Log:
         if self.speaks:
             self._say(line)
 
+    def remark(self, line: str) -> None:
+        """Something that the rank which knows it says."""
+        if line:
+            self._say(f"helixpipe: {line}")
+
     def step(self, record: StepRecord) -> None:
         """One training step: a line to read, a line to compute with."""
         if not self.speaks:
             return
-        config, totals = self.job.config, record.totals
-        tokens_per_s = config.batch_size * config.train.sequence_length / record.seconds
-        peaks = totals.peak_activation_bytes
-        self._write(
-            step=record.step,
-            loss=record.loss,
-            grad_norm=record.gradient_norm,
-            learning_rate=record.learning_rate,
-            tokens_per_s=round(tokens_per_s, 1),
-            step_s=round(record.seconds, 6),
-            bubble_ratio=round(totals.bubble_ratio, 6),
-            peak_activation_bytes=list(peaks),
-        )
-        line = (
-            f"loss {record.loss:.4f}  grad norm {record.gradient_norm:.3f}  {tokens_per_s:,.0f} tokens/s  "
-            f"bubble {totals.bubble_ratio:.1%}  peak activations {_bytes(max(peaks, default=0))}"
-        )
-        if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], completed=record.step, line=line)
-        else:
-            self._say(f"step {record.step}/{config.train.steps}  {line}")
+        metrics = Metrics.of(record, self.job.config, self._peak_flops_per_s)
+        self._write(metrics.numbers())
+        assert self._screen is not None
+        self._screen.step(record.step, metrics.fields())
+        self._tell_slow(record.ranks)
 
-    def evaluation(self, step: int, loss: float, by_position: Sequence[float] = ()) -> None:
-        """The held-out loss after `step` steps, and by position: 0, 1, 2 to 3, 4 to 7, ... in powers of two."""
+    def skipped(self, step: int, line: str, cause: str) -> None:
+        """A step whose update is not made."""
+        self.warn(line)
+        self.record(step=step, skipped=cause or "not known")
+
+    def evaluation(self, step: int, loss: float, by_position: Sequence[float | None] = ()) -> None:
+        """The held-out loss after `step` steps, and by position: 0, 1, 2 to 3, 4 to 7, ... in powers of two. None: no target."""
         if self.speaks:
             self._first_held_out = loss if self._first_held_out is None else self._first_held_out
             self._held_out = loss
             more = {"held_out_loss_by_position": list(by_position)} if by_position else {}
-            self._write(step=step, held_out_loss=loss, **more)
+            self._write({"step": step, "held_out_loss": loss, **more})
             self._say(f"step {step}/{self.job.config.train.steps}  held-out loss {loss:.4f}")
 
     def draw(self, timeline: Timeline, program: Program, step: int, documents: Lengths = ()) -> None:
@@ -137,10 +134,13 @@ class Log:
         stages = tuple(map(str, program.schedule.stages))
         facts = [("predicted", "from this step's own action times, messages free"), ("device", self.device)]
         both = {"predicted": predicted, "measured": timeline}
-        write_text(folder / "timeline.json", to_json(timeline))
-        write_text(folder / "timeline.svg", render(timeline, title))
-        write_text(folder / "timeline.html", page(both, title, facts, stages=stages))
-        write_text(folder / "timeline.perfetto.json", perfetto(both, stages))
+        try:
+            write_text(folder / "timeline.json", to_json(timeline))
+            write_text(folder / "timeline.svg", render(timeline, title))
+            write_text(folder / "timeline.html", page(both, title, facts, stages=stages))
+            write_text(folder / "timeline.perfetto.json", perfetto(both, stages))
+        except HelixpipeError as error:  # no picture is worth a run
+            self.warn(f"{error}; training goes on")
 
     @property
     def was_stopped(self) -> bool:
@@ -150,15 +150,24 @@ class Log:
         """The run ends after a step because a signal asked it to."""
         folder = shortened(self.job.folder)
         goes_on = f"step {step} is in its checkpoint, and --resume {folder} goes on from there"
-        if not self.job.config.run.checkpoint_every:
+        if not self.job.config.run.saves:
             goes_on = f"no checkpoint was written after step {step}, since run.checkpoint_every is 0"
         self._end = f"helixpipe: stopped by {asked}: {goes_on}"
 
+    def warn(self, line: str) -> None:
+        """Something that goes wrong, and the run goes on."""
+        if self.speaks:
+            self._say(f"helixpipe: {line}")
+
+    def record(self, **fields: Any) -> None:
+        """A line to compute with."""
+        if self.speaks:
+            self._write(fields)
+
     def flush(self) -> None:
-        """Put the metrics on the disk for good: a checkpoint must not know steps that they do not."""
-        if self.speaks and self._metrics.exists():
-            with self._metrics.open("rb") as file:
-                os.fsync(file.fileno())
+        """Put the metrics on the disk for good: a checkpoint must not know steps that they do not. Raises OSError. For any thread."""
+        if self.speaks:
+            self._metrics.flush()
 
     def _open_folder(self) -> None:
         folder = self.job.folder
@@ -170,7 +179,7 @@ class Log:
             ) from None
         self._left = manifests.leave_later(self.job.checkpoints, self.job.step)
         write_text(folder / "config.toml", write_toml(self.job.config))
-        write_text(self._metrics, "".join(_metrics_until(self._metrics, self.job.step)))
+        write_text(self._metrics.path, "".join(_metrics_until(self._metrics.path, self.job.step)))
 
     def _head(self) -> None:
         job, train = self.job, self.job.config.train
@@ -180,17 +189,7 @@ class Log:
         if self._left:
             names = ", ".join(path.name for path in self._left)
             self._say(f"later checkpoints are set aside until the next one removes them: {names}")
-        if sys.stderr.isatty():
-            columns = (
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(16),
-                TimeRemainingColumn(compact=True, table_column=Column(min_width=5, no_wrap=True)),
-                TextColumn("{task.fields[line]}"),
-            )
-            self._progress = Progress(*columns, console=Console(stderr=True))
-            self._progress.add_task("train", total=train.steps, completed=job.step, line="")
-            self._progress.start()
+        self._screen = Screen(train.steps, job.step)
 
     def _summary(self) -> None:
         train = self.job.config.train
@@ -202,19 +201,31 @@ class Log:
             flush=True,
         )
 
-    def _write(self, **fields: Any) -> None:
-        try:
-            with self._metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(fields) + "\n")
-        except OSError as error:
-            raise HelixpipeError(
-                f"{self._metrics}: cannot be written: {(error.strerror or str(error)).lower()}; "
-                "--resume continues from the last checkpoint"
-            ) from None
+    def _tell_slow(self, ranks: Ranks) -> None:
+        """A line for a rank that has become slow, once until it is as fast as before."""
+        rank = ranks.slowest if ranks.slowest_ratio >= SLOW else None
+        if rank is not None and rank != self._slow:
+            self.remark(
+                f"{ranks.slowest_name}'s actions took {ranks.slowest_ratio:.1f} times their own median over the last {WINDOW} steps"
+            )
+        self._slow = rank
+
+    def _write(self, numbers: dict[str, Any]) -> None:
+        before, self._metrics_fault = self._metrics_fault, self._metrics.add(numbers)
+        if self._metrics_fault and not before:
+            self.warn(
+                f"{self._metrics.path}: cannot be written: {self._metrics_fault}; training goes on, and its lines wait until it can be"
+            )
+        self._sinks.write(numbers["step"], scalars(numbers))
+        self._tell_all(self._sinks.news())
+
+    def _tell_all(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self.remark(line)
 
     def _say(self, line: str) -> None:
-        if self._progress is not None:
-            self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if self._screen is not None:
+            self._screen.say(line)
         else:
             print(line, file=sys.stderr, flush=True)
 
@@ -256,11 +267,3 @@ def shortened(path: Path) -> str:
     """The path as seen from here, when it is below."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
-        count /= 1024
-    return f"{count:.1f} GiB"

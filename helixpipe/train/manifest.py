@@ -6,6 +6,7 @@
         __0_0.distcp ...    tensors, one file a rank (torch.distributed.checkpoint)
         .metadata           which tensor is where
       .left-step-00000150/  of a course that was left for an earlier checkpoint: removed by the next save
+      .bad-step-00000160/   was not on the disk as it was written: removed by the next save that is
       .step-00000200.tmp/   being written, or left behind by a crash: never read, removed by the next save
 
 No torch here: a checkpoint is found and verified before any rank is started.
@@ -18,6 +19,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,10 +56,12 @@ class Manifest:
     """The fingerprint of what was trained on; of older checkpoints nothing is known."""
     read: dict[str, Any] = field(default_factory=dict)
     """How much of it, and what padding and imbalance cost (`usage`)."""
+    skipped: int = 0
+    """Of the steps, those whose update was not made."""
 
     def to_json(self) -> str:
         body = dataclasses.asdict(self) | {"format": _FORMAT}
-        return json.dumps(body | {"sha256": _digest(body)}, indent=1)
+        return json.dumps(body | {"sha256": _digest(body)}, indent=1, allow_nan=False)
 
 
 # of a shape, without parameters: how positions are turned, which a run may stretch as it goes on
@@ -70,6 +74,11 @@ def folder_name(step: int) -> str:
 
 def temporary_name(step: int) -> str:
     return f".{folder_name(step)}.tmp"
+
+
+def step_of(checkpoint: Path) -> int:
+    """What `folder_name` says."""
+    return int(checkpoint.name[len("step-") :])
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -92,8 +101,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
         if digest != _digest(body):
             raise ValueError
         files = {name: FileSeal(**seal) for name, seal in body["files"].items()}
-        data, read = tuple(body.get("data", ())), body.get("read", {})
-        return Manifest(body["step"], _with_tuples(body["shape"]), body["config"], files, data, read)
+        data, read, skipped = tuple(body.get("data", ())), body.get("read", {}), body.get("skipped", 0)
+        return Manifest(body["step"], _with_tuples(body["shape"]), body["config"], files, data, read, skipped)
     except OSError as error:
         raise CheckpointError(f"{path}: {_reason(error)}; this is no whole checkpoint, choose another") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -189,7 +198,7 @@ def leave_later(folder: Path, step: int) -> list[Path]:
 
     Until the run saves one of its own, the newest is then the one that it came from.
     """
-    later = [path for path in checkpoints(folder) if int(path.name[5:]) > step]
+    later = [path for path in checkpoints(folder) if step_of(path) > step]
     for path in reversed(later):
         aside = folder / f".left-{path.name}"
         shutil.rmtree(aside, ignore_errors=True)
@@ -200,15 +209,52 @@ def leave_later(folder: Path, step: int) -> list[Path]:
     return later
 
 
-def prune(newest: Path, keep: int) -> None:
-    """Keep the newest checkpoint and those before it, `keep` in all. Later ones are of a course this run left."""
-    found = checkpoints(newest.parent)
+def check_written(checkpoint: Path) -> None:
+    """Read a checkpoint from the disk, not from what the system has of it in memory. Raises CheckpointError where it is not as
+    it was written: it is set aside then, and does not count any more.
+    """
+    try:
+        for path in checkpoint.iterdir():
+            _forget(path)
+        verify(checkpoint)
+    except (OSError, CheckpointError) as error:
+        what, _, _ = (_reason(error) if isinstance(error, OSError) else str(error)).partition("; ")
+        aside = checkpoint.with_name(f".bad-{checkpoint.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
+        raise CheckpointError(
+            f"what was written is not what is there, {what}, and is set aside as {aside.name}"
+        ) from None
+
+
+def prune(newest: Path, keep: int, every: int = 0, hours: float = 0.0) -> str:
+    """Keep the newest checkpoint and those before it, `keep` in all, and of the older ones those whose step is a multiple of
+    `every` and those that are younger than `hours` (0: none). Later ones are of a course this run left. Why some that should
+    have gone are still there; "" where none is.
+    """
+    found, left = checkpoints(newest.parent), []
     at = found.index(newest)
-    for path in [*found[: max(at + 1 - keep, 0)], *found[at + 1 :]]:
-        discard(path)
-    for path in newest.parent.glob(".left-step-*"):
-        shutil.rmtree(path, ignore_errors=True)
+    old = [path for path in found[: max(at + 1 - keep, 0)] if not _stays(path, every, hours)]
+    for path in [*old, *found[at + 1 :]]:
+        try:
+            discard(path)
+        except OSError as error:
+            left.append(f"{path.name} cannot be removed: {_reason(error)}")
+    for pattern in (".left-step-*", ".bad-step-*"):
+        for path in newest.parent.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
     remove_temporaries(newest.parent)
+    return ", ".join(left)
+
+
+def _stays(checkpoint: Path, every: int, hours: float) -> bool:
+    """Whether a checkpoint that is not among the newest is kept all the same."""
+    if every and step_of(checkpoint) % every == 0:
+        return True
+    try:
+        return hours > 0 and time.time() - (checkpoint / NAME).stat().st_mtime < hours * 3600
+    except OSError:
+        return False  # without a manifest it is none
 
 
 def discard(checkpoint: Path) -> None:
@@ -223,6 +269,13 @@ def remove_temporaries(folder: Path) -> None:
     """Remove what crashes left behind."""
     for path in folder.glob(".step-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _forget(path: Path) -> None:
+    """Let the system drop what it holds of a file in memory, where it can be told to."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -79,8 +79,8 @@ class Optimizer:
             self.shards.share()
         return rate
 
-    def state(self, step: int) -> dict[str, Tensor]:
-        """This rank's weights, buffers and moments after `step` steps, by names that know no placement.
+    def state(self, updates: int) -> dict[str, Tensor]:
+        """This rank's weights, buffers and moments after so many updates, by names that know no placement.
 
         The tensors are the model's and the optimizer's own: filling them restores both.
         """
@@ -89,14 +89,14 @@ class Optimizer:
             found[f"model.{name}"] = self.as_whole(name, parameter.data)
             if name not in self.updated:
                 continue
-            moments = self._moments(parameter, step)
+            moments = self._moments(parameter, updates)
             found |= {f"optimizer.{name}.{key}": self.as_whole(name, moments[key]) for key in _MOMENTS}
         return found
 
-    def _moments(self, parameter: nn.Parameter, step: int) -> dict[str, Tensor]:
+    def _moments(self, parameter: nn.Parameter, updates: int) -> dict[str, Tensor]:
         assert self._adamw is not None
         moments: dict[str, Tensor] = self._adamw.state[parameter]
         for key in _MOMENTS:
             moments.setdefault(key, torch.zeros_like(parameter.data))
-        moments["step"] = torch.tensor(float(step))
+        moments["step"] = torch.tensor(float(updates))
         return moments

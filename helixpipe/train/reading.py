@@ -54,9 +54,9 @@ class Reading:
             raise ValueError(f"step {step}: training begins with step 1")
         size = self.rows_a_step
         if not self.look_ahead:
-            return [self._row(sequence) for sequence in range((step - 1) * size, step * size)]
+            return self._light_ends([self._row(sequence) for sequence in range((step - 1) * size, step * size)])
         window, place = divmod(step - 1, self.look_ahead)
-        return [self._row(sequence) for sequence in self._dealt(window)[place]]
+        return self._light_ends([self._row(sequence) for sequence in self._dealt(window)[place]])
 
     def documents(self, step: int) -> Lengths:
         """Of each row of a step the lengths of its documents; () where attention goes across them."""
@@ -97,6 +97,20 @@ class Reading:
         epoch, place = divmod(before, len(layout))
         number = Permutation(len(layout), self.seed, _EPOCH, source, epoch).at(place)
         return layout.row(number, source, drawn(self.seed, _OFFSET, source, epoch))
+
+    def _light_ends(self, rows: list[Row]) -> list[Row]:
+        """The same, each replica's cheapest micro-batches first and last and the dearest in the middle: ranks wait for the first
+        one's forward and the last one's backward, where a pipeline fills and drains.
+        """
+        if self.work is None or not rows[0].documents:
+            return rows
+        work = self._work(rows).reshape(self.replicas, self.microbatches, self.microbatch_size).sum(2)
+        found = []
+        for replica, order in enumerate(np.argsort(work, axis=1, kind="stable")):
+            for microbatch in (*order[::2], *order[1::2][::-1]):
+                first = (replica * self.microbatches + int(microbatch)) * self.microbatch_size
+                found += rows[first : first + self.microbatch_size]
+        return found
 
     def _work(self, rows: Sequence[Row]) -> NDArray[np.float64]:
         """FLOPs of each row."""

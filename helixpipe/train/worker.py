@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import rendezvous  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
 from helixpipe.errors import CheckpointError, ConfigError, HelixpipeError, RankError
@@ -118,42 +114,3 @@ def _meet(job: Job, place: Place, store: Store, device: str) -> dist.ProcessGrou
         # a checkpoint of a big model takes longer than a message may
         group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout * 10)
     return group
-
-
-def _main() -> NoReturn:
-    """`python -m helixpipe.train.worker`: a rank that the launcher started."""
-    line, report = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_end_with_launcher, daemon=True, name="helixpipe-launcher").start()
-    code, stop = 1, Stop()
-    try:
-        with stop.listening():
-            code = _work_as_told(Job.from_json(line), stop)
-    except HelixpipeError as error:
-        os.write(report, json.dumps([type(error).__name__, str(error)]).encode())
-        code = 2
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # without the waits for peers that tearing down a broken group would do
-
-
-def _work_as_told(job: Job, stop: Stop) -> int:
-    place = Place.from_environment()
-    port, timeout = int(os.environ["MASTER_PORT"]), timedelta(seconds=job.config.runtime.timeout_s)
-    try:
-        store = TCPStore(os.environ["MASTER_ADDR"], port, place.ranks, False, timeout, wait_for_workers=False)
-    except RuntimeError as error:
-        raise RankError(f"rank {place.rank} did not meet the others: {' '.join(str(error).split())}") from None
-    return work(job, place, store, stop)
-
-
-def _end_with_launcher() -> None:
-    """The launcher's end of stdin closes when it ends, however it does."""
-    while os.read(0, 1):
-        pass
-    os._exit(1)
-
-
-if __name__ == "__main__":
-    _main()

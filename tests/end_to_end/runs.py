@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-STEPS = 20
+STEPS = 12
 CONFIG = f"""
 [model]
 layers = 3
@@ -20,11 +20,11 @@ ffn = 64
 [train]
 steps = {STEPS}
 sequence_length = 64
-evaluate_every = 10
+evaluate_every = 6
 evaluate_sequences = 4
-warmup_steps = 5
+warmup_steps = 3
 [run]
-checkpoint_every = 5
+checkpoint_every = 3
 timeline_step = 2
 """
 MODULE = [sys.executable, "-m", "helixpipe", "train"]
@@ -64,9 +64,12 @@ class Run:
             time.sleep(every_s)
 
     def ranks(self) -> list[int]:
-        """The processes that the launcher started."""
-        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return [int(pid) for pid in path.read_text().split()]
+        """The processes of the ranks: children of torchrun, or of the launcher's nursery, which is its child."""
+        return [rank for each in children(self.process.pid) for rank in children(each) or [each]]
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

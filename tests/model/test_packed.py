@@ -177,6 +177,8 @@ def test_rotary_tables_do_not_grow_with_ever_new_documents() -> None:
 def test_learned_positions_start_anew() -> None:
     shape = ModelShape(layers=1, hidden=8, heads=2, ffn=8, vocabulary=9, positions="learned", context=12)
     embed = Embed(shape).double()
+    for weight in embed.parameters():  # a part is made with empty memory
+        torch.nn.init.normal_(weight)
     tokens = torch.zeros(4, 12, dtype=torch.int64)
     made = embed(tokens, at(ROWS))
     for row, lengths in enumerate(ROWS):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from coverings import covering
 from oracle import batch, plain_step
 from ranks import Ranks
 from test_gradients import mesh_of
@@ -104,13 +105,13 @@ def product() -> Iterator[Case]:
             yield Case(family, ranks, segments, recompute, m)
 
 
-def covering() -> list[Case]:
-    """Every family, k and policy on one and two ranks; on three and four every family and k, and policies in turn."""
-    in_turn = {case: RECOMPUTE[(case.ranks + case.segments) % 3] for case in product()}
-    return [case for case, recompute in in_turn.items() if case.ranks <= 2 or case.recompute == recompute]
+def meetings(case: Case) -> list[Hashable]:
+    """Every family and k on every number of ranks, and under every policy."""
+    of_family, recompute = (case.family, case.segments), case.recompute
+    return [(of_family, case.ranks), (of_family, recompute), (case.family, case.ranks > 1, recompute)]
 
 
-@pytest.mark.parametrize("case", covering(), ids=str)
+@pytest.mark.parametrize("case", covering(product(), meetings), ids=str)
 def test_gradients(four_ranks: Ranks, case: Case) -> None:
     holds(four_ranks, case)
 
@@ -126,7 +127,7 @@ def test_two_sequences_in_a_microbatch(four_ranks: Ranks, family: str, segments:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_full_product(four_ranks: Ranks, family: str) -> None:
-    """Every k and recompute on three and four ranks: `make test-full`. Fewer ranks are above."""
+    """Every k and policy on every number of ranks: `make test-full`."""
     for case in product():
-        if case.family == family and case.ranks > 2:
+        if case.family == family:
             holds(four_ranks, case)

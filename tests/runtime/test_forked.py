@@ -6,8 +6,10 @@ No torch in this file: the process that forks brings it in for the store alone.
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +21,8 @@ import pytest
 
 from helixpipe.errors import CheckpointError, RankError
 from helixpipe.runtime import forked
-from helixpipe.runtime.forked import run_forked
+from helixpipe.runtime.forked import Ended, run_forked
+from helixpipe.runtime.nursery import _outcome, _Rank
 
 RANKS = 3
 
@@ -46,6 +49,11 @@ class Job:
                 raise ValueError("a fault in the code")
             if self.fate == "refused":
                 raise CheckpointError("this is how it is")
+            if self.fate == "lost":
+                time.sleep(0.3)
+                os.kill(os.getpid(), signal.SIGKILL)
+        if self.fate == "lost":
+            raise RankError("lost rank 1")
         if self.fate:
             time.sleep(60)
         return self.shared == os.getppid(), others, "x" * 1_000_000  # more than a pipe holds
@@ -86,14 +94,15 @@ def test_what_ranks_make_comes_back_by_rank(nurseries: list[int]) -> None:
 @pytest.mark.parametrize(
     ("fate", "kind", "message"),
     [
-        ("killed", RankError, r"rank 1 \(pid \d+\) was killed by SIGKILL; the other ranks are stopped"),
+        ("killed", Ended, r"rank 1 \(pid \d+\) was killed by SIGKILL; the other ranks are stopped"),
+        ("lost", Ended, r"rank 1 \(pid \d+\) was killed by SIGKILL; the other ranks are stopped"),
         (
             "faulty",
-            RankError,
+            Ended,
             r"(?s)rank 1 \(pid \d+\) failed; the other ranks are stopped\n\nTraceback.*\nValueError: a fault in the code",
         ),
         ("refused", CheckpointError, r"this is how it is"),
-        ("slow", RankError, r"no end after 1 s of ranks 0, 1, 2; they are stopped"),
+        ("slow", Ended, r"no end after 1 s of ranks 0, 1, 2; they are stopped"),
     ],
 )
 def test_the_cause_is_named_and_no_process_remains(
@@ -104,6 +113,43 @@ def test_the_cause_is_named_and_no_process_remains(
     assert re.fullmatch(message, str(raised.value))
     (nursery,) = nurseries
     assert members(nursery) == []
+
+
+def ended(number: int, code: int, kind: str = "", text: str = "", at_s: float = 1.0) -> _Rank:
+    """A rank that is over: killed, without a word, or with an error."""
+    said = pickle.dumps((None, (kind, text), at_s)) if text else b""
+    return _Rank(number, 10 + number, -1, bytearray(said), code, at_s, at_s)
+
+
+def test_a_reason_is_told_once_and_before_what_followed_from_it() -> None:
+    runs = _Rank(2, 12, -1)
+    lost = ended(0, 2, "RankError", "lost", 0.5)
+    assert _outcome([lost, ended(1, 2, "DataError", "short"), runs], 9) == (None, ("DataError", "short"))
+    assert _outcome([lost, ended(1, 2, "RankError", "waited"), ended(2, 0)], 9) == (None, ("RankError", "lost"))
+    assert _outcome([lost, ended(1, 0), runs], 9) == (None, ("RankError", "lost; silent since: rank 2"))
+    stopped = "; the other ranks are stopped"
+    assert _outcome([lost, ended(1, 1)], 9) == (None, ("", f"rank 1 (pid 11) ended with exit code 1{stopped}"))
+    fault = ended(1, 1, "", "Traceback")
+    assert _outcome([lost, fault], 9) == (None, ("", f"rank 1 (pid 11) failed{stopped}\n\nTraceback"))
+    killed = ended(1, -9, at_s=2.0)
+    assert _outcome([ended(0, 2, "DataError", "short"), killed, runs], 9) == (
+        None, ("", f"rank 1 (pid 11) was killed by SIGKILL{stopped}"),
+    )  # fmt: skip
+
+
+class Signalled(Job):
+    """Every rank waits for a signal."""
+
+    def run(self, rank: int, store: Any) -> Any:
+        return signal.sigwait({signal.SIGUSR1}), store.port
+
+
+def test_a_signal_is_passed_on_to_ranks_that_meet_where_they_are_told() -> None:
+    listener = socket.create_server((forked.HOST, 0))
+    port = listener.getsockname()[1]
+    found = run_forked(Signalled(), listener=listener, asked=lambda: signal.SIGUSR1, blocked=[signal.SIGUSR1])
+    assert found == [(signal.SIGUSR1, port)] * RANKS
+    assert signal.SIGUSR1 not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 CALLER = """
@@ -137,7 +183,7 @@ def children(parent: int) -> list[int]:
 
 
 def eventually(look: Any, count: int) -> list[Any]:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while len(found := look()) < count:
         assert time.monotonic() < deadline, found
         time.sleep(0.02)

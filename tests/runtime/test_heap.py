@@ -25,8 +25,8 @@ CASES = [
     Case("1f1b", "full", CHUNK, **SIZES),
     Case("1f1b", "selective", CHUNK, **SHORT),
     Case("zb_v", **SHORT),
-    Case("zb_h2", "full", CHUNK, **SIZES),
-    Case("seq1f1b_interleaved", "selective", CHUNK, SEGMENTS, **SIZES),
+    Case("zb_h2", "full", CHUNK, **SHORT),
+    Case("seq1f1b_interleaved", "selective", CHUNK, SEGMENTS, **SHORT),
     Case("helix", "selective", CHUNK, {"travel": "none"}, **SHORT),
     Case("helix", "selective", CHUNK, {"travel": "attention"}, **SHORT),
 ]
@@ -36,7 +36,7 @@ WINDOWS = [
     Case("seq1f1b_interleaved", "selective", CHUNK, SEGMENTS, model={"window": 300}, **SHORT),
     Case("1f1b", "selective", CHUNK, model={"softcap": 20.0}, **SHORT),
 ]
-ALONE = [Case("1f1b", "full", CHUNK, ranks=1, **SIZES)]
+ALONE = [Case("1f1b", "full", CHUNK, ranks=1, **SHORT)]
 GEMMA = {
     "norm": "rms",
     "norms": "both",
@@ -52,7 +52,7 @@ ALONE += [Case("1f1b", "none", model=GEMMA, **SMALL), Case("1f1b", "full", CHUNK
 ALONE += [Case("1f1b", "selective", model=BERT, **SMALL)]
 LORA = {"norm": "rms", "mlp": "swiglu", "lora": Lora(16, targets=("q", "v", "up", "down"))}
 ALONE += [Case("1f1b", "none", model=LORA, **SMALL)]
-DEPTHS = [Case("1f1b", chunk=CHUNK, ranks=1, evaluates=True, **(SIZES | {"layers": layers})) for layers in (2, 6)]
+DEPTHS = [Case("1f1b", chunk=CHUNK, ranks=1, evaluates=True, **(SHORT | {"layers": layers})) for layers in (2, 6)]
 
 
 @pytest.fixture(scope="module")

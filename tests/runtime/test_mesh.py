@@ -54,7 +54,7 @@ class Case:
 
     @property
     def microbatches(self) -> int:
-        return 2 if self.family == "helix" else 3
+        return 2 if self.family == "helix" or self.size("pp") == 1 else 3
 
     def __str__(self) -> str:
         mesh = "x".join(f"{name}{size}" for name, size in self.mesh)
@@ -219,12 +219,27 @@ def test_gradients_of_several_steps_add_up(four_ranks: Ranks, mesh: tuple[tuple[
     holds(four_ranks, Case(mesh), steps=2)
 
 
-def test_three_directions_on_eight_ranks() -> None:
-    """One test: the ranks are started once, however tests are spread over processes."""
+def of_eight() -> list[Case]:
+    meshes = sized(pp=2, cp=2, tp=2), sized(dp=2, cp=2, tp=2)
+    return [Case(*each, 2 * (each[1] == "1f1b")) for each in itertools.product(meshes, ("1f1b", "helix", "seq1f1b"))]
+
+
+def all_hold_on_eight_ranks(cases: list[Case]) -> None:
     ranks = Ranks(8)
     try:
-        for mesh in (sized(pp=2, cp=2, tp=2), sized(dp=2, cp=2, tp=2)):
-            for family in ("1f1b", "helix", "seq1f1b"):
-                holds(ranks, Case(mesh, family, shape=2 if family == "1f1b" else 0))
+        for case in cases:
+            holds(ranks, case)
     finally:
         ranks.close()
+
+
+def test_three_directions_on_eight_ranks() -> None:
+    """One test: the ranks are started once, however tests are spread over processes. Without pp, one family."""
+    all_hold_on_eight_ranks(of_eight()[:4])
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_three_directions_full_product() -> None:
+    """Every family on both meshes: `make test-full`."""
+    all_hold_on_eight_ranks(of_eight())

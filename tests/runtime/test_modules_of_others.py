@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from coverings import covering, pairs
 from oracle import batch, plain_step
 from others import MLP, SIZES, Listing, Others, Plain, equal
 from ranks import Ranks
@@ -171,7 +172,8 @@ class Case:
     mesh: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.model}, {self.schedule}, p{self.ranks}, {self.recompute}"
+        mesh = " x ".join(f"{axis}{size}" for axis, size in self.mesh) or f"p{self.ranks}"
+        return f"{self.model}, {self.schedule}, {mesh}, {self.recompute}"
 
 
 def rows(model: Others, sequences: int) -> tuple[Tensor, Tensor]:
@@ -228,28 +230,69 @@ def holds(ranks: Ranks, case: Case) -> None:
     equal(gradients, found)
 
 
-def cases() -> list[Case]:
-    """Token 0 is in one sequence: with one rank a rare parameter is used, and what no shape lists stays at home."""
-    chosen = enumerate(itertools.product(MODELS, SCHEDULES, (1, 2, 3)))
-    return [Case(model, schedule, ranks, RECOMPUTE[(i + i // 3) % 3]) for i, (model, schedule, ranks) in chosen]
+def product() -> Iterator[Case]:
+    for at in itertools.product(MODELS, SCHEDULES, (1, 2, 3), RECOMPUTE):
+        yield Case(*at)
 
 
-@pytest.mark.parametrize("case", cases(), ids=str)
+def meetings(case: Case) -> list[Hashable]:
+    """Every two choices, and every model under every schedule on several ranks.
+
+    Token 0 is in one sequence: with one rank a rare parameter is used, and what no shape lists stays at home.
+    """
+    every_two = pairs(case.model, case.schedule, case.ranks, case.recompute)
+    return [*every_two, ("several", case.model, case.schedule)] if case.ranks > 1 else every_two
+
+
+@pytest.mark.parametrize("case", covering(product(), meetings), ids=str)
 def test_gradients(four_ranks: Ranks, case: Case) -> None:
     holds(four_ranks, case)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("model", MODELS)
+def test_gradients_full_product(four_ranks: Ranks, model: str) -> None:
+    """Every schedule on every number of ranks under every policy: `make test-full`."""
+    for case in product():
+        if case.model == model:
+            holds(four_ranks, case)
 
 
 # several replicas
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective"])
-@pytest.mark.parametrize("mesh", ["pp2 dp2", "dp4", "pp2 cp2"])
-@pytest.mark.parametrize("model", ["rare", "frozen layers", "tied and frozen table", "never used"])
-def test_replicas_reduce_the_same_whatever_each_used(four_ranks: Ranks, model: str, mesh: str, recompute: str) -> None:
+REPLICAS = ((("pp", 2), ("dp", 2)), (("dp", 4),), (("pp", 2), ("cp", 2)))
+
+
+def replicated() -> list[Case]:
+    models = ("rare", "frozen layers", "tied and frozen table", "never used")
+    asked = itertools.product(models, REPLICAS, ("1f1b", "attention travels"), ("none", "selective"))
+    return [
+        Case(model, schedule, dict(mesh).get("pp", 1), recompute, mesh) for model, mesh, schedule, recompute in asked
+    ]
+
+
+def of_replicas(case: Case) -> list[Hashable]:
+    """Every model under every schedule on every mesh; every two of the rest."""
+    return [
+        (case.model, case.schedule, case.mesh),
+        *pairs(case.model, case.schedule, case.mesh, case.recompute),
+    ]
+
+
+@pytest.mark.parametrize("case", covering(replicated(), of_replicas), ids=str)
+def test_replicas_reduce_the_same_whatever_each_used(four_ranks: Ranks, case: Case) -> None:
     """Guards against sums of other parameters' gradients where a replica did not use one."""
-    sizes = tuple((each[:2], int(each[2:])) for each in mesh.split())
-    for schedule in ("1f1b", "attention travels"):
-        holds(four_ranks, Case(model, schedule, dict(sizes).get("pp", 1), recompute, sizes))
+    holds(four_ranks, case)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_replicas_full_product(four_ranks: Ranks) -> None:
+    """Every policy: `make test-full`."""
+    for case in replicated():
+        holds(four_ranks, case)
 
 
 # frozen by the shape
@@ -279,32 +322,52 @@ def run_decoder(case: Case, which: dict[str, Any], chunk: int) -> tuple[float, G
     return loss, {name: p.grad for name, p in pipeline.parameters.items() if name not in cuts}
 
 
+OF_DECODERS = ("1f1b", "qkv travels", "zb_h1", "seq1f1b")
+WAYS = ((1, "none"), (2, "none"), (2, "selective"), (3, "full"))
+"""Ranks and policy."""
+
+
 @pytest.mark.parametrize("which", range(len(FROZEN)))
 @pytest.mark.parametrize("chunk", [0, 5])
-@pytest.mark.parametrize("schedule", ["1f1b", "qkv travels", "zb_h1", "seq1f1b"])
+@pytest.mark.parametrize("schedule", OF_DECODERS)
 def test_a_decoder_is_frozen_by_its_shape(four_ranks: Ranks, which: int, chunk: int, schedule: str) -> None:
-    """Guards, too, against chunked parts that lose their gradients where all before them is frozen."""
-    for ranks, recompute in ((1, "none"), (2, "none"), (2, "selective"), (3, "full")):
-        case = Case("", schedule, ranks, recompute)
-        is_decoder_plain(four_ranks.run(run_decoder, case, FROZEN[which], chunk)[:ranks], FROZEN[which])
+    """Guards, too, against chunked parts that lose their gradients where all before them is frozen.
+
+    Ways in turn: whatever is frozen, in chunks or not, meets every way, and so does every schedule, in chunks or not.
+    """
+    way = WAYS[(which + chunk + OF_DECODERS.index(schedule)) % 4]
+    decoder_holds(four_ranks, Case("", schedule, *way), which, chunk)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_a_frozen_decoder_full_product(four_ranks: Ranks) -> None:
+    """Everything every way: `make test-full`."""
+    for schedule, way, which, chunk in itertools.product(OF_DECODERS, WAYS, range(len(FROZEN)), (0, 5)):
+        decoder_holds(four_ranks, Case("", schedule, *way), which, chunk)
 
 
 @pytest.mark.parametrize("mesh", [(("pp", 2), ("tp", 2)), (("cp", 2), ("tp", 2)), (("dp", 2), ("cp", 2))])
 def test_a_frozen_decoder_on_a_mesh(four_ranks: Ranks, mesh: tuple[tuple[str, int], ...]) -> None:
-    for which in FROZEN[::2]:
-        case = Case("", "1f1b", dict(mesh).get("pp", 1), "selective", mesh)
-        is_decoder_plain(four_ranks.run(run_decoder, case, which, 0), which)
+    for which in (0, 2):
+        decoder_holds(four_ranks, Case("", "1f1b", dict(mesh).get("pp", 1), "selective", mesh), which, 0)
 
 
-def is_decoder_plain(results: list[tuple[float, Gradients]], which: dict[str, Any]) -> None:
+@functools.cache
+def decoder(which: int) -> tuple[hp.ModelShape, float, dict[str, Tensor]]:
+    """Its shape, and plain autograd's loss and gradients."""
+    shape = hp.ModelShape(**DECODER | FROZEN[which])
+    return shape, *plain_step(shape, *batch(shape, 2 * MICROBATCHES, LENGTH))
+
+
+def decoder_holds(four_ranks: Ranks, case: Case, which: int, chunk: int) -> None:
     """Clipped to a norm of 1e-3, of trained parameters alone."""
-    shape = hp.ModelShape(**DECODER | which)
-    loss, gradients = plain_step(shape, *batch(shape, 2 * MICROBATCHES, LENGTH))
+    shape, loss, gradients = decoder(which)
     trained = {name: g for name, g in gradients.items() if shape.trains(name)}
     assert 0 < len(trained) < len(gradients)
     norm = float(torch.nn.utils.get_total_norm(trained.values()))
     found: Gradients = {}
-    for result in results:
+    for result in filter(None, four_ranks.run(run_decoder, case, FROZEN[which], chunk)):
         assert abs(result[0] - loss) < 1e-12
         found |= result[1]
     wanted = {name: g * 1e-3 / (norm + 1e-6) if name in trained else None for name, g in gradients.items()}
@@ -331,22 +394,36 @@ def run_steps(case: Case) -> dict[str, Tensor] | None:
     return {name: p.detach() for name, p in pipeline.parameters.items()}
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "qkv travels", "attention travels"])
-@pytest.mark.parametrize("mesh", [(), (("pp", 2), ("dp", 2))])
-@pytest.mark.parametrize("model", ["rare", "never used", "frozen layers", "tied and frozen table", "one for all"])
-def test_an_optimizer_moves_what_plain_training_moves(
-    four_ranks: Ranks, model: str, mesh: tuple[tuple[str, int], ...], schedule: str
-) -> None:
+def moving() -> list[Case]:
+    models = ("rare", "never used", "frozen layers", "tied and frozen table", "one for all")
+    asked = itertools.product(models, ("1f1b", "qkv travels", "attention travels"), ((), (("pp", 2), ("dp", 2))))
+    return [Case(model, schedule, 2, mesh=mesh) for model, schedule, mesh in asked]
+
+
+@pytest.mark.parametrize("case", covering(moving(), lambda case: pairs(case.model, case.schedule, case.mesh)), ids=str)
+def test_an_optimizer_moves_what_plain_training_moves(four_ranks: Ranks, case: Case) -> None:
     """AdamW decays a parameter whose gradient is zero, and leaves alone one that has none."""
-    made = MODELS[model]()
+    moves(four_ranks, case)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_an_optimizer_full_product(four_ranks: Ranks) -> None:
+    """With replicas and without: `make test-full`."""
+    for case in moving():
+        moves(four_ranks, case)
+
+
+def moves(four_ranks: Ranks, case: Case) -> None:
+    made = MODELS[case.model]()
     plain = Plain(made)
     optimizer = torch.optim.AdamW(plain.parameters.values(), lr=0.01, weight_decay=0.1)
     for step in range(3):
         made.rare = step != 1
         optimizer.zero_grad()
-        plain.step(*rows(made, MICROBATCHES * dict(mesh).get("dp", 1)))
+        plain.step(*rows(made, MICROBATCHES * dict(case.mesh).get("dp", 1)))
         optimizer.step()
     found: dict[str, Tensor] = {}
-    for result in filter(None, four_ranks.run(run_steps, Case(model, schedule, 2, mesh=mesh))):
+    for result in filter(None, four_ranks.run(run_steps, case)):
         found |= result
     equal({name: p.detach() for name, p in plain.parameters.items()}, found)  # type: ignore[arg-type]

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from coverings import covering, pairs
 from oracle import batch, plain_step
 from ranks import Ranks
 from test_gradients import mesh_of
@@ -68,16 +69,21 @@ class Case:
         )  # fmt: skip
 
 
-def cases() -> Iterator[Case]:
-    """Every variant on 1 to 3 ranks, with every window; the rest in turn."""
-    turn = itertools.count()
+def product() -> Iterator[Case]:
     for (family, given), ranks in itertools.product(VARIANTS, (1, 2, 3)):
-        for window in (1, 2, 5, 12) if ranks != 2 else (3, 7, 20):
-            i = next(turn)
-            yield Case(
-                family, ranks, window, PATTERNS[i % 3], given, RECOMPUTE[i // 2 % 3],
-                causal="segments" in given or i % 4 > 0, softcap=(0.0, 0.0, 0.03)[i % 3], scale=(0.0, 0.5)[i // 3 % 2],
-            )  # fmt: skip
+        windows = (1, 2, 5, 12) if ranks != 2 else (3, 7, 20)
+        both_ways = (True,) if "segments" in given else (True, False)
+        rest = itertools.product(windows, PATTERNS, (given,), RECOMPUTE, both_ways, (0.0, 0.03), (0.0, 0.5))
+        yield from (Case(family, ranks, *each) for each in rest)
+
+
+def meetings(case: Case) -> list[Hashable]:
+    """Every variant on every number of ranks, in every pattern and under every policy; every two of all else, and every
+    window in every family and in every cut into segments."""
+    variant, segments = (case.family, *case.options.items()), case.options.get("segments", 1)
+    rest = pairs(case.ranks, case.window, case.pattern, case.recompute, case.causal, case.softcap, case.scale)
+    of_variant = [(variant, case.ranks), (variant, case.pattern), (variant, case.recompute)]
+    return [*rest, *of_variant, (case.family, case.window), (segments, case.window)]
 
 
 def run_case(case: Case) -> tuple[float, float, dict[str, torch.Tensor]] | None:
@@ -103,8 +109,23 @@ def oracle(shape: ModelShape) -> tuple[float, dict[str, torch.Tensor]]:
     return plain_step(shape, *batch(shape, 4, LENGTH))
 
 
-@pytest.mark.parametrize("case", list(cases()), ids=str)
+@pytest.mark.parametrize("case", covering(product(), meetings), ids=str)
 def test_gradients(four_ranks: Ranks, case: Case) -> None:
+    holds(four_ranks, case)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("place", range(len(VARIANTS)))
+def test_gradients_full_product(four_ranks: Ranks, place: int) -> None:
+    """7,128 cases: `make test-full`."""
+    family, given = VARIANTS[place]
+    for case in product():
+        if (case.family, case.options) == (family, given):
+            holds(four_ranks, case)
+
+
+def holds(four_ranks: Ranks, case: Case) -> None:
     loss, gradients = oracle(case.shape)
     found: dict[str, torch.Tensor] = {}
     for result in four_ranks.run(run_case, case)[: case.ranks]:

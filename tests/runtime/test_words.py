@@ -40,13 +40,15 @@ def test_a_step_is_told_from_its_ranks_words() -> None:
     """Replicas add nothing to a norm, tp ranks what is divided; a step begins with the first rank, and is of one pipeline."""
     places = [Place(pp, dp) for pp in (0, 1) for dp in (0, 1)]
     words = [
-        Word(0.25, 0, 3.0, 4.0, 1.0, 5.0, 2.0, 100.0, 0.0), Word(0.5, 0, 3.0, 4.0, 9.0, 90.0, 9.0, 9.0, 15.0),
-        Word(0.0, 0, 1.0, 8.0, 2.0, 7.0, 4.0, 300.0, 0.0), Word(0.25, 0, 1.0, 8.0, 9.0, 90.0, 9.0, 9.0, 0.0),
+        Word(0.25, 0, 3.0, 4.0, 1.0, 5.0, 2.0, 100.0, 2), Word(0.5, 0, 3.0, 4.0, 9.0, 90.0, 9.0, 9.0, 2),
+        Word(0.0, 0, 1.0, 8.0, 2.0, 7.0, 4.0, 300.0, 2), Word(0.25, 0, 1.0, 8.0, 9.0, 90.0, 9.0, 9.0, 2),
     ]  # fmt: skip
-    found = told(words, places, (0, 2), normed=True)
-    assert found == Told(1.0, 4.0, Totals(6.0, (2.0, 4.0), (100, 300)), 15.0)
+    said = ((0.0, 1.0), (15.0, 2.0), (0.0, 3.0), (0.0, 4.0))
+    rows = [[*word, *flags([True]), *more] for word, more in zip(words, said, strict=True)]
+    found = told(rows, places, (0, 2), normed=True)
+    assert found == Told(1.0, 4.0, Totals(6.0, (2.0, 4.0), (100, 300)), said)
     assert found.totals.bubble_ratio == 0.5
-    assert math.isnan(told(words, places, (0, 2), normed=False).gradient_norm)
+    assert math.isnan(told(rows, places, (0, 2), normed=False).gradient_norm)
 
 
 def step_of(mesh: tuple[tuple[str, int], ...], family: str, limit: float) -> Any:
@@ -61,7 +63,7 @@ def step_of(mesh: tuple[tuple[str, int], ...], family: str, limit: float) -> Any
     clipped = {name: p.grad.clone() for name, p in pipeline.parameters.items() if p.grad is not None}
     pipeline.zero_gradients()
     with Collectives() as seen:
-        loss = pipeline.step(*data, clip_norm=limit, asked=dist.get_rank())
+        loss = pipeline.step(*data, clip_norm=limit, say=lambda: (dist.get_rank(),))
     calls = [name for name, _ in seen.seen if name not in ("send", "recv_")]
     timeline, heard = pipeline.timeline(), pipeline.told
     assert heard is not None
@@ -84,7 +86,11 @@ def test_a_step_ends_in_one_exchange_that_has_all(four_ranks: Ranks, mesh: Any, 
     for seen, loss, all_told, norm, same, timeline in four_ranks.run(step_of, mesh, family, 0.05):
         assert seen == calls
         assert abs(loss - expected) < 1e-12
-        assert (all_told.loss, all_told.gradient_norm, all_told.asked) == (loss, norm, 3.0)
+        assert (all_told.loss, all_told.gradient_norm, all_told.said) == (
+            loss,
+            norm,
+            tuple((float(r),) for r in range(4)),
+        )
         assert norm > 0.05
         assert same, "clipped in the step is clipped after it"
         assert all_told.totals.makespan_s == pytest.approx(timeline.makespan_s, rel=1e-6)

@@ -341,6 +341,8 @@ def test_help_names_every_key_with_its_meaning(
             for name in [f"{key}.{inner}" for inner in value] if isinstance(value, dict) else [key]:
                 assert f"--{section}.{name} " in shown, name
     assert "Sequences in a micro-batch." in shown
+    assert "--data.document_mask {true,false}" in shown
+    assert "--run.checkpoint_async {true,false}" in shown
     told = "Without a config file, the config saved with it holds, and options go before it; with one, nothing of the saved config does."
     assert told in " ".join(shown.split())
 

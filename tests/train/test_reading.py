@@ -93,7 +93,20 @@ def test_any_layout_of_as_many_sequences_has_the_same_rows(look_ahead: int) -> N
             names = dict(zip(("microbatches", "microbatch_size", "replicas"), layout, strict=True))
             found = [key(row) for row in balanced(look_ahead, **names).step(step)]
             assert sorted(found) == sorted(wanted)
-            assert look_ahead or found == wanted
+
+
+def test_micro_batches_are_light_first_and_last() -> None:
+    """Of each replica: up to the dearest, then down, and none is torn."""
+    for look_ahead, size in ((0, 1), (0, 2), (4, 2)):
+        reading = balanced(look_ahead, microbatches=5, microbatch_size=size, replicas=2)
+        for step in (1, 2, 9):
+            rows = reading.step(step)
+            work = [sum(work_of(row.documents) for row in rows[at : at + size]) for at in range(0, len(rows), size)]
+            for mine in (work[:5], work[5:]):
+                assert mine == sorted(mine)[::2] + sorted(mine)[1::2][::-1]
+    one = reading.layouts[0]
+    plain = Reading((one,), (1.0,), LENGTH, 5)  # attention goes across documents: all cost the same
+    assert [key(row) for row in plain.step(1)] == [key(plain._row(at)) for at in range(5)]
 
 
 def test_shares_of_sources_follow_the_weights_and_each_has_its_own_epochs() -> None:
