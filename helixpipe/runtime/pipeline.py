@@ -353,6 +353,7 @@ class Pipeline:
             raise ConfigError(self._of_one_document)
         return found
 
+    @uncollected()
     def _run(
         self,
         tokens: Tensor,
@@ -392,7 +393,7 @@ class Pipeline:
         bare = self._weights.bare()
         self._reduction.begin()
         try:
-            with uncollected(), nullcontext() if training else evaluating(self._weights.modules.values()):
+            with nullcontext() if training else evaluating(self._weights.modules.values()):
                 execute(program.ranks[self.rank], stages, self._weights, self._transport, self._recorder, self._watch)
         except RankError as error:
             raise self._watch.placed(error) from error
