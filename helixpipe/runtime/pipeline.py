@@ -24,6 +24,7 @@ from helixpipe.runtime.buffers import Buffers
 from helixpipe.runtime.context import Context
 from helixpipe.runtime.documents import Given, document_lengths
 from helixpipe.runtime.executor import execute
+from helixpipe.runtime.garbage import uncollected
 from helixpipe.runtime.gradient_norm import clip, norm_of, squares
 from helixpipe.runtime.losses import Counted, Losses, check_head, check_weights, divisor, of_rank, of_ranks
 from helixpipe.runtime.mesh import Mesh
@@ -150,7 +151,7 @@ class Pipeline:
             if self.rank in schedule.ranks_of[s]
         }
         self._recorder, self._timeout_s = Recorder(self.device), timeout_s
-        self._watch.reached = lambda: self._recorder.reached()[0]
+        self._watch.reached = self._recorder.at
         self.keeping = Keeping(
             recompute, dtype.itemsize, *_chunks_of(model), self.device.type, tensor_parallel=self.mesh.shape.tp,
             threads=torch.get_num_threads(), processes=self.mesh.shape.cp * self.mesh.shape.tp,
@@ -352,6 +353,7 @@ class Pipeline:
             raise ConfigError(self._of_one_document)
         return found
 
+    @uncollected()
     def _run(
         self,
         tokens: Tensor,
