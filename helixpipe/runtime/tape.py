@@ -119,7 +119,7 @@ class Tape:
     def forward(self, live: Live, feed: Feed) -> list[Record]:
         """One record per chunk. `live` holds the stage's inputs before, and its outputs after."""
         return [
-            self._graph(c, live, feed, None) if self.policy == "none" else self._keep(c, live, feed)
+            self._graph(c, live, feed, None) if self.policy == "none" or c.graphed else self._keep(c, live, feed)
             for c in self.chunks
         ]
 
@@ -306,6 +306,15 @@ def run_part(
                 return ((each if callable(each) else module)(*inputs, feed.targets),)
             head = each if callable(each) and takes_weights(each) else module
             return (head(*inputs, feed.targets, weights=feed.weights),)
+        case "lookup":
+            return (module(feed.tokens),)
+        case "joined":
+            return (module(inputs, feed.start),)
+        case "logits":
+            return (module(*inputs, feed.targets),)
+        case "loss":
+            loss = module.token_losses if feed.by_token else module
+            return (loss(inputs, feed.targets, feed.weights),)
         case "qkv" if isinstance(module, QKV):
             return tuple(module(*inputs, feed.attended, feed.sequence_length))
         case "block" if isinstance(module, Block):
