@@ -92,7 +92,7 @@ class Head(Transformed, Chunked):
 
 def capped(logits: Tensor, cap: float) -> Tensor:
     """cap * tanh(logits / cap), in their place; without a cap they are as they were."""
-    return _SoftCap.apply(logits, cap) if cap else logits  # type: ignore[no-any-return,no-untyped-call]
+    return _SoftCap.apply(logits, cap) if cap else logits  # type: ignore[no-untyped-call]
 
 
 class _SoftCap(torch.autograd.Function):

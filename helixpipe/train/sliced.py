@@ -28,14 +28,14 @@ class _Pieces(Tensor):
     @staticmethod
     def __new__(cls, size: torch.Size, pieces: dict[int, Tensor]) -> Self:
         like = next(iter(pieces.values()))
-        found: Self = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        found: Self = Tensor._make_wrapper_subclass(
             cls, size, dtype=like.dtype, device=like.device, requires_grad=False
         )
         found.pieces = pieces
         return found
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise NotImplementedError(f"{func} of a tensor of which some rows alone are here")
 
     def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:

@@ -102,7 +102,7 @@ def truth(case: Case) -> tuple[float, float, dict[str, Tensor]]:
     z_loss = (case.z_loss * logits.logsumexp(-1).square() * counts).sum() / counted
     loss = each.sum() / counted
     gradients = torch.autograd.grad(loss + z_loss, list(w.values()))
-    return float(loss), float(each[:, 4:8].sum()), dict(zip(w, gradients, strict=True))
+    return float(loss.detach()), float(each[:, 4:8].detach().sum()), dict(zip(w, gradients, strict=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

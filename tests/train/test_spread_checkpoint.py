@@ -112,7 +112,7 @@ def same(first: State, second: State) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("writer", "reader"), itertools.pairwise([WHOLE, THREE, TWO, HALVES, WHOLE]), ids=lambda layout: str(layout)
+    ("writer", "reader"), list(itertools.pairwise([WHOLE, THREE, TWO, HALVES, WHOLE])), ids=lambda layout: str(layout)
 )
 def test_a_checkpoint_moves_between_whole_and_spread(
     four_ranks: Ranks, tmp_path: Path, writer: Layout, reader: Layout
