@@ -39,16 +39,16 @@ def check_vocabulary(model: Model, schedule: Schedule) -> None:
     shards = vocabulary_shards(part for stage in schedule.stages for part in stage.parts)
     if not shards:
         return
-    if shards > model.shape.vocabulary:
-        raise ConfigError(
-            f"schedule.vocabulary: spread over {shards} ranks, and model.vocabulary is {model.shape.vocabulary}; use last, or fewer ranks"
-        )
     kind = type(model)
     ours = kind.part.__module__.startswith("helixpipe.") and type(model.shape).about is ModelShape.about
     if not getattr(model, "spreads_vocabulary", ours):
         raise ConfigError(
             f"schedule.vocabulary: spread, and {kind.__name__} hands out parts of its own, of which head and embedding would be left "
             "out; use last, or set spreads_vocabulary to true in a model that knows their shards"
+        )
+    if shards > model.shape.vocabulary:
+        raise ConfigError(
+            f"schedule.vocabulary: spread over {shards} ranks, and model.vocabulary is {model.shape.vocabulary}; use last, or fewer ranks"
         )
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -37,21 +36,21 @@ class Case:
     recompute: str = "selective"
     shards: int = 0
     moved: int = 0
-    shape_has: dict[str, Any] = field(default_factory=dict, hash=False)
-    one_word: int = -1
+    one_word: int | None = None
     """The target of all tokens of the first sequence, where it is one."""
 
     def __str__(self) -> str:
         tied = "tied" if self.tied else "untied"
-        more = "".join(f"-{name}" for name in self.shape_has)
+        more = ""
+        more += f"-shards{self.shards}" * (self.shards > 0) + f"-moved{self.moved}" * (self.moved > 0)
+        more += "" if self.one_word is None else f"-all{self.one_word}"
         return f"{self.family}-p{self.ranks}-k{self.segments}-{tied}-chunk{self.chunk}-{self.recompute}{more}"
 
     @property
     def shape(self) -> ModelShape:
         given = self.given.get("stages_per_rank", PER_RANK.get(self.family, 1))
         layers = max(2, self.ranks * given)
-        has = {"hidden": 16, "heads": 4, "kv_heads": 2, "ffn": 24, "vocabulary": 19, "tied": self.tied}
-        return ModelShape(layers=layers, **(has | self.shape_has))
+        return ModelShape(layers=layers, hidden=16, heads=4, kv_heads=2, ffn=24, vocabulary=19, tied=self.tied)
 
     @property
     def given(self) -> dict[str, Any]:
@@ -65,7 +64,7 @@ class Case:
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, targets = batch(self.shape, self.microbatches, 12)
-        if self.one_word >= 0:
+        if self.one_word is not None:
             targets[0] = self.one_word
         return tokens, targets
 
@@ -91,11 +90,6 @@ def run_case(case: Case) -> tuple[float, float, dict[str, torch.Tensor]] | None:
     assert not evaluated.without
     pipeline.close()
     return loss, evaluated.mean, {name: p.grad for name, p in pipeline.parameters.items() if p.grad is not None}
-
-
-@functools.cache
-def oracle(case: Case) -> tuple[float, dict[str, torch.Tensor]]:
-    return plain_step(case.shape, *case.batch())
 
 
 def holds(four_ranks: Ranks, case: Case) -> None:
@@ -125,8 +119,8 @@ def joined(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def check_gradients(found: dict[str, torch.Tensor], gradients: dict[str, torch.Tensor]) -> None:
     assert found.keys() == gradients.keys()
     for name, gradient in gradients.items():
-        error = (found[name] - gradient).norm() / gradient.norm()
-        assert error < 1e-9, f"{name}: {error:.1e}"
+        error = (found[name] - gradient).norm()
+        assert error <= 1e-9 * gradient.norm(), f"{name}: {error:.1e}"
 
 
 def product() -> Iterator[Case]:
@@ -137,15 +131,21 @@ def product() -> Iterator[Case]:
 
 
 def meetings(case: Case) -> list[Hashable]:
-    """Every family on more than one rank, tied and not; everything else once with each other thing."""
-    of_family = case.family, case.ranks > 1
-    return [
-        (of_family, case.segments), (case.ranks, case.tied), (case.ranks, case.chunk > 0), (case.segments, case.chunk > 0),
-        (case.recompute, case.chunk > 0), (case.recompute, case.segments), (case.tied, case.recompute),
-    ]  # fmt: skip
+    """Every family on more than one rank, whole and in segments; everything else once with each other thing."""
+    found: list[Hashable] = [(case.ranks, case.tied), (case.ranks, case.chunk > 0), (case.recompute, case.chunk > 0)]
+    found += [(case.recompute, case.segments), (case.tied, case.recompute), (case.tied, case.chunk > 0, case.segments)]
+    return found + ([(case.family, case.segments)] if case.ranks > 1 else [])
 
 
-@pytest.mark.parametrize("case", covering(product(), meetings), ids=str)
+# all targets of a sequence in one shard, or ignored; more shards than ranks, and shards of head and table on two ranks
+ODD = [
+    Case("1f1b", 3, one_word=0), Case("seq1f1b", 2, 3, True, 5, "full", one_word=18), Case("1f1b", 2, one_word=-100),
+    Case("1f1b", 2, 1, True, shards=5), Case("zb_h1", 3, 1, True, 5, "none", moved=1), Case("helix", 4, moved=2, tied=True),
+    Case("1f1b", 1, shards=19),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*covering(product(), meetings), *ODD], ids=str)
 def test_gradients(four_ranks: Ranks, case: Case) -> None:
     holds(four_ranks, case)
 
