@@ -145,8 +145,9 @@ class Pipeline:
         if not self._transport.tags:  # which pairs there are, any batch tells
             program = lower(schedule, self._shape, model.shape.example(schedule.segments))
             self._transport.meet(program.messages, self.mesh.lines)
+        collect = self._weights.multiply_in if self._weights.adds_wide else None
         self._tapes = {
-            s: Tape(stage, self._weights.modules, recompute, self._ledger, schedule.outputs[s])
+            s: Tape(stage, self._weights.modules, recompute, self._ledger, schedule.outputs[s], collect)
             for s, stage in enumerate(schedule.stages)
             if self.rank in schedule.ranks_of[s]
         }
