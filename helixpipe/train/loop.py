@@ -126,7 +126,7 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None, stop: Stop) ->
                     evaluate(pipeline, corpus, objective, settings.evaluate_sequences, log, step)
             every = run.checkpoint_every and step % run.checkpoint_every == 0
             if run.saves and (last or asked or due or every):
-                state = optimizer.state(step - skipping.skipped)
+                state = optimizer.state()
                 with watch.on("checkpoint_s"):
                     saver.save(state, step, used.table(corpus.epochs(step)), skipping.skipped)
             if asked:
