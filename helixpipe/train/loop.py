@@ -61,6 +61,7 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None, stop: Stop) ->
         before = read_manifest(job.checkpoint)
         used, skipping = Usage.from_table(before.read), Skipping(settings, before.skipped)
         checkpoints.load(job.checkpoint, optimizer.state(job.step - skipping.skipped))
+    pipeline.steps = job.step
 
     # what it costs
     model_flops, straggler, watch = ModelFlops(config.shape()), Straggler(), Stopwatch()
