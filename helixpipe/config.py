@@ -244,6 +244,8 @@ class RuntimeConfig:
     """Where local ranks meet; 0 is any free port."""
     threads: int = 1
     """CPU threads of a rank."""
+    compile: bool = False
+    """torch.compile makes kernels of what parts compute elementwise; takes a C++ compiler, on CUDA Triton, and time at the start."""
     communicators: Literal["direction", "pair"] = "direction"
     """NCCL's, between two ranks: one a direction, so that messages to and fro travel at once; or one a pair, where they are dear."""
 
