@@ -83,6 +83,8 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None, stop: Stop) ->
         Saver(checkpoints, config, device, log, pipeline.wait_for) as saver,
     ):
         log.reading(corpus.described())
+        if pipeline.attention:
+            log.reading(f"attention by {pipeline.attention}")
         if job.step == 0:
             with watch.on("evaluation_s"):
                 evaluate(pipeline, corpus, objective, settings.evaluate_sequences, log, step=0)

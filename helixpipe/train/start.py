@@ -39,6 +39,7 @@ def make_pipeline(config: Config, device: str, checkpoint: Path | None) -> Pipel
             layout=config.mesh.layout,
             communicators=runtime.communicators,
             compiled=runtime.compile,
+            attention=runtime.attention,
             arrange=config.build_schedule if config.schedule.balance == "work" else None,
         )
 
