@@ -17,7 +17,7 @@ keeps less than one that waits (`runtime.lean`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -103,10 +103,12 @@ class Tape:
         policy: str,
         ledger: Ledger,
         outputs: Sequence[Value] | frozenset[Value],
+        collect: Callable[[nn.Parameter, Tensor, Tensor], None] | None = None,
     ) -> None:
+        """`collect`: see `WeightQueue`."""
         self.stage, self.modules, self.policy, self.ledger = stage, modules, policy, ledger
         self.chunks = chunks(stage, policy == "none", outputs)
-        self.queue = WeightQueue(ledger.keep)
+        self.queue = WeightQueue(ledger.keep, collect)
         self._calls = {part: _Call(modules[part], part.reads, part.makes, part.about.attends) for part in stage.parts}
         self.probe: Probe | None = None
         """Looks for values that are not finite, where it is set."""
