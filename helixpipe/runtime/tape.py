@@ -17,10 +17,9 @@ keeps less than one that waits (`runtime.lean`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -104,10 +103,13 @@ class Tape:
         policy: str,
         ledger: Ledger,
         outputs: Sequence[Value] | frozenset[Value],
+        collect: Callable[[nn.Parameter, Tensor, Tensor], None] | None = None,
     ) -> None:
+        """`collect`: see `WeightQueue`."""
         self.stage, self.modules, self.policy, self.ledger = stage, modules, policy, ledger
         self.chunks = chunks(stage, policy == "none", outputs)
-        self.queue = WeightQueue(ledger.keep)
+        self.queue = WeightQueue(ledger.keep, collect)
+        self._calls = {part: _Call(modules[part], part.reads, part.makes, part.about.attends) for part in stage.parts}
         self.probe: Probe | None = None
         """Looks for values that are not finite, where it is set."""
         self._draws = {part for part in stage.parts if may_draw(modules[part])}
@@ -221,9 +223,12 @@ class Tape:
         lean: Lean | None = None,
     ) -> None:
         for place, part in enumerate(chunk.parts):
-            with nullcontext() if lean is None else lean.keeping(place, live):
-                self._run_part(chunk, place, live, feed, kept, graph, lean)
-            is_replayed = part.about.attends and graph and kept is not None
+            if lean is None:
+                self._run_part(chunk, place, live, feed, kept, graph, None)
+            else:
+                with lean.keeping(place, live):
+                    self._run_part(chunk, place, live, feed, kept, graph, lean)
+            is_replayed = graph and kept is not None and self._calls[part].attends
             if feed.needs is not None and not is_replayed:
                 self.ledger.works(feed.needs.forward_bytes(part, graph))
             live.drop(chunk.lifetimes.drops[place])
@@ -239,11 +244,14 @@ class Tape:
         lean: Lean | None,
     ) -> None:
         part = chunk.parts[place]
-        module, inputs = self.modules[part], live.read(part.reads)
-        draws = part in self._draws and feed.stream is not None
+        module, reads, makes, _ = self._calls[part]
+        inputs, in_place = live.read(reads), lean is not None and lean.in_place(place)
         read = edges(inputs) if self.probe is not None and graph else []
-        with feed.stream.of(part, feed.tokens.device) if draws and feed.stream else nullcontext():
-            made = run_part(part, module, inputs, feed, kept, lean is not None and lean.in_place(place))
+        if feed.stream is not None and part in self._draws:
+            with feed.stream.of(part, feed.tokens.device):
+                made = run_part(part, module, inputs, feed, kept, in_place)
+        else:
+            made = run_part(part, module, inputs, feed, kept, in_place)
         if graph:  # what follows may count on it, whatever is frozen before
             made = [each if each.requires_grad else each.detach().requires_grad_() for each in made]
         if feed.needs is not None:
@@ -256,8 +264,17 @@ class Tape:
                 self.probe.made(part, feed.microbatch, feed.segment, made)
             if graph:
                 self.probe.follow(part, feed.microbatch, feed.segment, read, made)
-        for value, tensor in zip(part.makes, made, strict=True):
+        for value, tensor in zip(makes, made, strict=True):
             live.put(value, tensor)
+
+
+class _Call(NamedTuple):
+    """What running a part asks of it, looked up once."""
+
+    module: nn.Module
+    reads: tuple[Value, ...]
+    makes: tuple[Value, ...]
+    attends: bool
 
 
 class _Root(torch.autograd.Function):
