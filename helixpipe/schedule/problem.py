@@ -16,11 +16,10 @@ from helixpipe.schedule.cap import Cap, cap_of
 from helixpipe.schedule.construct import Built, list_schedule, schedule_of
 from helixpipe.schedule.graph import Graph, graph
 from helixpipe.schedule.improve import fits, improve
-from helixpipe.schedule.order import Stuck
 from helixpipe.schedule.schedule import Schedule
-from helixpipe.schedule.vocabulary import GAIN, MORE, Prices, ahead, with_shards
+from helixpipe.schedule.vocabulary import Prices, deeper, delay, with_shards
 
-BEST = 3
+BEST = 2
 """Orders that are improved."""
 ACTIONS_TRIED = 200_000
 """In all tries together, where nobody says how many: a bound that is a count, so that every rank builds the same."""
@@ -42,30 +41,31 @@ class Problem:
     cap: Cap | None = None
 
     @staticmethod
-    def of(orders: Schedule, vocabulary: str, prices: Prices, unit: float = 0.0) -> Problem:
-        """Of the actions of a schedule, whatever their order, with shards where the vocabulary is spread."""
+    def of(orders: Schedule, vocabulary: str, prices: Prices, share: float, unit: float = 0.0) -> Problem:
+        """Of the actions of a schedule, whatever their order, with shards where the vocabulary is spread; `share`: see `delay`."""
         draft, paced = with_shards(orders) if vocabulary == "spread" else (orders, {})
-        return Problem(draft, len(orders.stages), graph(draft, prices(draft), after=paced, unit=unit))
+        costs, own = prices(draft), len(orders.stages)
+        return Problem(draft, own, graph(draft, costs, delay(draft, costs, own, share), paced, unit))
 
     def capped(
         self, limits: Sequence[float], kept: Callable[[Action], float], put_off: Callable[[Action], float]
     ) -> Problem:
-        """The same with a cap on every rank."""
-        return Problem(self.draft, self.own, self.known, cap_of(self.known, limits, kept, put_off))
+        """The same with a cap on every rank. What shards keep is not counted: it is gone again when the unit's loss is known."""
+
+        def of_own(keeps: Callable[[Action], float]) -> Callable[[Action], float]:
+            return lambda forward: keeps(forward) if forward.stage < self.own else 0.0
+
+        return Problem(self.draft, self.own, self.known, cap_of(self.known, limits, of_own(kept), of_own(put_off)))
 
     def begun(self, orders: Orders) -> Iterator[Built]:
         """From an order of each rank's own actions: as it is, with more forwards ahead of shards, and as a preference."""
-        number, best = self.known.number, None
-        for more in MORE if self.own < len(self.draft.stages) else MORE[:1]:
-            chains = [[number[action] for action in ahead(order, more)] for order in orders]
-            try:
-                built = list_schedule(self.known, range(len(self.known.actions)), chains=chains)
-            except Stuck:
-                break
-            if not self.fits(built) or (best is not None and built.makespan > best.makespan * (1 - GAIN)):
-                break
-            best = built
-            yield built
+        if self.own < len(self.draft.stages):
+            yield from deeper(self.known, orders, self.fits)
+        else:
+            chains = [[self.known.number[action] for action in order] for order in orders]
+            built = list_schedule(self.known, range(len(self.known.actions)), chains=chains)
+            if self.fits(built):
+                yield built
         yield from self.preferred(orders)
 
     def preferred(self, wishes: Orders) -> Iterator[Built]:
@@ -101,4 +101,4 @@ def best(starts: Iterable[tuple[Problem, Built]], tries: int) -> tuple[Problem, 
 
 
 def _tries(problem: Problem) -> int:
-    return max(16, ACTIONS_TRIED // len(problem.known.actions))
+    return max(4, ACTIONS_TRIED // len(problem.known.actions))

@@ -9,16 +9,19 @@ Where layers differ, stages are cut by what their layers cost. Orders to begin w
 placement, and some that list scheduling finds (see `construct`); each as it is, where it keeps no more than it may, and
 as preferences. The best ones are improved (see `improve`). Weight gradients are put off to a W or not, whichever is shorter.
 
-    p=2, m=3, line, F = 1, B = 2, but F = 2, B = 4 on rank 1, memory for 2 micro-batches:
+    line, memory for 2 micro-batches, p=3, m=4, k=1, v=1, one column a unit of time, F = I = W = 1:
 
-    rank 0   F0 F1 .. .. .. .. .. B0 B0 F2 .. .. .. .. B1 B1 .. .. .. .. B2 B2
-    rank 1   .. F0 F0 B0 B0 B0 B0 F1 F1 B1 B1 B1 B1 F2 F2 B2 B2 B2 B2
+    rank 0   F0 F1 .. .. .. I0 W0 F2 I1 W1 F3 .. .. I2 W2 I3 W3
+    rank 1   .. F0 F1 .. I0 W0 I1 W1 F2 .. .. F3 I2 W2 I3 W3
+    rank 2   .. .. F0 I0 F1 I1 W0 W1 .. F2 I2 W2 F3 I3 W3
 
-With equal stages it is never longer than the best of these families in the same memory.
+Bubble and memory have no formula: it is built for the costs it is given. In the same memory it is never longer than the named
+families of its placement where stages are equal, since it begins with theirs.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 
@@ -41,7 +44,7 @@ from helixpipe.schedule.families.zb_v import zb_v
 from helixpipe.schedule.problem import Kept, Orders, Problem, best
 from helixpipe.schedule.schedule import Schedule
 from helixpipe.schedule.stage import Stage
-from helixpipe.schedule.vocabulary import Prices
+from helixpipe.schedule.vocabulary import DELAY, Prices
 
 PLACEMENTS = ("looped", "v", "line")
 MEMORY = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(GiB)?")
@@ -56,6 +59,7 @@ def constructed(
     stages_per_rank: int = 1,
     memory: str = "",
     tries: int = 0,
+    delay: float = DELAY,
     opaque: Collection[int] = (),
     ends: Sequence[float] = (0, 0),
     *,
@@ -67,15 +71,18 @@ def constructed(
 ) -> Schedule:
     """`memory`: what forwards of a rank may keep at one time: "24GiB", where `kept` says bytes, or "1.5" times what one micro-batch
     leaves on a rank; p times when not given, as 1F1B. `tries`: runs against the clock that improve an order; 0 chooses.
+    `delay`: what a message is taken to be on its way, in forwards of a stage: with some an order bears messages that are late.
     `prices`: of a schedule, what its actions take. `opaque`: see gpipe. `ends`: see split_layers.
     """
     check_segments(segments, opaque)
+    if not 0 <= delay < math.inf or tries < 0:
+        raise ConfigError(f"schedule.delay, schedule.tries: {delay:g} and {tries}; give none below 0")
     of_stage = _ranks_of_stages(placement, ranks, stages_per_rank)
     by_cost = cut_by_cost(layer_costs or (1.0,) * layers, ends, of_stage)
     stages = cut_layers(layers, layers_per_stage or by_cost, len(of_stage), opaque)
     starts, unit = [], 0.0
     for actions, named in _modes(placement, ranks, microbatches, segments, stages_per_rank, stages):
-        problem = Problem.of(Schedule(stages, actions), vocabulary, prices, unit)
+        problem = Problem.of(Schedule(stages, actions), vocabulary, prices, delay, unit)
         unit = problem.known.unit
         problem = _capped(problem, memory, kept)
         starts += [(problem, built) for order in named for built in problem.begun(order)]
@@ -168,7 +175,12 @@ def _capped(problem: Problem, memory: str, kept: Kept | None) -> Problem:
             f"schedule.memory: '{memory}' needs a model, whose bytes are known; give micro-batches, such as 1.5"
         )
     keeps, puts_off = kept(problem.draft) if kept is not None else _shares(problem)
-    forwards = [action for order in problem.draft.ranks for action in order if action.kind is Pass.F]
+    forwards = [
+        action
+        for order in problem.draft.ranks
+        for action in order
+        if action.kind is Pass.F and action.stage < problem.own
+    ]
     one = sum(map(keeps, forwards)) / (problem.draft.microbatches * len(problem.draft.ranks))
     limit = float(match[1]) * (2.0**30 if match[2] else one)
 
