@@ -57,7 +57,9 @@ def test_the_docstring_draws_what_the_family_makes(family: str) -> None:
     sizes = {"p": ranks, "m": microbatches}
     sizes |= {"k": made.segments} if "segments" in options(family) else {}
     sizes |= {"v": len(made.stages) // ranks} if "stages_per_rank" in options(family) else {}
-    (caption,) = re.findall(r"^ *(?:line, .*, )?(p=.*), one column", sys.modules[FAMILIES[family].__module__].__doc__, re.MULTILINE)
+    (caption,) = re.findall(
+        r"^ *(?:line, .*, )?(p=.*), one column", sys.modules[FAMILIES[family].__module__].__doc__, re.MULTILINE
+    )
     assert caption == ", ".join(f"{name}={size}" for name, size in sizes.items())
 
 
