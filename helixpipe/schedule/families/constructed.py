@@ -87,19 +87,25 @@ def constructed(
     stages = cut_layers(layers, layers_per_stage or by_cost, len(of_stage), opaque)
     found: list[tuple[Problem, Built]] = []
     unit = 0.0
+    missed: list[ConfigError] = []
     for actions, named in _modes(placement, ranks, microbatches, segments, stages_per_rank, stages):
         first: tuple[Problem, Built] | None = None
         for numbers in _numbers(Schedule(stages, actions), prices):
             problem = Problem.of(Schedule(stages, actions), vocabulary, prices, delay, numbers, unit)
             unit = problem.known.unit
-            problem = _capped(problem, memory, kept)
+            try:
+                problem = _capped(problem, memory, kept)
+            except ConfigError as error:  # what waits for a W may be more than what waits for a B
+                missed.append(error)
+                break
             orders = itertools.chain(
                 (built for order in named for built in problem.begun(order)),
                 (built for wish in _wishes(actions, ranks, segments) for built in problem.preferred(wish)),
             )
             first = shortest(((problem, built) for built in orders), first)
-        assert first is not None
-        found.append(improved(*first, tries))
+        found += [improved(*first, tries)] if first is not None else []
+    if not found:
+        raise missed[0]
     problem, built = shortest(found)
     return problem.schedule(built)
 

@@ -10,12 +10,14 @@ import pytest
 
 from helixpipe.errors import ConfigError
 from helixpipe.parts.shapes import SHAPES
-from helixpipe.predict.estimate import Setting, estimate
+from helixpipe.predict.estimate import Setting
+from helixpipe.predict.memory import held_bytes
 from helixpipe.predict.peak import peak_kept
 from helixpipe.predict.simulate import simulate_schedule
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.check import check
 from helixpipe.schedule.families import FAMILIES, build_schedule, options
+from helixpipe.schedule.lower import lower
 from helixpipe.schedule.schedule import Schedule
 
 COSTS = ((1.0, 1.0, 1.0), (2.0, 3.0, 1.0))  # F, I and W of a rank's layers: matrices alone, and mostly attention
@@ -187,14 +189,23 @@ def test_the_same_order_on_every_machine() -> None:
 
 
 def test_memory_in_bytes_bounds_what_forwards_keep() -> None:
-    """Of a model, predicted from its programs; what a rank holds beside that is workspace and messages."""
+    """As predictions count it, action by action; where a W would wait for more than that, nothing is put off."""
     setting = Setting(SHAPES["tiny"], 1024)
-    sizes = {"segments": 2, "stages_per_rank": 1, "placement": "line"}
+    sizes = {"segments": 2, "placement": "line"}
     free = setting.build("constructed", 2, 6, **sizes)
-    most = estimate(free, setting).timeline.peak_kept_bytes[0]
-    tight = setting.build("constructed", 2, 6, **sizes, memory=f"{most * 0.6 / 2**30:.9f}GiB")
-    assert estimate(tight, setting).timeline.peak_kept_bytes[0] < most * 0.7
-    assert peak_kept(tight)[0] < peak_kept(free)[0]
+    batch, cap = setting.batch(2), 3 * 2**20
+    tight = setting.build("constructed", 2, 6, **sizes, memory=f"{cap / 2**30:.9f}GiB")
+    assert peak_kept(free) > peak_kept(tight)
+    alone = lower(tight.forward_only(), setting.shape, batch)
+    for rank, order in enumerate(tight.ranks):
+        left = [held.left_bytes for held in held_bytes(alone, setting.keeping)[rank][:2]]  # of both segments
+        each = {0: left[0], 1: left[1] - left[0]}
+        live, most = 0, 0
+        for action in order:
+            live += each[action.segment] * {Pass.F: 1, Pass.B: -1}[action.kind]
+            most = max(most, live)
+        assert 0 < most <= cap
+        assert sum(each.values()) * 1.2 < cap
 
 
 def test_a_cap_on_a_spread_vocabulary() -> None:
