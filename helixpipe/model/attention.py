@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from helixpipe.errors import ConfigError
+from helixpipe.model.kernels import Kernel, Scores
 from helixpipe.model.merging import ALL, Merged, Share, Total, attend_tiles, differentiate_tiles, heads
 from helixpipe.model.packed import Packed, packed_seen, packed_tail, packed_tiles
 from helixpipe.model.tiles import Run, Tile, tiles
@@ -48,6 +49,8 @@ class Rule:
     """c of c * tanh(score / c); 0 is none."""
     scale: float = 0.0
     """What q.k is multiplied by; 0 is head_dim ** -0.5."""
+    kernel: Kernel = "flash"
+    """CUDA's, in half precision."""
 
     def __post_init__(self) -> None:
         if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 0:
@@ -55,6 +58,10 @@ class Rule:
         for name, of_none in (("softcap", "none"), ("scale", "head_dim ** -0.5")):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"attention {name}: {getattr(self, name)}; give a number from 0 up, 0 is {of_none}")
+
+    @property
+    def scores(self) -> Scores:
+        return Scores(self.softcap, self.scale, self.kernel)
 
     def tiles(self, queries: int, keys: int, before: int = 0) -> Sequence[Tile]:
         """Of so many queries, and keys that begin `before` tokens earlier; with a `before` all are earlier than the queries."""
@@ -277,7 +284,7 @@ def _shares(rule: Rule, packed: Packed | None, queries: int, keys: int, before: 
 def _attend(merged: Merged, q: Tensor, k: Tensor, v: Tensor, rule: Rule, packed: Packed | None, before: int) -> None:
     """Of q to keys that begin `before` tokens earlier, [b, tokens, heads, d]."""
     shares = _shares(rule, packed, q.shape[1], k.shape[1], before)
-    attend_tiles(merged, heads(q), heads(k), heads(v), shares, rule.softcap, rule.scale)
+    attend_tiles(merged, heads(q), heads(k), heads(v), shares, rule.scores)
 
 
 def _differentiate(
@@ -288,7 +295,7 @@ def _differentiate(
     q, k, v = heads(q), heads(k), heads(v)
     dk, dv = Total(k), Total(v)
     shares = _shares(rule, packed, q.shape[2], k.shape[2], before)
-    differentiate_tiles(dq, dk, dv, grad, q, k, v, out, lse, shares, rule.softcap, rule.scale)
+    differentiate_tiles(dq, dk, dv, grad, q, k, v, out, lse, shares, rule.scores)
     return heads(dk.result()), heads(dv.result())
 
 

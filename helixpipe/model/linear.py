@@ -34,6 +34,8 @@ class WeightQueue:
     """Weight gradients put off: (parameter, x, grad), while it is open."""
 
     keep: Callable[[Tensor], Holder]
+    collect: Callable[[nn.Parameter, Tensor, Tensor], None] | None = None
+    """What adds a weight gradient, of (parameter, x, grad), where it belongs; None: autograd does."""
     open: bool = False
     waiting: list[tuple[nn.Parameter, Holder, Holder]] = field(default_factory=list)
 
@@ -140,11 +142,15 @@ class _Adapted(torch.autograd.Function):
 
 
 def _weight_gradient(linear: Linear, x: Tensor, grad: Tensor) -> Tensor | None:
-    """None when it is put off."""
-    if linear.queue is None or not linear.queue.open:
+    """None when it is put off, or is where it belongs already."""
+    queue = linear.queue
+    if queue is None or not (queue.open or queue.collect):
         return grad.flatten(0, -2).mT @ x.flatten(0, -2)
     assert isinstance(linear.weight, nn.Parameter)
-    linear.queue.put(linear.weight, x, grad)
+    if queue.open:
+        queue.put(linear.weight, x, grad)
+    elif queue.collect is not None:
+        queue.collect(linear.weight, x, grad)
     return None
 
 

@@ -30,6 +30,10 @@ class FinalKind(Kind):
     def moved_elements(self, shape: ModelShape) -> float:
         return (6.0 if shape.head_transform else 2.0) * shape.hidden
 
+    def timed_as(self, part: Part) -> tuple[tuple[str, float], ...]:
+        """Shards have their share of the whole head."""
+        return (("norm", 1.0),)
+
     def saved(self, part: Part, work: Work) -> Kept:
         found = work.values(part.reads) | norm_saved(work, f"{part}.norm")
         if not work.shape.head_transform:

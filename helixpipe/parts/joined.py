@@ -19,7 +19,6 @@ class JoinedKind(Kind):
     makes = ("x",)
     joins = True
     graphed = True
-    one_gradient = True
     alone = True
     divides = False
 
@@ -37,6 +36,10 @@ class JoinedKind(Kind):
         """Each shard's is read and added to the sum."""
         passes = 3 * part.shards - 1 + 2 * (work.shape.embed_scale != 1) + 2 * work.shape.embed_norm
         return float(passes * work.shape.hidden * work.tokens)
+
+    def timed_as(self, part: Part) -> tuple[tuple[str, float], ...]:
+        """As many passes over x."""
+        return ((FIRST, float(part.shards)),)
 
     def saved(self, part: Part, work: Work) -> Kept:
         """What the norm reads."""

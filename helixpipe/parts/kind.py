@@ -50,7 +50,7 @@ class Kind:
     graphed: ClassVar[bool] = False
     """Whether its graph keeps next to nothing, so that it is kept under every policy, and what it reads is not."""
     one_gradient: ClassVar[bool] = False
-    """Whether the gradients of all that it reads are one tensor."""
+    """Whether the gradients of what its shards make are one tensor, on the rank of whoever joins them."""
     wide: ClassVar[bool] = False
     """Whether what it makes is float32 or wider, whatever a run computes in."""
     alone: ClassVar[bool] = False
@@ -182,6 +182,10 @@ class Kind:
         elements = max(map(math.prod, self._trained(work.shape)), default=0)
         copies = work.keeping.processes // (work.keeping.tensor_parallel if self.divides else 1)
         return elements * work.keeping.element_bytes * max(copies, 1)
+
+    def timed_as(self, part: Part) -> tuple[tuple[str, float], ...]:
+        """Kinds that a profile times, and how many times each, which take as long: itself, where it is timed."""
+        return ((self.name, 1.0),)
 
     def inside(self, part: Part) -> tuple[Part, ...]:
         """The parts that it is made of, as far as costs go: itself, but for an opaque layer."""

@@ -60,6 +60,10 @@ class LogitsKind(Kind):
         """As those of a whole head."""
         return 1
 
+    def timed_as(self, part: Part) -> tuple[tuple[str, float], ...]:
+        """Its share of the whole head, of which nearly all goes by words."""
+        return ((LAST, 1.0 / part.shards),)
+
     def saved(self, part: Part, work: Work) -> Kept:
         """What is multiplied, and the exponentials, in the place of the logits."""
         reads = work.values(part.reads)

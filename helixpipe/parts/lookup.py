@@ -19,6 +19,7 @@ class LookupKind(Kind):
     makes = ("e",)
     sharded = True
     graphed = True
+    one_gradient = True
     alone = True
     divides = False
 
@@ -45,6 +46,10 @@ class LookupKind(Kind):
     def vocabulary_exchanges(self) -> int:
         """As those of a whole table."""
         return 1
+
+    def timed_as(self, part: Part) -> tuple[tuple[str, float], ...]:
+        """It writes as much as a whole table's."""
+        return ((FIRST, 1.0),)
 
     def saved(self, part: Part, work: Work) -> Kept:
         """The tokens, which are the batch's."""

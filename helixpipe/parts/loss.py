@@ -26,6 +26,10 @@ class LossKind(Kind):
         """Some passes over two numbers of each shard."""
         return 8.0 * part.shards * work.tokens
 
+    def timed_as(self, part: Part) -> tuple[tuple[str, float], ...]:
+        """Two numbers a token and shard, beside a vocabulary's: shards have their share of the whole head."""
+        return ()
+
     def saved(self, part: Part, work: Work) -> Kept:
         """What each shard's log-sum-exp weighs."""
         return {f"{part}.shares": part.shards * work.wide_unit}

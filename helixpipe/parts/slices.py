@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-_SLICE = re.compile(r"(.+)\[(\d+):(\d+)/(\d+)\]")
+_SLICE = re.compile(r"(.+)\[(\d+):(\d+)/(\d+)\](.*)")
 
 
 class Slice(NamedTuple):
@@ -38,9 +38,9 @@ def sliced(name: str, shard: int, shards: int, rows: int) -> str:
 
 
 def slice_of(name: str) -> Slice | None:
-    """What a parameter's name says; None of one that is whole."""
-    match = _SLICE.fullmatch(name) if name.endswith("]") else None
-    return Slice(match[1], int(match[2]), int(match[3]), int(match[4])) if match else None
+    """What the name of a parameter, or of something of its size with more behind it, says; None of one that is whole."""
+    match = _SLICE.fullmatch(name) if "[" in name else None
+    return Slice(match[1] + match[5], int(match[2]), int(match[3]), int(match[4])) if match else None
 
 
 def whole_name(name: str) -> str:

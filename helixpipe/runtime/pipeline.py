@@ -17,13 +17,17 @@ from helixpipe.mesh import MeshShape
 from helixpipe.model.chunked import Chunked
 from helixpipe.model.decoder import Model
 from helixpipe.model.head import takes_weights
+from helixpipe.parts.part import loss_of
 from helixpipe.parts.work import Batch, Keeping, Lengths
 from helixpipe.predict.hardware import Communicators, check_communicators
 from helixpipe.predict.timeline import Span, Timeline
+from helixpipe.runtime.attention_kernel import give
 from helixpipe.runtime.buffers import Buffers
+from helixpipe.runtime.compiled import Compiler
 from helixpipe.runtime.context import Context
 from helixpipe.runtime.documents import Given, document_lengths
 from helixpipe.runtime.executor import execute
+from helixpipe.runtime.garbage import uncollected
 from helixpipe.runtime.gradient_norm import clip, norm_of, squares
 from helixpipe.runtime.losses import Counted, Losses, check_head, check_weights, divisor, of_rank, of_ranks
 from helixpipe.runtime.mesh import Mesh
@@ -37,7 +41,7 @@ from helixpipe.runtime.same import check_same
 from helixpipe.runtime.shards import Shards
 from helixpipe.runtime.shares import Shares
 from helixpipe.runtime.stages import Stages
-from helixpipe.runtime.suited import check_attention, check_positions, check_segments
+from helixpipe.runtime.suited import check_attention, check_positions, check_segments, check_vocabulary
 from helixpipe.runtime.tape import POLICIES, Tape
 from helixpipe.runtime.tensor import TensorParallel
 from helixpipe.runtime.transport import Transport
@@ -81,6 +85,8 @@ class Pipeline:
         layout: str = "zigzag",
         arrange: Arrange | None = None,
         communicators: Communicators = "direction",
+        compiled: bool = False,
+        attention: str = "auto",
     ) -> None:
         """`mesh`: dimensions named pp, dp, cp, tp, as few as there are; without names it is all pp, and None is all
         ranks of the default group. `context_method` (ring or ulysses) and `layout` (zigzag, striped or plain, of a
@@ -92,7 +98,8 @@ class Pipeline:
         them, of each micro-batch by its documents; or a function of a sequence's tokens and a micro-batch's documents (of
         each of its sequences their lengths, () where none has several). `arrange`: the schedule of a step's micro-batches,
         where their order and places depend on what they cost. `communicators`: of NCCL, one a direction of a pair of ranks, or
-        one a pair (see `runtime.channels`). Raises ConfigError, ScheduleError.
+        one a pair (see `runtime.channels`). `compiled`: see `runtime.compiled`. `attention`: CUDA's kernel, see
+        `runtime.attention_kernel`. Raises ConfigError, ScheduleError.
         """
         check(schedule)
         if recompute not in POLICIES:
@@ -100,6 +107,7 @@ class Pipeline:
         check_communicators(communicators, "runtime.communicators")
         given = None if segment_lengths is None or callable(segment_lengths) else tuple(segment_lengths)
         check_segments(model, schedule, given)
+        check_vocabulary(model, schedule)
         self.model, self.schedule, self.device, self.dtype = model, schedule, torch.device(device), dtype
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # events, kernels and gathered objects go to the current one
@@ -119,9 +127,13 @@ class Pipeline:
         modules = Modules(model, schedule, self.rank, self.device, dtype, self._tensor, self.mesh.told)
         self._shape, self._weights, self._of_one_document = modules.shape, Weights(modules), modules.of_one_document
         check_attention(self._weights.modules, schedule.segments)
+        self.attention = give(attention, self._weights.modules.values(), self.device, dtype, modules.shape)
+        """What computes attention on CUDA, in words; "" on a CPU."""
+        compiler = Compiler(self.device, compiled)
         for part, module in self._weights.modules.items():
             if context is not None:
                 context.join(part, module)
+            compiler.take(module)
             for inner in module.modules():
                 if isinstance(inner, Chunked):
                     inner.shards = self.mesh.shape.cp * self.mesh.shape.tp
@@ -144,18 +156,21 @@ class Pipeline:
         if not self._transport.tags:  # which pairs there are, any batch tells
             program = lower(schedule, self._shape, model.shape.example(schedule.segments))
             self._transport.meet(program.messages, self.mesh.lines)
+        collect = self._weights.multiply_in if self._weights.adds_wide else None
         self._tapes = {
-            s: Tape(stage, self._weights.modules, recompute, self._ledger, schedule.outputs[s])
+            s: Tape(stage, self._weights.modules, recompute, self._ledger, schedule.outputs[s], collect)
             for s, stage in enumerate(schedule.stages)
             if self.rank in schedule.ranks_of[s]
         }
         self._recorder, self._timeout_s = Recorder(self.device), timeout_s
-        self._watch.reached = lambda: self._recorder.reached()[0]
+        self._watch.reached = self._recorder.at
         self.keeping = Keeping(
             recompute, dtype.itemsize, *_chunks_of(model), self.device.type, tensor_parallel=self.mesh.shape.tp,
             threads=torch.get_num_threads(), processes=self.mesh.shape.cp * self.mesh.shape.tp,
         )  # fmt: skip
-        self._head, self._takes_weights = schedule.stages[-1].parts[-1], False
+        parts = [part for stage in schedule.stages for part in stage.parts]
+        self._head = next(part for part in parts if loss_of(schedule.layers) in part.makes)
+        self._takes_weights = False
         self._programs = Programs(
             schedule, model.shape, self._shape, self._shares.local, self.keeping, dtype, arrange
         )  # fmt: skip
@@ -260,7 +275,8 @@ class Pipeline:
         1, micro-batch 2, forward", or "" where none comes again. Takes that step once more, and leaves no gradients. Collective.
         """
         self.steps -= 1  # the same random numbers
-        chain, segments = self.model.shape.chain(), self.schedule.segments
+        chain = [part for stage in self.schedule.stages for part in stage.parts]
+        segments = self.schedule.segments
         with self.together("the search for a value that is not finite"):
             return search(lambda: self.step(**batch), self._tapes.values(), self._weights, chain, self.mesh, segments)
 
@@ -352,6 +368,7 @@ class Pipeline:
             raise ConfigError(self._of_one_document)
         return found
 
+    @uncollected()
     def _run(
         self,
         tokens: Tensor,

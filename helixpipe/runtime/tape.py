@@ -17,10 +17,9 @@ keeps less than one that waits (`runtime.lean`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -104,10 +103,13 @@ class Tape:
         policy: str,
         ledger: Ledger,
         outputs: Sequence[Value] | frozenset[Value],
+        collect: Callable[[nn.Parameter, Tensor, Tensor], None] | None = None,
     ) -> None:
+        """`collect`: see `WeightQueue`."""
         self.stage, self.modules, self.policy, self.ledger = stage, modules, policy, ledger
         self.chunks = chunks(stage, policy == "none", outputs)
-        self.queue = WeightQueue(ledger.keep)
+        self.queue = WeightQueue(ledger.keep, collect)
+        self._calls = {part: _Call(modules[part], part.reads, part.makes, part.about.attends) for part in stage.parts}
         self.probe: Probe | None = None
         """Looks for values that are not finite, where it is set."""
         self._draws = {part for part in stage.parts if may_draw(modules[part])}
@@ -119,7 +121,7 @@ class Tape:
     def forward(self, live: Live, feed: Feed) -> list[Record]:
         """One record per chunk. `live` holds the stage's inputs before, and its outputs after."""
         return [
-            self._graph(c, live, feed, None) if self.policy == "none" else self._keep(c, live, feed)
+            self._graph(c, live, feed, None) if self.policy == "none" or c.graphed else self._keep(c, live, feed)
             for c in self.chunks
         ]
 
@@ -221,9 +223,12 @@ class Tape:
         lean: Lean | None = None,
     ) -> None:
         for place, part in enumerate(chunk.parts):
-            with nullcontext() if lean is None else lean.keeping(place, live):
-                self._run_part(chunk, place, live, feed, kept, graph, lean)
-            is_replayed = part.about.attends and graph and kept is not None
+            if lean is None:
+                self._run_part(chunk, place, live, feed, kept, graph, None)
+            else:
+                with lean.keeping(place, live):
+                    self._run_part(chunk, place, live, feed, kept, graph, lean)
+            is_replayed = graph and kept is not None and self._calls[part].attends
             if feed.needs is not None and not is_replayed:
                 self.ledger.works(feed.needs.forward_bytes(part, graph))
             live.drop(chunk.lifetimes.drops[place])
@@ -239,11 +244,14 @@ class Tape:
         lean: Lean | None,
     ) -> None:
         part = chunk.parts[place]
-        module, inputs = self.modules[part], live.read(part.reads)
-        draws = part in self._draws and feed.stream is not None
+        module, reads, makes, _ = self._calls[part]
+        inputs, in_place = live.read(reads), lean is not None and lean.in_place(place)
         read = edges(inputs) if self.probe is not None and graph else []
-        with feed.stream.of(part, feed.tokens.device) if draws and feed.stream else nullcontext():
-            made = run_part(part, module, inputs, feed, kept, lean is not None and lean.in_place(place))
+        if feed.stream is not None and part in self._draws:
+            with feed.stream.of(part, feed.tokens.device):
+                made = run_part(part, module, inputs, feed, kept, in_place)
+        else:
+            made = run_part(part, module, inputs, feed, kept, in_place)
         if graph:  # what follows may count on it, whatever is frozen before
             made = [each if each.requires_grad else each.detach().requires_grad_() for each in made]
         if feed.needs is not None:
@@ -256,8 +264,17 @@ class Tape:
                 self.probe.made(part, feed.microbatch, feed.segment, made)
             if graph:
                 self.probe.follow(part, feed.microbatch, feed.segment, read, made)
-        for value, tensor in zip(part.makes, made, strict=True):
+        for value, tensor in zip(makes, made, strict=True):
             live.put(value, tensor)
+
+
+class _Call(NamedTuple):
+    """What running a part asks of it, looked up once."""
+
+    module: nn.Module
+    reads: tuple[Value, ...]
+    makes: tuple[Value, ...]
+    attends: bool
 
 
 class _Root(torch.autograd.Function):
@@ -286,11 +303,15 @@ def run_part(
         case "embed":
             return (module(feed.tokens, feed.start),)
         case "head":
-            each = getattr(module, "token_losses", None) if feed.by_token else None
-            if feed.weights is None:
-                return ((each if callable(each) else module)(*inputs, feed.targets),)
-            head = each if callable(each) and takes_weights(each) else module
-            return (head(*inputs, feed.targets, weights=feed.weights),)
+            return (_loss(module, inputs, feed),)
+        case "lookup":
+            return (module(feed.tokens),)
+        case "joined":
+            return (module(inputs, feed.start),)
+        case "logits":
+            return (module(*inputs, feed.targets),)
+        case "loss":
+            return (_loss(module, (inputs,), feed),)
         case "qkv" if isinstance(module, QKV):
             return tuple(module(*inputs, feed.attended, feed.sequence_length))
         case "block" if isinstance(module, Block):
@@ -304,3 +325,14 @@ def run_part(
             return (module(*inputs, AttentionState(kept, past, feed.segment, in_place, feed.batch)),)
         case _:
             return (module(*inputs),)
+
+
+def _loss(module: nn.Module, read: Sequence[Any], feed: Feed) -> Tensor:
+    """Of all tokens together; of each where the module knows it and an evaluation asks."""
+    each = getattr(module, "token_losses", None) if feed.by_token else None
+    loss: Tensor
+    if feed.weights is None:
+        loss = (each if callable(each) else module)(*read, feed.targets)
+    else:
+        loss = (each if callable(each) and takes_weights(each) else module)(*read, feed.targets, weights=feed.weights)
+    return loss

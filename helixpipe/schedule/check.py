@@ -37,7 +37,7 @@ def _check_stages(schedule: Schedule) -> None:
         if not stage.parts:
             raise ScheduleError(f"stage {s} has no parts; leave it out")
     parts = [part for stage in schedule.stages for part in stage.parts]
-    opaque, shards = {part.layer for part in parts if part.about.opaque}, vocabulary_shards(parts)
+    opaque, shards = {part.layer for part in parts if part.about.opaque}, min(vocabulary_shards(parts), len(parts))
     # a layer has a part at least: a file that names layer 999999999 need not make us list them all
     whole = chain(min(schedule.layers, len(parts)), opaque, shards)
     if shards:  # whose stages stand anywhere
