@@ -21,17 +21,19 @@ families of its placement where stages are equal, since it begins with theirs.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 from helixpipe.errors import ConfigError
 from helixpipe.schedule.action import BACKWARD, Action, Pass
+from helixpipe.schedule.construct import Built
 from helixpipe.schedule.durations import unit_durations
 from helixpipe.schedule.families.breadth_first import breadth_first
 from helixpipe.schedule.families.cut_by_cost import cut_by_cost
 from helixpipe.schedule.families.dualpipe_v import dualpipe_v
-from helixpipe.schedule.families.looped import interleave
+from helixpipe.schedule.families.looped import check_filled, interleave
 from helixpipe.schedule.families.seq1f1b import seq1f1b
 from helixpipe.schedule.families.seq1f1b_zb import seq1f1b_zb
 from helixpipe.schedule.families.split import cut_layers
@@ -41,11 +43,13 @@ from helixpipe.schedule.families.v_half import v_half
 from helixpipe.schedule.families.v_min import v_min
 from helixpipe.schedule.families.zb_h2 import zb_h2
 from helixpipe.schedule.families.zb_v import zb_v
-from helixpipe.schedule.problem import Kept, Orders, Problem, best
+from helixpipe.schedule.problem import Kept, Orders, Problem, improved, shortest
 from helixpipe.schedule.schedule import Schedule
 from helixpipe.schedule.stage import Stage
 from helixpipe.schedule.vocabulary import DELAY, Prices
 
+UNLIKE = 0.01
+"""Micro-batches whose costs are within this share of one another are taken as they are numbered."""
 PLACEMENTS = ("looped", "v", "line")
 MEMORY = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(GiB)?")
 
@@ -78,17 +82,47 @@ def constructed(
     if not 0 <= delay < math.inf or tries < 0:
         raise ConfigError(f"schedule.delay, schedule.tries: {delay:g} and {tries}; give none below 0")
     of_stage = _ranks_of_stages(placement, ranks, stages_per_rank)
+    check_filled(ranks, layers, stages_per_rank, ends)
     by_cost = cut_by_cost(layer_costs or (1.0,) * layers, ends, of_stage)
     stages = cut_layers(layers, layers_per_stage or by_cost, len(of_stage), opaque)
-    starts, unit = [], 0.0
+    found: list[tuple[Problem, Built]] = []
+    unit = 0.0
+    missed: list[ConfigError] = []
     for actions, named in _modes(placement, ranks, microbatches, segments, stages_per_rank, stages):
-        problem = Problem.of(Schedule(stages, actions), vocabulary, prices, delay, unit)
-        unit = problem.known.unit
-        problem = _capped(problem, memory, kept)
-        starts += [(problem, built) for order in named for built in problem.begun(order)]
-        starts += [(problem, built) for wish in _wishes(actions, ranks, segments) for built in problem.preferred(wish)]
-    problem, built = best(starts, tries)
+        first: tuple[Problem, Built] | None = None
+        for numbers in _numbers(Schedule(stages, actions), prices):
+            problem = Problem.of(Schedule(stages, actions), vocabulary, prices, delay, numbers, unit)
+            unit = problem.known.unit
+            try:
+                problem = _capped(problem, memory, kept)
+            except ConfigError as error:  # what waits for a W may be more than what waits for a B
+                missed.append(error)
+                break
+            orders = itertools.chain(
+                (built for order in named for built in problem.begun(order)),
+                (built for wish in _wishes(actions, ranks, segments) for built in problem.preferred(wish)),
+            )
+            first = shortest(((problem, built) for built in orders), first)
+        found += [improved(*first, tries)] if first is not None else []
+    if not found:
+        raise missed[0]
+    problem, built = shortest(found)
     return problem.schedule(built)
+
+
+def _numbers(draft: Schedule, prices: Prices) -> list[tuple[int, ...]]:
+    """Orders in which micro-batches may be taken: as they are numbered and, where they cost unlike, by that, up, down, and the
+    cheap ones first and last."""
+    takes, count = prices(draft), draft.microbatches
+    costs = [0.0] * count
+    for order in draft.ranks:
+        for action in order:
+            costs[action.microbatch] += takes(action)
+    as_numbered = tuple(range(count))
+    if max(costs) <= min(costs) * (1 + UNLIKE):
+        return [as_numbered]
+    up = tuple(sorted(as_numbered, key=costs.__getitem__))
+    return list(dict.fromkeys((as_numbered, up, up[::-1], (*up[::2], *up[1::2][::-1]))))
 
 
 def _ranks_of_stages(placement: str, ranks: int, stages_per_rank: int) -> tuple[int, ...]:
