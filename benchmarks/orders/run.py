@@ -41,8 +41,10 @@ GRID: tuple[tuple[str, dict[str, Any]], ...] = (
     ("seq1f1b_interleaved", {"segments": 4, "stages_per_rank": 4}), ("seq1f1b_interleaved", {"segments": 8, "stages_per_rank": 4}),
     ("helix", {"folds": 1}), ("helix", {"folds": 2}),
 )  # fmt: skip
-BUILT = ((1, 2), (4, 2), (8, 2), (4, 4))
-"""Segments and stages a rank of constructed."""
+BUILT = ((4, 2, "looped"), (8, 2, "looped"), (8, 2, "v"), (8, 4, "looped"))
+"""Segments, stages a rank and placement of constructed."""
+ROOMS = ("1.5", "2", "3")
+"""What its forwards may keep."""
 
 
 def main() -> None:
@@ -142,7 +144,7 @@ def best_of(
         found.append((estimate(schedule, where, batches(schedule.segments)), told(family, given)))
     best = min(found, key=lambda each: each[0].step_s)
     built = []
-    for (k, v), placement, room in itertools.product(BUILT, ("looped", "v"), ("1.25", "1.5", "2", "3", "8")):
+    for (k, v, placement), room in itertools.product(BUILT, ROOMS):
         given = {"segments": k, "stages_per_rank": v, "placement": placement, "memory": room, "vocabulary": vocabulary}
         known = where.known("constructed", vocabulary, batches(k))
         sizes = {"ranks": RANKS, "model": where.shape, "microbatches": MICROBATCHES}
