@@ -140,6 +140,14 @@ class ScheduleConfig:
     """interleaved: stages on a rank."""
     group: int | None = None
     """interleaved: micro-batches (or segments of them) that take a stage together; 0 is the fewest that feed all ranks."""
+    placement: Literal["looped", "v", "line"] | None = None
+    """constructed: stages round the ranks, there and back, or one a rank."""
+    memory: str | None = None
+    """constructed: what a rank's forwards may keep, as 24GiB, or as 1.5 times what one micro-batch leaves; ranks times it when unset."""
+    tries: int | None = None
+    """constructed: runs against the clock that improve an order; 0 chooses."""
+    delay: float | None = None
+    """constructed: what a message is taken to be on its way, in forwards of a stage; 0.5 when unset."""
     layers_per_stage: tuple[int, ...] | None = None
     """Layers of each stage, in order, where the family is not to choose; stage c x ranks + r is on rank r of interleaved ones."""
     vocabulary: Literal["last", "spread"] = "last"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -27,6 +28,10 @@ OPTIONS = {
     "groups": ("G", "one group after another, sequential, or all forwards first, forward_first"),
     "balance": ("B", "micro-batches take their places by number, or by the cost of their attention, work"),
     "work": ("W,W,...", "what each micro-batch's attention costs, in any unit, for --balance work"),
+    "placement": ("P", "stages round the ranks, looped, there and back, v, or one a rank, line"),
+    "memory": ("M", "what a rank's forwards may keep: 24GiB, or 1.5 times what one micro-batch leaves [ranks times]"),
+    "tries": ("N", "runs against the clock that improve an order; 0 chooses"),
+    "delay": ("D", "what a message is taken to be on its way, in forwards of a stage"),
     "costs": ("F,I,W", "times of a stage's F, I and W, which decide the order"),
     "opaque": ("L,L,...", "layers that are one block, which nothing can split"),
     "ends": ("E,H", "how many layers' work embed and head are"),
@@ -72,6 +77,16 @@ def number(text: str) -> int:
     return int(text)
 
 
+def decimal(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number")
+    return value
+
+
 def _numbers(kind: type[int] | type[float], text: str) -> tuple[int | float, ...]:
     """`0,1.5` as numbers."""
     try:
@@ -103,7 +118,7 @@ def add_family_options(parser: Parser) -> None:
 
 def _family_options() -> dict[str, Callable[[str], Any]]:
     """Every option of any family -> what reads its value: from the families' own signatures."""
-    single: dict[type, Callable[[str], Any]] = {int: number, str: str}
+    single: dict[type, Callable[[str], Any]] = {int: number, float: decimal, str: str}
     found: dict[str, Callable[[str], Any]] = {}
     for family, function in FAMILIES.items():
         kinds = get_type_hints(function)

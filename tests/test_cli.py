@@ -89,6 +89,7 @@ OF_ITS_OWN = {
     "segments": 3, "stages_per_rank": 3, "group": 6, "folds": 3, "travel": "qkv", "groups": "forward_first",
     "costs": (1.0, 2.0, 0.5), "opaque": (1,), "ends": (0.5, 1.5),
     "balance": "work", "work": (1.0, 3.0, 2.0, 9.0, 2.5, 4.0),
+    "placement": "v", "memory": "1.5", "tries": 3, "delay": 0.25,
 }  # fmt: skip
 
 

@@ -16,7 +16,6 @@ from helixpipe.commands.setting import (
     ONLY_RATIOS,
     add_setting_flags,
     as_flags,
-    decimal,
     dtype_of,
     duration,
     gibibytes,
@@ -27,7 +26,7 @@ from helixpipe.config_data import DataConfig
 from helixpipe.config_text import build_config, write_toml
 from helixpipe.errors import ConfigError
 from helixpipe.files import json_text, write_text
-from helixpipe.flags import Parser, number
+from helixpipe.flags import Parser, decimal, number
 from helixpipe.parts.work import Lengths
 from helixpipe.predict.estimate import Setting
 from helixpipe.predict.plan import Choice, Plan

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helixpipe.commands.setting import decimal
 from helixpipe.errors import ConfigError
 from helixpipe.files import fault, json_text
-from helixpipe.flags import Parser, flag, number
+from helixpipe.flags import Parser, decimal, flag, number
 from helixpipe.hub.folder import model_shape
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.shapes import SHAPES

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from helixpipe.commands.setting import ONLY_RATIOS, decimal, duration, estimate_from, family_parser, options_told
+from helixpipe.commands.setting import ONLY_RATIOS, duration, estimate_from, family_parser, options_told
 from helixpipe.errors import ConfigError
 from helixpipe.files import json_text
-from helixpipe.flags import given_options
+from helixpipe.flags import decimal, given_options
 from helixpipe.predict.timeline import Timeline
 
 ABOUT = (

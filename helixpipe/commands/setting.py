@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import re
 import sys
 from collections.abc import Collection, Iterator
@@ -13,7 +12,7 @@ from typing import Any
 
 from helixpipe.config import ELEMENT_BYTES
 from helixpipe.errors import ConfigError
-from helixpipe.flags import Parser, add_family_options, flag, given_options, number
+from helixpipe.flags import Parser, add_family_options, decimal, flag, given_options, number
 from helixpipe.hub.folder import model_shape
 from helixpipe.parts.shapes import SHAPES
 from helixpipe.parts.work import Keeping
@@ -195,16 +194,6 @@ def flags_named(message: str, family: str = "FAMILY") -> str:
         match[1] or "", flag(match[1] or match[2])
     )
     return key + message[match.end() :]
-
-
-def decimal(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number")
-    return value
 
 
 def gibibytes(nbytes: float) -> str:

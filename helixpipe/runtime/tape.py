@@ -11,6 +11,7 @@ backward recomputes and differentiates one chunk at a time:
     forward    in -> [chunk 0] -> keep -> [chunk 1] -> keep -> [chunk 2] -> out
     backward   recompute 2, differentiate 2, let go; recompute 1, ...     the transient is one chunk's
 
+A chunk whose graph keeps next to nothing (`Kind.graphed`) keeps it under every policy, and none of its inputs.
 A value is dropped as soon as its last reader has run, a gradient as soon as its maker's backward has. A recomputed graph
 keeps less than one that waits (`runtime.lean`).
 """

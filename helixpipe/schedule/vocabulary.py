@@ -16,6 +16,7 @@ the family's forwards are taken earlier, `more` of them before each backward, as
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -35,15 +36,52 @@ LOOK_UPS = 3
 """Units whose rows are looked up before the first stage comes to them."""
 MORE = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Forwards that are tried in the warm-up beyond the family's own."""
-GAIN = 0.002
-"""What one more try must save of the step; each keeps more activations."""
+DELAY = 0.5
+"""What a message is taken to be on its way, in forwards of a stage: found with the links of accelerators (see benchmarks)."""
+GAIN = 0.0005
+"""What a try must save of the step, to be one."""
+PAYS = 0.1
+"""What more forwards ahead must save of the step, for each share by which a rank keeps more of them."""
+VAIN = 2
+"""Tries in a row that save nothing, after which there is no other."""
 
 
 def spread(schedule: Schedule, prices: Prices = unit_durations) -> Schedule:
     """The schedule with embedding and head in shards, one of each a rank; `prices` decide the order. Stages keep their numbers."""
     draft, paced = with_shards(schedule)
-    known = graph(draft, prices(draft), after=paced)
-    return schedule_of(draft, known, _soonest(known, schedule))
+    costs = prices(draft)
+    known = graph(draft, costs, delay(draft, costs, len(schedule.stages)), paced)
+    tries = deeper(known, schedule.ranks, lambda built: True)
+    best = next(tries)  # the family's own order can always be run
+    for built in tries:
+        more = _kept(known, built, len(schedule.stages)) / _kept(known, best, len(schedule.stages)) - 1
+        best = built if 1 - built.makespan / best.makespan >= PAYS * more else best
+    return schedule_of(draft, known, best)
+
+
+def _kept(known: Graph, built: Built, own: int) -> int:
+    """The most forwards of the first `own` stages that a rank keeps at one time."""
+    most = 0
+    for order in built.orders:
+        live = 0
+        for i in order:
+            stage, kind, *_ = known.actions[i]
+            if stage < own:
+                live += 1 if kind is Pass.F else -(kind in (Pass.B, Pass.W))
+                most = max(most, live)
+    return most
+
+
+def delay(
+    draft: Schedule, costs: Callable[[Action], float], own: int, share: float = DELAY
+) -> Callable[[Action, Action], float]:
+    """What every message is taken to be on its way, so that ranks do not stand still where real ones are a little late.
+
+    `share`: of the mean forward of the first `own` stages, those that are no shards.
+    """
+    forwards = [costs(a) for order in draft.ranks for a in order if a.kind is Pass.F and a.stage < own]
+    travels = share * math.fsum(forwards) / len(forwards)
+    return lambda made, read: travels
 
 
 def with_shards(schedule: Schedule) -> tuple[Schedule, dict[Action, Action]]:
@@ -80,21 +118,24 @@ def _cut(whole: Sequence[Part], ranks: int) -> tuple[Sequence[Part], Part, Part,
     return whole[:ranks], whole[ranks], whole[-ranks - 2], whole[-ranks - 1 : -1], whole[-1]
 
 
-def _soonest(known: Graph, schedule: Schedule) -> Built:
-    """With as many more forwards ahead as pay."""
-    best: Built | None = None
-    places = range(len(known.actions))
+def deeper(known: Graph, orders: Sequence[Sequence[Action]], fits: Callable[[Built], bool]) -> Iterator[Built]:
+    """Each rank's own actions in order, shards as soon as they can be, with more and more forwards ahead while that pays and fits."""
+    best, vain = 0, 0
     for more in MORE:
-        chains = [[known.number[action] for action in ahead(order, more)] for order in schedule.ranks]
+        chains = [[known.number[action] for action in ahead(order, more)] for order in orders]
         try:
-            built = list_schedule(known, places, chains=chains)
+            built = list_schedule(known, range(len(known.actions)), chains=chains)
         except Stuck:  # so many forwards wait for backwards that come behind them
-            break
-        if best is not None and built.makespan > best.makespan * (1 - GAIN):
-            break
-        best = built
-    assert best is not None  # the family's own order can be run: shards wait for nothing but what is in it
-    return best
+            return
+        if not fits(built):
+            return
+        if not best or built.makespan < best * (1 - GAIN):
+            best, vain = built.makespan, 0
+            yield built
+            continue
+        vain += 1
+        if vain == VAIN:
+            return
 
 
 def ahead(order: Sequence[Action], more: int) -> Iterator[Action]:

@@ -192,7 +192,7 @@ def run_on_torchs(schedule: Schedule, path: str) -> tuple[float | None, dict[str
 
 
 TOLD = (
-    "gpipe", "1f1b", "interleaved", "breadth_first", "zb_h1", "zb_h2", "zb_v", "v_half", "v_min", "dualpipe_v",
+    "gpipe", "1f1b", "interleaved", "breadth_first", "zb_h1", "zb_h2", "zb_v", "v_half", "v_min", "dualpipe_v", "constructed",
 )  # fmt: skip
 """Families that torch's CSV can say; of these torch runs all."""
 SEGMENTED = "torch has no segments; build the schedule with segments = 1, or write our own CSV"

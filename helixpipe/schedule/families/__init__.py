@@ -11,6 +11,7 @@ from helixpipe.parts.shape import ModelShape, Shaped, shape_of
 from helixpipe.schedule.check import check
 from helixpipe.schedule.durations import unit_durations
 from helixpipe.schedule.families.breadth_first import breadth_first
+from helixpipe.schedule.families.constructed import constructed
 from helixpipe.schedule.families.cut_by_cost import cut_by_cost
 from helixpipe.schedule.families.dualpipe_v import dualpipe_v
 from helixpipe.schedule.families.gpipe import gpipe
@@ -49,6 +50,7 @@ FAMILIES: dict[str, Callable[..., Schedule]] = {
     "seq1f1b_zb": seq1f1b_zb,
     "slimpipe": slimpipe,
     "helix": helix,
+    "constructed": constructed,
 }
 
 

@@ -9,26 +9,31 @@ Where layers differ, stages are cut by what their layers cost. Orders to begin w
 placement, and some that list scheduling finds (see `construct`); each as it is, where it keeps no more than it may, and
 as preferences. The best ones are improved (see `improve`). Weight gradients are put off to a W or not, whichever is shorter.
 
-    p=2, m=3, line, F = 1, B = 2, but F = 2, B = 4 on rank 1, memory for 2 micro-batches:
+    line, memory for 2 micro-batches, p=3, m=4, k=1, v=1, one column a unit of time, F = I = W = 1:
 
-    rank 0   F0 F1 .. .. .. .. .. B0 B0 F2 .. .. .. .. B1 B1 .. .. .. .. B2 B2
-    rank 1   .. F0 F0 B0 B0 B0 B0 F1 F1 B1 B1 B1 B1 F2 F2 B2 B2 B2 B2
+    rank 0   F0 F1 .. .. .. I0 W0 F2 I1 W1 F3 .. .. I2 W2 I3 W3
+    rank 1   .. F0 F1 .. I0 W0 I1 W1 F2 .. .. F3 I2 W2 I3 W3
+    rank 2   .. .. F0 I0 F1 I1 W0 W1 .. F2 I2 W2 F3 I3 W3
 
-With equal stages it is never longer than the best of these families in the same memory.
+Bubble and memory have no formula: it is built for the costs it is given. In the same memory it is never longer than the named
+families of its placement where stages are equal, since it begins with theirs.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 from helixpipe.errors import ConfigError
 from helixpipe.schedule.action import BACKWARD, Action, Pass
+from helixpipe.schedule.construct import Built
 from helixpipe.schedule.durations import unit_durations
 from helixpipe.schedule.families.breadth_first import breadth_first
 from helixpipe.schedule.families.cut_by_cost import cut_by_cost
 from helixpipe.schedule.families.dualpipe_v import dualpipe_v
-from helixpipe.schedule.families.looped import interleave
+from helixpipe.schedule.families.looped import check_filled, interleave
 from helixpipe.schedule.families.seq1f1b import seq1f1b
 from helixpipe.schedule.families.seq1f1b_zb import seq1f1b_zb
 from helixpipe.schedule.families.split import cut_layers
@@ -38,11 +43,13 @@ from helixpipe.schedule.families.v_half import v_half
 from helixpipe.schedule.families.v_min import v_min
 from helixpipe.schedule.families.zb_h2 import zb_h2
 from helixpipe.schedule.families.zb_v import zb_v
-from helixpipe.schedule.problem import Kept, Orders, Problem, best
+from helixpipe.schedule.problem import Kept, Orders, Problem, improved, shortest
 from helixpipe.schedule.schedule import Schedule
 from helixpipe.schedule.stage import Stage
-from helixpipe.schedule.vocabulary import Prices
+from helixpipe.schedule.vocabulary import DELAY, Prices
 
+UNLIKE = 0.01
+"""Micro-batches whose costs are within this share of one another are taken as they are numbered."""
 PLACEMENTS = ("looped", "v", "line")
 MEMORY = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(GiB)?")
 
@@ -56,6 +63,7 @@ def constructed(
     stages_per_rank: int = 1,
     memory: str = "",
     tries: int = 0,
+    delay: float = DELAY,
     opaque: Collection[int] = (),
     ends: Sequence[float] = (0, 0),
     *,
@@ -67,21 +75,54 @@ def constructed(
 ) -> Schedule:
     """`memory`: what forwards of a rank may keep at one time: "24GiB", where `kept` says bytes, or "1.5" times what one micro-batch
     leaves on a rank; p times when not given, as 1F1B. `tries`: runs against the clock that improve an order; 0 chooses.
+    `delay`: what a message is taken to be on its way, in forwards of a stage: with some an order bears messages that are late.
     `prices`: of a schedule, what its actions take. `opaque`: see gpipe. `ends`: see split_layers.
     """
     check_segments(segments, opaque)
+    if not 0 <= delay < math.inf or tries < 0:
+        raise ConfigError(f"schedule.delay, schedule.tries: {delay:g} and {tries}; give none below 0")
     of_stage = _ranks_of_stages(placement, ranks, stages_per_rank)
+    check_filled(ranks, layers, stages_per_rank, ends)
     by_cost = cut_by_cost(layer_costs or (1.0,) * layers, ends, of_stage)
     stages = cut_layers(layers, layers_per_stage or by_cost, len(of_stage), opaque)
-    starts, unit = [], 0.0
+    found: list[tuple[Problem, Built]] = []
+    unit = 0.0
+    missed: list[ConfigError] = []
     for actions, named in _modes(placement, ranks, microbatches, segments, stages_per_rank, stages):
-        problem = Problem.of(Schedule(stages, actions), vocabulary, prices, unit)
-        unit = problem.known.unit
-        problem = _capped(problem, memory, kept)
-        starts += [(problem, built) for order in named for built in problem.begun(order)]
-        starts += [(problem, built) for wish in _wishes(actions, ranks, segments) for built in problem.preferred(wish)]
-    problem, built = best(starts, tries)
+        first: tuple[Problem, Built] | None = None
+        for numbers in _numbers(Schedule(stages, actions), prices):
+            problem = Problem.of(Schedule(stages, actions), vocabulary, prices, delay, numbers, unit)
+            unit = problem.known.unit
+            try:
+                problem = _capped(problem, memory, kept)
+            except ConfigError as error:  # what waits for a W may be more than what waits for a B
+                missed.append(error)
+                break
+            orders = itertools.chain(
+                (built for order in named for built in problem.begun(order)),
+                (built for wish in _wishes(actions, ranks, segments) for built in problem.preferred(wish)),
+            )
+            first = shortest(((problem, built) for built in orders), first)
+        found += [improved(*first, tries)] if first is not None else []
+    if not found:
+        raise missed[0]
+    problem, built = shortest(found)
     return problem.schedule(built)
+
+
+def _numbers(draft: Schedule, prices: Prices) -> list[tuple[int, ...]]:
+    """Orders in which micro-batches may be taken: as they are numbered and, where they cost unlike, by that, up, down, and the
+    cheap ones first and last."""
+    takes, count = prices(draft), draft.microbatches
+    costs = [0.0] * count
+    for order in draft.ranks:
+        for action in order:
+            costs[action.microbatch] += takes(action)
+    as_numbered = tuple(range(count))
+    if max(costs) <= min(costs) * (1 + UNLIKE):
+        return [as_numbered]
+    up = tuple(sorted(as_numbered, key=costs.__getitem__))
+    return list(dict.fromkeys((as_numbered, up, up[::-1], (*up[::2], *up[1::2][::-1]))))
 
 
 def _ranks_of_stages(placement: str, ranks: int, stages_per_rank: int) -> tuple[int, ...]:
@@ -168,7 +209,12 @@ def _capped(problem: Problem, memory: str, kept: Kept | None) -> Problem:
             f"schedule.memory: '{memory}' needs a model, whose bytes are known; give micro-batches, such as 1.5"
         )
     keeps, puts_off = kept(problem.draft) if kept is not None else _shares(problem)
-    forwards = [action for order in problem.draft.ranks for action in order if action.kind is Pass.F]
+    forwards = [
+        action
+        for order in problem.draft.ranks
+        for action in order
+        if action.kind is Pass.F and action.stage < problem.own
+    ]
     one = sum(map(keeps, forwards)) / (problem.draft.microbatches * len(problem.draft.ranks))
     limit = float(match[1]) * (2.0**30 if match[2] else one)
 

@@ -45,6 +45,7 @@ DRAWN = {
     "seq1f1b_interleaved": (3, 6, 1, {"segments": 3}),
     "seq1f1b_zb": (3, 3, 1, {"segments": 3}),
     "slimpipe": (2, 4, 1, {"segments": 4}),
+    "constructed": (3, 3, 4, {"placement": "line", "memory": "2"}),
 }
 
 
@@ -56,7 +57,9 @@ def test_the_docstring_draws_what_the_family_makes(family: str) -> None:
     sizes = {"p": ranks, "m": microbatches}
     sizes |= {"k": made.segments} if "segments" in options(family) else {}
     sizes |= {"v": len(made.stages) // ranks} if "stages_per_rank" in options(family) else {}
-    (caption,) = re.findall(r"^ *(p=.*), one column", sys.modules[FAMILIES[family].__module__].__doc__, re.MULTILINE)
+    (caption,) = re.findall(
+        r"^ *(?:line, .*, )?(p=.*), one column", sys.modules[FAMILIES[family].__module__].__doc__, re.MULTILINE
+    )
     assert caption == ", ".join(f"{name}={size}" for name, size in sizes.items())
 
 
@@ -80,6 +83,8 @@ def test_any_size_is_checked(family: str, data: st.DataObject, p: int, more: int
     k = given.get("segments", 1)
     if "group" in known:
         given["group"] = data.draw(st.sampled_from([0, 0, 1, 2])) * k * -(-p // k)
+    if "placement" in known:  # its passes are those that pay
+        given |= {"placement": data.draw(st.sampled_from(["looped", "v"])), "tries": 4}
     if "costs" in known:
         given["costs"] = data.draw(st.tuples(*[st.floats(0.1, 10)] * 3))
     if family == "dualpipe_v":
@@ -96,6 +101,9 @@ def test_any_size_is_checked(family: str, data: st.DataObject, p: int, more: int
     assert counts[Pass.F] == counts[Pass.B] + counts[Pass.I] == units
     assert counts[Pass.W] == counts[Pass.I] == (units if family in SPLIT else counts[Pass.I])
     for (stage, _), rank in schedule.placement.items():
+        if given.get("placement") == "v":
+            assert rank == min(stage % (2 * p), 2 * p - 1 - stage % (2 * p))
+            continue
         assert rank == (min(stage, 2 * p - 1 - stage) if family in V else stage % p)
 
 

@@ -78,7 +78,7 @@ def test_by_cost_the_dearest_rank_is_as_cheap_as_any_cut_makes_it() -> None:
 
 def test_layers_that_differ_are_cut_by_what_they_cost() -> None:
     costs = [2.0, 0.5, 0.5, 2.0, 0.5, 0.5]
-    for family in {"1f1b", "constructed"} & set(FAMILIES):
+    for family in ("1f1b", "constructed"):
         schedule = build_schedule(family, ranks=2, layers=6, microbatches=2, layer_costs=costs)
         assert layers_of(schedule) == [3, 3]
     first = build_schedule("1f1b", ranks=2, layers=5, microbatches=2, layer_costs=[4, 1, 1, 1, 1])
