@@ -59,6 +59,7 @@ class Needs:
         self._forward: dict[tuple[Part, bool], int] = {}
         self._backward: dict[Part, int] = {}
         self._shapes: dict[Value, tuple[int, ...]] = {}
+        self._made: dict[Part, list[tuple[int, ...]]] = {}
 
     def forward_bytes(self, part: Part, graph: bool) -> int:
         """Workspace of a part's forward."""
@@ -81,6 +82,15 @@ class Needs:
 
         `losses`: the shape of a loss that is not yet a sum, where it need not be one.
         """
+        shapes = self._made.get(part)
+        if shapes is None:
+            shapes = self._made[part] = [self._shape(value) for value in part.makes]
+        if len(made) == len(shapes):
+            for tensor, shape in zip(made, shapes, strict=True):
+                if tensor.dtype is not self.dtype or tensor.shape != shape:
+                    break
+            else:
+                return
         if len(made) != len(part.makes):
             raise ConfigError(
                 f"{part}: {type(module).__name__} gave {len(made)} tensors; give {self._told(part)}, {len(part.makes)} in all"
