@@ -140,6 +140,10 @@ class ScheduleConfig:
     """interleaved: stages on a rank."""
     group: int | None = None
     """interleaved: micro-batches (or segments of them) that take a stage together; 0 is the fewest that feed all ranks."""
+    layers_per_stage: tuple[int, ...] | None = None
+    """Layers of each stage, in order, where the family is not to choose; stage c x ranks + r is on rank r of interleaved ones."""
+    vocabulary: Literal["last", "spread"] = "last"
+    """Whether the head is on the last rank, or head and embedding are divided by words over all ranks, whatever the family."""
     partition: Literal["auto", "computation_wise", "even"] = "auto"
     """How a sequence is cut into segments: of as much computation each, or of as many tokens; auto is the family's own."""
     evenness: float = 0.0
@@ -335,11 +339,18 @@ class Config:
         if asked.segments is not None and asked.segments > 1:  # far too many would take minutes to build first
             refuse_bidirectional(setting.shape, asked.segments)
             check_cut(setting.sequence_length, asked.segments, setting.segment_multiple)
-        given |= {key: value for key, value in setting.balance.items() if key in families.options(family)}
+        given |= setting.known(family, asked.vocabulary, batches)
         if batches and asked.balance == "work":
             given["work"] = setting.attention_costs(batches)
-        layers = setting.shape.layers
-        return families.build_schedule(family, ranks=ranks, layers=layers, microbatches=microbatches, **given)
+        return families.build_schedule(
+            family,
+            ranks=ranks,
+            layers=setting.shape.layers,
+            microbatches=microbatches,
+            vocabulary=asked.vocabulary,
+            layers_per_stage=asked.layers_per_stage or (),
+            **given,
+        )
 
     def setting(self, device: str = "") -> Setting:
         """What predictions need to know of this run; of the machine, only its profile.
@@ -392,4 +403,9 @@ class Config:
         return self.schedule.microbatches * self.train.microbatch_size * self.mesh.dp
 
 
-FAMILY_OPTIONS = tuple(option.name for option in dataclasses.fields(ScheduleConfig) if option.default is None)
+_OF_NO_FAMILY = ("layers_per_stage",)
+FAMILY_OPTIONS = tuple(
+    option.name
+    for option in dataclasses.fields(ScheduleConfig)
+    if option.default is None and option.name not in _OF_NO_FAMILY
+)

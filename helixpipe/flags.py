@@ -32,6 +32,9 @@ OPTIONS = {
     "ends": ("E,H", "how many layers' work embed and head are"),
 }
 
+EVERYWHERE = ("vocabulary", "layers_per_stage")
+"""Options that are of no family."""
+
 
 class Parser(argparse.ArgumentParser):
     """Strict: no abbreviations, an unknown option names the nearest, and every fault is a ConfigError."""
@@ -92,6 +95,10 @@ def add_family_options(parser: Parser) -> None:
     for name, kind in _family_options().items():
         metavar, meaning = OPTIONS.get(name, (name.upper(), ""))
         own.add_argument(flag(name), type=kind, metavar=metavar, help=f"{meaning} [{_who_has(name)}]")
+    spread = "last, or spread: head and embedding divided by words over all ranks [all; default last]"
+    own.add_argument("--vocabulary", metavar="V", help=spread)
+    by_hand = "layers of each stage, in order [all but helix; default by cost]"
+    own.add_argument("--layers-per-stage", type=partial(_numbers, int), metavar="L,L,...", help=by_hand)
 
 
 def _family_options() -> dict[str, Callable[[str], Any]]:
@@ -130,4 +137,4 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
             have = ", ".join(family for family in FAMILIES if name in options(family))
             advice = f"; did you mean '{flag(near[0])}'?" if near else f", {has}, but of {have}"
             raise ConfigError(f"{flag(name)}: not an option of {args.family}{advice}")
-    return given
+    return given | {name: value for name in EVERYWHERE if (value := getattr(args, name)) is not None}

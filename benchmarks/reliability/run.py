@@ -59,7 +59,7 @@ LAYOUTS = {
     ),
     "cp": (2, "--schedule.family 1f1b --schedule.ranks 1 --mesh.cp 2"),
     "tp": (2, "--schedule.family 1f1b --schedule.ranks 1 --mesh.tp 2"),
-    "seq1f1b, segments": (2, "--schedule.family seq1f1b --schedule.ranks 2 --schedule.segments 2"),
+    "seq1f1b, segments": (2, "--schedule.family seq1f1b --schedule.ranks 2 --schedule.segments 2 --schedule.segment_multiple 16"),
 }  # fmt: skip
 PAUSE_S = 10.0
 MARK = "HELIXPIPE_CAMPAIGN"

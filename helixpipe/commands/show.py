@@ -16,12 +16,12 @@ from helixpipe.files import json_text, write_text
 from helixpipe.flags import Parser, add_family_options, flag, given_options, number, shown
 from helixpipe.predict.peak import peak_kept
 from helixpipe.predict.simulate import simulate_schedule
+from helixpipe.schedule.durations import unit_durations
 from helixpipe.schedule.families import FAMILIES, build_schedule
 from helixpipe.schedule.schedule import Schedule
 from helixpipe.schedule.text import to_csv, to_json
 from helixpipe.schedule.torch_text import to_torch_csv
 from helixpipe.view.text import staircase
-from helixpipe.view.units import unit_durations
 
 SHOW = """\
 The terminal shows one column an action, as if all took equally long. The SVG, makespan and bubble use

@@ -24,6 +24,7 @@ from helixpipe.model.decoder import Decoder, Held, put
 from helixpipe.parts.lora import Lora
 from helixpipe.parts.part import Part
 from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.slices import slice_of, whole_name
 
 ROWS = 4096
 """Of a table, compared with its twin at a time."""
@@ -91,13 +92,15 @@ class Loaded(Decoder):
         if self.empty:
             return torch.empty(mine)
         starts = [0 if whole == part else held.rank * part for whole, part in zip(size, mine, strict=True)]
+        if (rows := slice_of(name)) is not None:
+            starts[0] += rows.start
         spans = [(start, start + length) for start, length in zip(starts, mine, strict=True)]
-        if name in self.sources:
-            values = read(self.sources[name], spans)
+        if (source := self.sources.get(whole_name(name))) is not None:
+            values = read(source, spans)
         else:  # an adapter that is new
-            whole = nn.Parameter(torch.empty(size))
+            whole = torch.empty(size)
             self._initialise(name, whole)
-            values = whole.detach()[tuple(slice(*span) for span in spans)].clone()
+            values = whole[tuple(slice(*span) for span in spans)].clone()
         self.tell(values.numel())
         return values
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,18 +41,27 @@ class Whole(Protocol):
     def whole(self, x: Tensor, *others: Tensor) -> Tensor: ...
 
 
+class Made(NamedTuple):
+    """What a module makes of all tokens: [b, s, ...]."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, module: Whole, chunk: int, joined: bool, x: Tensor, *others: Tensor) -> Tensor:
-        ctx.module, ctx.chunk, ctx.joined = module, chunk, joined
+    def forward(ctx: Any, module: Whole, chunk: int, made: Made | None, x: Tensor, *others: Tensor) -> Tensor:
+        """`made`: None where it is one sum."""
+        ctx.module, ctx.chunk, ctx.joined = module, chunk, made is not None
         ctx.save_for_backward(x, *others)
         ctx.unread = getattr(module, _UNREAD, False)
         if ctx.unread:  # the backward needs x alone
-            return x.new_empty(1).expand(x.shape) if joined else torch.zeros((), dtype=_loss_dtype(x), device=x.device)
+            shape, dtype = made or Made((), wide_dtype(x))
+            return x.new_zeros((1,) * len(shape), dtype=dtype).expand(shape)
         pieces = zip(*(t.split(chunk, 1) for t in (x, *others)), strict=True)
-        if not joined:
+        if made is None:
             return torch.stack([module.whole(*piece) for piece in pieces]).sum(0)
-        result = torch.empty_like(x)
+        result = x.new_empty(made.shape, dtype=made.dtype)
         for out, piece in zip(result.split(chunk, 1), pieces, strict=True):
             out.copy_(module.whole(*piece))
         return result
@@ -61,7 +70,8 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *others = ctx.saved_tensors
         # where nobody reads what was made, its gradient is nobody else's
-        result = grad if ctx.unread and ctx.joined and grad.is_contiguous() else torch.empty_like(x)
+        in_place = ctx.unread and grad.shape == x.shape and grad.is_contiguous()
+        result = grad if in_place else torch.empty_like(x)
         for start in range(0, x.shape[1], ctx.chunk):
             here = slice(start, start + ctx.chunk)
             piece = x[:, here].detach().requires_grad_()
@@ -84,20 +94,25 @@ def unread(module: nn.Module) -> Iterator[None]:
         delattr(module, _UNREAD)
 
 
-def _loss_dtype(x: Tensor) -> torch.dtype:
-    """That of a loss: float32 or wider."""
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """That of logits, and of a loss: float32 or wider."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def chunked(module: Whole, chunk: int, x: Tensor) -> Tensor:
     """module.whole(x), from [b, s, h] to [b, s, h]; `chunk` tokens at a time."""
+    return chunked_into(Made(tuple(x.shape), x.dtype), module, chunk, x)
+
+
+def chunked_into(made: Made, module: Whole, chunk: int, x: Tensor, *others: Tensor) -> Tensor:
+    """module.whole(x, *others), which makes something of each token alone; `chunk` tokens at a time."""
     if not 0 < chunk < x.shape[1]:
-        return module.whole(x)
-    return _Chunked.apply(module, chunk, True, x)  # type: ignore[no-any-return,no-untyped-call]
+        return module.whole(x, *others)
+    return _Chunked.apply(module, chunk, made, x, *others)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def chunked_sum(module: Whole, chunk: int, x: Tensor, *others: Tensor) -> Tensor:
     """module.whole(x, *others), a loss summed over tokens, of targets and what else is [b, s]; `chunk` tokens at a time."""
     if not 0 < chunk < x.shape[1]:
         return module.whole(x, *others)
-    return _Chunked.apply(module, chunk, False, x, *others)  # type: ignore[no-any-return,no-untyped-call]
+    return _Chunked.apply(module, chunk, None, x, *others)  # type: ignore[no-any-return,no-untyped-call]

@@ -13,18 +13,20 @@ from dataclasses import replace
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from helixpipe.model import attn, block, embed, head, mlp, norm, proj, qkv
+from helixpipe.model import attn, block, embed, final, head, joined, logits, lookup, loss, mlp, norm, proj, qkv
 from helixpipe.model.recipe import Recipe
 from helixpipe.model.rope import Ropes
 from helixpipe.parts.lora import DOWN, UP
 from helixpipe.parts.part import Part
 from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.slices import slice_of, whole_name
 
 MODULES: dict[str, Callable[[Recipe], nn.Module]] = {
     "embed": embed.make, "norm": norm.make, "qkv": qkv.make, "attn": attn.make, "proj": proj.make, "mlp": mlp.make,
-    "block": block.make, "head": head.make,
+    "block": block.make, "head": head.make, "lookup": lookup.make, "joined": joined.make, "final": final.make,
+    "logits": logits.make, "loss": loss.make,
 }  # fmt: skip
 
 
@@ -36,7 +38,10 @@ class Model(Protocol):
         """From which messages and costs are computed."""
 
     def part(self, part: Part) -> nn.Module:
-        """The module of a part, with its initial parameters; the same values whoever asks."""
+        """The module of a part, with its initial parameters; the same values whoever asks.
+
+        A class of someone's own is asked for shards of head and embedding only where it says so: `spreads_vocabulary = True`.
+        """
 
 
 def _every(name: str) -> bool:
@@ -77,20 +82,27 @@ class Decoder:
     def bare(self, part: Part) -> nn.Module:
         """The module of a part, its parameters without memory."""
         with torch.device("meta"):
-            return MODULES[part.kind](replace(self.recipe, layer=part.layer))
+            recipe = replace(self.recipe, layer=part.layer, shard=part.shard, shards=part.shards)
+            return MODULES[part.kind](recipe)
 
     def part(self, part: Part) -> nn.Module:
         module = self.bare(part)
         for place, bare in list(module.named_parameters()):
             name = self.shape.parameter_name(part, place)
             # not `to_empty`: on the meta device torch imports sympy for it, a third of a second
-            parameter = nn.Parameter(torch.empty(bare.shape, dtype=bare.dtype), self.shape.trains(name))
-            self._initialise(name, parameter)
-            put(module, place, parameter)
+            put(module, place, nn.Parameter(self._initial(name, bare), self.shape.trains(name)))
         return module
 
+    def _initial(self, name: str, bare: Tensor) -> Tensor:
+        """Of a slice, rows of what the whole parameter begins as."""
+        found = slice_of(name)
+        rows = bare.shape[0] if found is None else found.rows
+        values = torch.empty(rows, *bare.shape[1:], dtype=bare.dtype)
+        self._initialise(whole_name(name), values)
+        return values if found is None else values[found.start : found.stop].clone()
+
     @torch.no_grad()
-    def _initialise(self, name: str, parameter: nn.Parameter) -> None:
+    def _initialise(self, name: str, parameter: Tensor) -> None:
         """GPT-2's: normal of 0.02, smaller by sqrt(2L) where a layer adds to the residual; norms multiply by 1, biases 0.
 
         Of adapters, A is uniform below into^-0.5 and B is 0.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helixpipe.model.activation import ACTIVATIONS
-from helixpipe.model.chunked import Chunked, chunked_sum
+from helixpipe.model.chunked import Chunked, chunked_sum, wide_dtype
 from helixpipe.model.cross_entropy import cross_entropy
 from helixpipe.model.linear import Linear
 from helixpipe.model.norm import norm
@@ -33,17 +33,31 @@ def takes_weights(function: Callable[..., object]) -> bool:
         return False
 
 
-class Head(Chunked):
+class Transformed(nn.Module):
+    """Final norm, and the transform that a model may have before its logits."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.norm = norm(shape)
+        self.dense = Linear(shape.hidden, shape.hidden, bias=shape.bias) if shape.head_transform else None
+        self.dense_norm = norm(shape) if shape.head_transform else nn.Identity()
+
+    def transformed(self, x: Tensor) -> Tensor:
+        """[b, s, h] -> [b, s, h]"""
+        n: Tensor = self.norm(x)
+        if self.dense is not None:
+            n = self.dense_norm(ACTIVATIONS["gelu"](self.dense(n)))
+        return n
+
+
+class Head(Transformed, Chunked):
     """Final norm, transform, logits and cross entropy, summed over tokens; over slices of `chunk` tokens when that is not 0.
 
     `weights` [b, s], where given, multiply the loss of each token, the z-loss too.
     """
 
     def __init__(self, shape: ModelShape, chunk: int = 0, z_loss: float = 0.0) -> None:
-        super().__init__()
-        self.norm = norm(shape)
-        self.dense = Linear(shape.hidden, shape.hidden, bias=shape.bias) if shape.head_transform else None
-        self.dense_norm = norm(shape) if shape.head_transform else nn.Identity()
+        super().__init__(shape)
         self.output = Linear(shape.hidden, shape.vocabulary, bias=shape.head_transform)
         self.softcap = shape.head_softcap
         self.chunk, self.z_loss = chunk, z_loss
@@ -72,14 +86,13 @@ class Head(Chunked):
 
     def logits(self, x: Tensor) -> Tensor:
         """x [b, s, h] -> [b * s, vocabulary], in float32 or wider."""
-        n = self.norm(x)
-        if self.dense is not None:
-            n = self.dense_norm(ACTIVATIONS["gelu"](self.dense(n)))
-        logits: Tensor = self.output(n)
-        if self.softcap:
-            logits = _SoftCap.apply(logits, self.softcap)  # type: ignore[no-untyped-call]
-        logits = logits.flatten(0, 1)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        logits = capped(self.output(self.transformed(x)), self.softcap)
+        return logits.flatten(0, 1).to(wide_dtype(x))
+
+
+def capped(logits: Tensor, cap: float) -> Tensor:
+    """cap * tanh(logits / cap), in their place; without a cap they are as they were."""
+    return _SoftCap.apply(logits, cap) if cap else logits  # type: ignore[no-untyped-call]
 
 
 class _SoftCap(torch.autograd.Function):

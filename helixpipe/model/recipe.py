@@ -20,3 +20,6 @@ class Recipe:
     """Where the part stands."""
     z_loss: float = 0.0
     """What (log-sum-exp of the logits)^2 weighs in the gradient."""
+    shard: int = 0
+    """Which of `shards` the part is."""
+    shards: int = 1

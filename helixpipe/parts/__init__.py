@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 # each of these adds its kind to the registry
-from helixpipe.parts import attn, block, embed, head, mlp, norm, proj, qkv
+from helixpipe.parts import attn, block, embed, final, head, joined, logits, lookup, loss, mlp, norm, proj, qkv
 
-__all__ = ["attn", "block", "embed", "head", "mlp", "norm", "proj", "qkv"]
+__all__ = [
+    "attn", "block", "embed", "final", "head", "joined", "logits", "lookup", "loss", "mlp", "norm", "proj", "qkv",
+]  # fmt: skip

@@ -11,6 +11,7 @@ A kind describes itself from a `Work`: a model's shape, a batch, a segment, and 
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
 from helixpipe.parts.lora import DOWN, UP, Lora, adapted, is_adapter
@@ -42,6 +43,16 @@ class Kind:
     """Whether what it makes costs so little that a recomputed graph makes it again rather than keep it."""
     opaque: ClassVar[bool] = False
     """Whether it is a whole layer, into which nobody looks."""
+    sharded: ClassVar[bool] = False
+    """Whether its parts are shards: slices of one weight, of which each makes a value of its own."""
+    joins: ClassVar[bool] = False
+    """Whether it reads what every shard makes."""
+    graphed: ClassVar[bool] = False
+    """Whether its graph keeps next to nothing, so that it is kept under every policy, and what it reads is not."""
+    one_gradient: ClassVar[bool] = False
+    """Whether the gradients of what its shards make are one tensor, on the rank of whoever joins them."""
+    wide: ClassVar[bool] = False
+    """Whether what it makes is float32 or wider, whatever a run computes in."""
     alone: ClassVar[bool] = False
     """Whether it is recomputed by itself, with no other part."""
     splits: ClassVar[bool] = False
@@ -172,6 +183,10 @@ class Kind:
         copies = work.keeping.processes // (work.keeping.tensor_parallel if self.divides else 1)
         return elements * work.keeping.element_bytes * max(copies, 1)
 
+    def timed_as(self, part: Part) -> tuple[tuple[str, float], ...]:
+        """Kinds that a profile times, and how many times each, which take as long: itself, where it is timed."""
+        return ((self.name, 1.0),)
+
     def inside(self, part: Part) -> tuple[Part, ...]:
         """The parts that it is made of, as far as costs go: itself, but for an opaque layer."""
         return (part,)
@@ -193,6 +208,12 @@ def register(kind: type[Kind]) -> type[Kind]:
 def maker(value: str) -> Kind:
     """The kind that makes values of a name; where several do, they are alike."""
     return _MAKERS[value]
+
+
+@cache
+def is_wide(value: str) -> bool:
+    """Whether a value, by its text or its name, is float32 or wider whatever a run computes in."""
+    return maker(value.partition(".")[0]).wide
 
 
 def linear(name: str, out: int, into: int, bias: bool, lora: Lora | None = None) -> Shapes:

@@ -17,6 +17,7 @@ from helixpipe.parts.kind import Kind, Shapes, maker
 from helixpipe.parts.lora import Lora, is_adapter
 from helixpipe.parts.part import Part, Value, chain, layer_parts
 from helixpipe.parts.rotary import Rotary
+from helixpipe.parts.slices import whole_name
 from helixpipe.parts.work import Batch, Work
 
 TENSOR_DIVIDED = ("heads", "kv_heads", "ffn")
@@ -285,12 +286,13 @@ class ModelShape:
         """Whether a parameter, by its full name, has gradients and is updated."""
         if self.lora is not None and not is_adapter(name):
             return False
-        return not self.frozen or _any_of(self.frozen).match(name) is None
+        return not self.frozen or _any_of(self.frozen).match(whole_name(name)) is None
 
     def freezing(self, names: Iterable[str]) -> ModelShape:
         """The same model with these parameters frozen too."""
         found = copy.copy(self)
-        object.__setattr__(found, "frozen", (*self.frozen, *map(glob.escape, names)))
+        whole = dict.fromkeys(map(whole_name, names))
+        object.__setattr__(found, "frozen", (*self.frozen, *map(glob.escape, whole)))
         return found
 
     def tensor_share(self, ranks: int) -> ModelShape:

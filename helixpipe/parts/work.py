@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from helixpipe.errors import ConfigError
-from helixpipe.parts.kind import Kept
+from helixpipe.parts.kind import Kept, is_wide
 from helixpipe.parts.part import Part, Value
 from helixpipe.parts.window import pairs, seen, tail
 
@@ -186,6 +186,8 @@ class Keeping:
 
     def runs_again(self, part: Part) -> bool:
         """Whether the policy recomputes a part."""
+        if part.about.graphed:
+            return False
         return self.recompute == "full" or (self.recompute == "selective" and not part.about.attends)
 
 
@@ -219,7 +221,8 @@ class Work:
     def value_bytes(self, value: Value) -> int:
         if value not in self._value_bytes:
             elements = math.prod(self.shape.value_shape(value, self.batch, self.segment))
-            self._value_bytes[value] = elements * self.keeping.element_bytes
+            each = self.keeping.wide_bytes if is_wide(value.name) else self.keeping.element_bytes
+            self._value_bytes[value] = elements * each
         return self._value_bytes[value]
 
     @cached_property

@@ -194,17 +194,18 @@ def accelerator_bytes(program: Program, keeping: Keeping, share: ModelShape, gro
     """
     held = share.parameter_elements(part for stage in program.schedule.stages for part in stage.parts)
 
-    def elements(message: Message) -> float:
+    def sent(message: Message) -> float:
         if message.kind in (Kind.VALUES, Kind.GRADIENTS):
-            return message.elements / group
-        return sum(held[name] for name in message.names)
+            return message_bytes(message, keeping) / group
+        return float(sum(held[name] for name in message.names) * _element_bytes(message, keeping))
 
-    return [math.ceil(elements(message) * _element_bytes(message, keeping)) for message in program.messages]
+    return [math.ceil(sent(message)) for message in program.messages]
 
 
 def message_bytes(message: Message, keeping: Keeping) -> int:
     """Bytes of a message, of a whole rank."""
-    return message.elements * _element_bytes(message, keeping)
+    wider = keeping.wide_bytes - keeping.element_bytes
+    return message.elements * _element_bytes(message, keeping) + (message.wide_elements * wider if wider else 0)
 
 
 def _element_bytes(message: Message, keeping: Keeping) -> int:

@@ -19,6 +19,7 @@ from helixpipe.mesh import MeshShape
 from helixpipe.parts.part import ends, layer_parts
 from helixpipe.parts.shape import ModelShape, Shaped, shape_of
 from helixpipe.parts.work import Batch, Keeping, first_alike
+from helixpipe.predict import building
 from helixpipe.predict.cost import Analytic, PartCosts, accelerator_bytes, action_seconds
 from helixpipe.predict.hardware import Accelerator, Link, named_accelerator, named_link
 from helixpipe.predict.simulate import simulate_program
@@ -220,10 +221,25 @@ class Setting:
 
     def build(self, family: str, ranks: int, microbatches: int, **options: Any) -> Schedule:
         """The family's schedule, balanced by this setting's costs unless options say otherwise; checked."""
-        balance = {key: value for key, value in self.balance.items() if key in families.options(family)}
+        known = self.known(family, options.get("vocabulary", "last"))
         return families.build_schedule(
-            family, ranks=ranks, model=self.shape, microbatches=microbatches, **(balance | options)
+            family, ranks=ranks, model=self.shape, microbatches=microbatches, **(known | options)
         )
+
+    def known(self, family: str, vocabulary: str = "last", batches: Sequence[Batch] = ()) -> dict[str, Any]:
+        """What a family balances by, and builds orders from; of these micro-batches, where each has its own.
+
+        Embedding and head that all ranks share weigh nothing at the ends.
+        """
+        found = {key: value for key, value in self.balance.items() if key in families.options(family)}
+        if vocabulary == "spread":
+            found.pop("ends", None)
+        built = {
+            "prices": partial(building.prices, self, self._balancing, tuple(batches)),
+            "kept": partial(building.kept_bytes, self),
+            "layer_costs": building.layer_costs(self, self._balancing),
+        }
+        return found | built
 
     @cached_property
     def microbatch_s(self) -> float:

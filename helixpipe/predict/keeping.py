@@ -24,7 +24,7 @@ from helixpipe.schedule.chunks import Chunk
 
 def kept(chunk: Chunk, work: Work) -> Kept:
     """What one chunk keeps from its forward until its backward."""
-    if not work.keeping.recomputes:
+    if not work.keeping.recomputes or chunk.graphed:
         return graph(chunk, work)
     found = work.values(chunk.reads)
     if work.keeping.recompute == "selective":

@@ -16,6 +16,7 @@ from helixpipe.parts.shape import ModelShape, handed_on
 from helixpipe.parts.work import Keeping, Work
 from helixpipe.predict.guests import Guest, guests
 from helixpipe.predict.keeping import kept, key_values, owed
+from helixpipe.predict.readers import GRADIENT, one_gradient, several
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.chunks import Chunk, chunks
 from helixpipe.schedule.program import Program
@@ -185,7 +186,9 @@ def _moves(schedule: Schedule, work: Work, stage: int, kind: Pass, ahead: bool, 
     # what another rank's part handed on came as a tensor of its own
     here = [stage, *(edge.producer for edge, met in zip(into, meets.before, strict=True) if met)]
     same = handed_on((part for each in here for part in schedule.stages[each].parts), work.shape)
-    step = _Step([], work, schedule.segments > 1, same, dict(guest.made_bytes))
+    same |= one_gradient((*into, *out))
+    shared = several(schedule, (stage, *(edge.producer for edge in into)))
+    step = _Step([], work, schedule.segments > 1, same, dict(guest.made_bytes), shared)
     step.visits(guest.came_bytes, 1)
     if kind is Pass.F:
         step.arrive(into, meets.before)
@@ -200,7 +203,7 @@ def _moves(schedule: Schedule, work: Work, stage: int, kind: Pass, ahead: bool, 
             step.visits(step.made_bytes.get(part, 0), 1)
             step.hold(work.put_off(part), -1)
     else:
-        step.arrive(out, meets.after, GRADIENT)
+        step.add_up(out, meets.after)
         for i, chunk in enumerate(reversed(cut)):
             if keeping.recomputes and not (ahead and i == 0):
                 step.recompute(chunk)
@@ -210,7 +213,6 @@ def _moves(schedule: Schedule, work: Work, stage: int, kind: Pass, ahead: bool, 
     return step.moves
 
 
-GRADIENT = "d "
 NOBODY = Guest()
 
 
@@ -226,6 +228,8 @@ class _Step:
     """Names of values that are other values' tensors here -> theirs."""
     made_bytes: dict[Part, int]
     """Gradients of visiting weights that are first made here."""
+    several: frozenset[Value]
+    """Values that more than one stage reads."""
 
     def hold(self, held: Kept, by: int) -> None:
         alone = {name: size for name, size in held.items() if name not in self.same} if self.same else held
@@ -244,27 +248,47 @@ class _Step:
     def values(self, values: Iterable[Value], by: int, prefix: str = "") -> None:
         self.hold({f"{prefix}{name}": size for name, size in self.work.values(values).items()}, by)
 
-    def arrive(self, edges: Sequence[Edge], meets: Sequence[bool], prefix: str = "") -> None:
+    def arrive(self, edges: Sequence[Edge], meets: Sequence[bool]) -> None:
         """What messages brought; what another stage of this rank made is there already."""
         for edge, met in zip(edges, meets, strict=True):
             if not met:
-                self.values(edge.values, 1, prefix)
+                self.values(edge.values, 1)
+
+    def add_up(self, edges: Sequence[Edge], meets: Sequence[bool]) -> None:
+        """Gradients of what was made, from each of its readers; those of one value are added up."""
+        readers = [(value, edge, met) for edge, met in zip(edges, meets, strict=True) for value in edge.values]
+        came = [value for value, _, met in readers if not met]
+        if self.several:
+            self.needs(sum(self.work.value_bytes(value) for value in came if value in self.several))
+        self.values((value for value, *_ in readers if value in self.several or value in came), 1, GRADIENT)
+        for value, edge, met in readers:
+            if met and value in self.several:
+                self.hold({self._waiting(value, edge): self.work.value_bytes(value)}, -1)
+
+    @staticmethod
+    def _waiting(value: Value, edge: Edge) -> str:
+        """The name of a gradient that waits for those of other readers."""
+        return f"{GRADIENT}{value} of {edge.consumer}"
 
     def leave(self, values: Iterable[Value], edges: Sequence[Edge], meets: Sequence[bool], prefix: str = "") -> None:
         """What is made waits for each stage of this rank that reads it; the rest is in transit from here on."""
         for edge, met in zip(edges, meets, strict=True):
             if met:
-                self.values(edge.values, 1, prefix)
+                apart = [v for v in edge.values if prefix and v in self.several]
+                self.values((v for v in edge.values if v not in apart), 1, prefix)
+                self.hold({self._waiting(v, edge): self.work.value_bytes(v) for v in apart}, 1)
         self.values(values, -1, prefix)
 
     def forward(self, chunk: Chunk) -> None:
-        graph = not self.work.keeping.recomputes
+        graph = not self.work.keeping.recomputes or chunk.graphed
         if not graph:
             self.values(chunk.reads, 1)
         self._run(chunk, graph, again=False)
 
     def recompute(self, chunk: Chunk) -> None:
-        """What was kept gives way to the graph."""
+        """What was kept gives way to the graph, where there is none yet."""
+        if chunk.graphed:
+            return
         self._run(chunk, graph=True, again=True)
         self.values(chunk.gives if not self._is_unread(chunk) else chunk.gives[:-1], -1)
         self.hold(kept(chunk, self.work), -1)

@@ -214,8 +214,9 @@ class Profile:
 
     def _part_s(self, part: Part, name: str, batch: Batch, segment: int) -> float:
         return math.fsum(
-            self._seconds(inner.kind, name, size)
+            times * self._seconds(kind, name, size)
             for inner in part.about.inside(part)
+            for kind, times in inner.about.timed_as(inner)
             for size in self._sizes(inner, batch, segment)
         )
 

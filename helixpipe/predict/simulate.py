@@ -18,6 +18,7 @@ from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Keeping
 from helixpipe.predict.hardware import Communicators
 from helixpipe.predict.memory import Held, held_bytes
+from helixpipe.predict.readers import one_tensor
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
 from helixpipe.schedule.action import Action
 from helixpipe.schedule.order import times
@@ -58,6 +59,7 @@ def simulate_program(
     spans = tuple(map(tuple, run.spans))
     if keeping is None:
         return Timeline(spans, settled_s=run.settled_s)
+    run.count_once()
     kept = held_bytes(program, keeping, share)
     memory = tuple(_memory(*each) for each in zip(spans, kept, run.buffers, strict=True))
     return Timeline(spans, memory, settled_s=run.settled_s)
@@ -93,6 +95,8 @@ class _Run:
         self._posted: set[int] = set()  # numbers of messages that one side has posted
         self._arrived: dict[int, float] = {}
         self._waiting: dict[int, int] = {}  # number of a message -> the rank that waits for it
+        self._one_tensor = one_tensor(self.program) if self.counts else {}
+        self._carried: dict[int, list[tuple[float, int, int]]] = {}  # of those: when, more or fewer, bytes
 
     def go_on(self, rank: int, clock: float, seconds: Callable[[Action], float]) -> None:
         """Carry out a rank's instructions up to the end of its next action, or to a message that is not here."""
@@ -156,8 +160,22 @@ class _Run:
             heapq.heappush(self.ready, (leaves + takes, self._waiting.pop(number)))
 
     def _holds(self, rank: int, when: float, sign: int, message: Message) -> None:
-        if self.counts:
-            self.buffers[rank].append((when, sign * self.message_bytes(message)))
+        if not self.counts:
+            return
+        nbytes = self.message_bytes(message)
+        if rank == message.src and (first := self._one_tensor.get(message.number)) is not None:
+            self._carried.setdefault(first, []).append((when, -sign, nbytes))
+        else:
+            self.buffers[rank].append((when, sign * nbytes))
+
+    def count_once(self) -> None:
+        """Of messages that carry one tensor: it is there from the first one's posting to the last one's end."""
+        for first, events in self._carried.items():
+            rank, under_way = self.program.messages[first].src, 0
+            for when, fewer, nbytes in sorted(events):  # at one moment those that are posted come first
+                if not under_way or under_way == fewer:
+                    self.buffers[rank].append((when, -fewer * nbytes))
+                under_way -= fewer
 
 
 def _memory(

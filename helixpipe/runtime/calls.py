@@ -9,11 +9,12 @@ from torch import nn
 from helixpipe.model.attn import Attention
 from helixpipe.model.block import Block
 from helixpipe.model.embed import Embed
+from helixpipe.model.joined import Joined
 from helixpipe.model.qkv import QKV
 from helixpipe.parts.part import Part
 
 # they hear where documents begin
-APART = (Embed, QKV, Attention, Block)
+APART = (Embed, Joined, QKV, Attention, Block)
 
 
 def call_fault(part: Part, module: nn.Module) -> str:

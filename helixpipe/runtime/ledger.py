@@ -31,12 +31,14 @@ class Held(NamedTuple):
 class Kept:
     """A tensor on the ledger; off it again when nobody holds this any more."""
 
-    __slots__ = ("is_message", "key", "ledger", "tensor")
+    __slots__ = ("is_message", "is_own", "key", "ledger", "tensor")
 
     def __init__(self, ledger: Ledger, tensor: Tensor, is_message: bool = False) -> None:
         # a detached alias: the graph must not hold the leaf, whose own data the tape may drop
         self.tensor = tensor.detach()
         self.ledger, self.is_message = ledger, is_message
+        self.is_own = False
+        """Whether nobody else holds its storage: it may be written to."""
         self.key = ledger.enter(self.tensor.untyped_storage(), is_message)
 
     def __del__(self) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from helixpipe.errors import ConfigError
+from helixpipe.parts.kind import is_wide
 from helixpipe.parts.part import Part, Value, loss_of
 from helixpipe.parts.work import Work
 from helixpipe.runtime.ledger import Kept, Ledger
@@ -96,7 +97,8 @@ class Needs:
                 f"{part}: {type(module).__name__} gave {len(made)} tensors; give {self._told(part)}, {len(part.makes)} in all"
             )
         for value, tensor in zip(part.makes, made, strict=True):
-            if tensor.dtype is self.dtype and tensor.shape == self._shape(value):
+            dtype = torch.promote_types(self.dtype, torch.float32) if is_wide(value.name) else self.dtype
+            if tensor.dtype is dtype and tensor.shape == self._shape(value):
                 continue
             if (
                 value == loss_of(self.work.shape.layers)
@@ -106,7 +108,7 @@ class Needs:
                 continue
             raise ConfigError(
                 f"{part}: {type(module).__name__} gave {value.name} as {_name(tensor.dtype)} {list(tensor.shape)}; "
-                f"give it as {_name(self.dtype)} {list(self._shape(value))}"
+                f"give it as {_name(dtype)} {list(self._shape(value))}"
             )
 
     def _share(self, nbytes: int) -> int:

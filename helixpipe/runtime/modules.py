@@ -25,6 +25,7 @@ from helixpipe.model.decoder import Held, Holding, Model
 from helixpipe.model.kernels import check_head_dim
 from helixpipe.parts.part import Part
 from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.slices import whole_name
 from helixpipe.runtime.calls import call_fault, documents_fault
 from helixpipe.runtime.tensor import TensorParallel
 from helixpipe.schedule.program import parameter_owners, visits
@@ -204,9 +205,9 @@ def _agreed(mine: Told, everyone: Sequence[Told], shape: ModelShape) -> ModelSha
     for told in (mine, *everyone):
         for fault in told.faults:
             raise ConfigError(fault)
-    seen: dict[str, bool] = {}
+    seen: dict[str, bool] = {}  # of slices, what they are slices of
     for told in everyone:
-        for name, trains in told.trains:
+        for name, trains in ((whole_name(name), trains) for name, trains in told.trains):
             if seen.setdefault(name, trains) != trains:
                 raise ConfigError(
                     f"{name}: frozen in one part or rank and trained in another; let requires_grad be the same in all"

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
-from helixpipe.parts.part import FIRST, LAST, Part
+from helixpipe.parts.part import FIRST, FIRST_SHARDS, LAST, LAST_SHARDS, Part
 
 if TYPE_CHECKING:
     from helixpipe.runtime.mesh import Mesh
@@ -167,4 +167,10 @@ def in_words(found: Found, rank: int, rank_name: Callable[[int], str], segments:
 
 
 def _called(part: Part) -> str:
-    return f"the {part.kind}" if part.kind in (FIRST, LAST) else f"layer {part.layer}'s {part.kind}"
+    if part.about.sharded:
+        return f"shard {part.shard} of the {part.shards} of {part.kind}"
+    if part.kind in (FIRST, LAST):
+        return f"the {part.kind}"
+    return (
+        f"the part {part.kind}" if part.kind in (*FIRST_SHARDS, *LAST_SHARDS) else f"layer {part.layer}'s {part.kind}"
+    )

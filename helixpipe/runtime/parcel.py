@@ -19,9 +19,9 @@ from helixpipe.schedule.program import Message
 MOST_BYTES = 2**17
 
 
-def is_parcel(message: Message, dtype: torch.dtype) -> bool:
-    """Whether a message goes as one tensor; both of its ends find the same."""
-    return len(message.shapes) > 1 and message.elements * dtype.itemsize <= MOST_BYTES
+def is_parcel(message: Message, dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether a message goes as one tensor: small ones of one precision; both of its ends find the same."""
+    return len(dtypes) > 1 and len(set(dtypes)) == 1 and message.elements * dtypes[0].itemsize <= MOST_BYTES
 
 
 def packed(tensors: Sequence[Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ from helixpipe.mesh import MeshShape
 from helixpipe.model.chunked import Chunked
 from helixpipe.model.decoder import Model
 from helixpipe.model.head import takes_weights
+from helixpipe.parts.part import loss_of
 from helixpipe.parts.work import Batch, Keeping, Lengths
 from helixpipe.predict.hardware import Communicators, check_communicators
 from helixpipe.predict.timeline import Span, Timeline
@@ -40,7 +41,7 @@ from helixpipe.runtime.same import check_same
 from helixpipe.runtime.shards import Shards
 from helixpipe.runtime.shares import Shares
 from helixpipe.runtime.stages import Stages
-from helixpipe.runtime.suited import check_attention, check_positions, check_segments
+from helixpipe.runtime.suited import check_attention, check_positions, check_segments, check_vocabulary
 from helixpipe.runtime.tape import POLICIES, Tape
 from helixpipe.runtime.tensor import TensorParallel
 from helixpipe.runtime.transport import Transport
@@ -106,6 +107,7 @@ class Pipeline:
         check_communicators(communicators, "runtime.communicators")
         given = None if segment_lengths is None or callable(segment_lengths) else tuple(segment_lengths)
         check_segments(model, schedule, given)
+        check_vocabulary(model, schedule)
         self.model, self.schedule, self.device, self.dtype = model, schedule, torch.device(device), dtype
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # events, kernels and gathered objects go to the current one
@@ -166,7 +168,9 @@ class Pipeline:
             recompute, dtype.itemsize, *_chunks_of(model), self.device.type, tensor_parallel=self.mesh.shape.tp,
             threads=torch.get_num_threads(), processes=self.mesh.shape.cp * self.mesh.shape.tp,
         )  # fmt: skip
-        self._head, self._takes_weights = schedule.stages[-1].parts[-1], False
+        parts = [part for stage in schedule.stages for part in stage.parts]
+        self._head = next(part for part in parts if loss_of(schedule.layers) in part.makes)
+        self._takes_weights = False
         self._programs = Programs(
             schedule, model.shape, self._shape, self._shares.local, self.keeping, dtype, arrange
         )  # fmt: skip
@@ -271,7 +275,8 @@ class Pipeline:
         1, micro-batch 2, forward", or "" where none comes again. Takes that step once more, and leaves no gradients. Collective.
         """
         self.steps -= 1  # the same random numbers
-        chain, segments = self.model.shape.chain(), self.schedule.segments
+        chain = [part for stage in self.schedule.stages for part in stage.parts]
+        segments = self.schedule.segments
         with self.together("the search for a value that is not finite"):
             return search(lambda: self.step(**batch), self._tapes.values(), self._weights, chain, self.mesh, segments)
 

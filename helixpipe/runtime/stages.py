@@ -71,7 +71,9 @@ class Stages:
 
     def put(self, message: Message, tensors: list[Tensor]) -> None:
         """A message's values or gradients are here."""
-        self._mailbox[_slot(message)] = [self.ledger.keep(tensor) for tensor in tensors]
+        kept = self._mailbox[_slot(message)] = [self.ledger.keep(tensor) for tensor in tensors]
+        for each in kept:
+            each.is_own = True
 
     def take(self, message: Message) -> list[Tensor]:
         """The values or gradients that a message carries away."""
@@ -127,10 +129,7 @@ class Stages:
         for edge in schedule.edges_out_of[stage]:
             waiting = self._mailbox.pop(_edge_slot(Kind.GRADIENTS, edge, mb, seg))
             for value, gradient in zip(edge.values, waiting, strict=True):
-                if value in gradients:
-                    gradients[value] = self.ledger.keep(gradients[value].tensor + gradient.tensor)
-                else:
-                    gradients[value] = gradient
+                gradients[value] = self._sum(gradients[value], gradient) if value in gradients else gradient
             del waiting, gradient
         if (mb, seg) in self.losses and loss_of(schedule.layers) in schedule.outputs[stage]:
             scale = torch.full_like(self.losses[mb, seg], self.scale)
@@ -143,6 +142,16 @@ class Stages:
         for edge in schedule.edges_into[stage]:
             meets = schedule.placement[edge.producer, mb] == schedule.placement[stage, mb]
             self._mailbox[_edge_slot(Kind.GRADIENTS, edge, mb, seg)] = self._waiting_for(edge, gradients, meets)
+
+    def _sum(self, first: Kept, second: Kept) -> Kept:
+        """Of two gradients of one value; in the place of one that came in a message, which nobody else holds."""
+        for into, other in ((first, second), (second, first)):
+            if into.is_own:
+                into.tensor.add_(other.tensor)
+                return into
+        made = self.ledger.keep(first.tensor + second.tensor)
+        made.is_own = True
+        return made
 
     def _waiting_for(self, edge: Edge, made: Mapping[Value, Kept], meets: bool) -> list[Kept]:
         """What an edge carries: kept for a stage of this rank, or in transit from here on."""

@@ -9,7 +9,8 @@ from torch import nn
 from helixpipe.errors import ConfigError
 from helixpipe.model.attn import Attention
 from helixpipe.model.decoder import Model
-from helixpipe.parts.part import Part
+from helixpipe.parts.part import Part, vocabulary_shards
+from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Batch, Lengths
 from helixpipe.schedule.schedule import Schedule
 
@@ -30,6 +31,24 @@ def check_segments(model: Model, schedule: Schedule, lengths: tuple[int, ...] | 
     if block is not None:
         raise ConfigError(
             f"schedule.segments: {block} is opaque, so what it carries from segment to segment is not known"
+        )
+
+
+def check_vocabulary(model: Model, schedule: Schedule) -> None:
+    """A vocabulary can be spread where head and embedding are ours: someone's own would be left out, and nobody would notice."""
+    shards = vocabulary_shards(part for stage in schedule.stages for part in stage.parts)
+    if not shards:
+        return
+    kind = type(model)
+    ours = kind.part.__module__.startswith("helixpipe.") and type(model.shape).about is ModelShape.about
+    if not getattr(model, "spreads_vocabulary", ours):
+        raise ConfigError(
+            f"schedule.vocabulary: spread, and {kind.__name__} hands out parts of its own, of which head and embedding would be left "
+            "out; use last, or set spreads_vocabulary to true in a model that knows their shards"
+        )
+    if shards > model.shape.vocabulary:
+        raise ConfigError(
+            f"schedule.vocabulary: spread over {shards} ranks, and model.vocabulary is {model.shape.vocabulary}; use last, or fewer ranks"
         )
 
 

@@ -121,7 +121,7 @@ class Tape:
     def forward(self, live: Live, feed: Feed) -> list[Record]:
         """One record per chunk. `live` holds the stage's inputs before, and its outputs after."""
         return [
-            self._graph(c, live, feed, None) if self.policy == "none" else self._keep(c, live, feed)
+            self._graph(c, live, feed, None) if self.policy == "none" or c.graphed else self._keep(c, live, feed)
             for c in self.chunks
         ]
 
@@ -303,11 +303,15 @@ def run_part(
         case "embed":
             return (module(feed.tokens, feed.start),)
         case "head":
-            each = getattr(module, "token_losses", None) if feed.by_token else None
-            if feed.weights is None:
-                return ((each if callable(each) else module)(*inputs, feed.targets),)
-            head = each if callable(each) and takes_weights(each) else module
-            return (head(*inputs, feed.targets, weights=feed.weights),)
+            return (_loss(module, inputs, feed),)
+        case "lookup":
+            return (module(feed.tokens),)
+        case "joined":
+            return (module(inputs, feed.start),)
+        case "logits":
+            return (module(*inputs, feed.targets),)
+        case "loss":
+            return (_loss(module, (inputs,), feed),)
         case "qkv" if isinstance(module, QKV):
             return tuple(module(*inputs, feed.attended, feed.sequence_length))
         case "block" if isinstance(module, Block):
@@ -321,3 +325,14 @@ def run_part(
             return (module(*inputs, AttentionState(kept, past, feed.segment, in_place, feed.batch)),)
         case _:
             return (module(*inputs),)
+
+
+def _loss(module: nn.Module, read: Sequence[Any], feed: Feed) -> Tensor:
+    """Of all tokens together; of each where the module knows it and an evaluation asks."""
+    each = getattr(module, "token_losses", None) if feed.by_token else None
+    loss: Tensor
+    if feed.weights is None:
+        loss = (each if callable(each) else module)(*read, feed.targets)
+    else:
+        loss = (each if callable(each) and takes_weights(each) else module)(*read, feed.targets, weights=feed.weights)
+    return loss

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helixpipe.errors import RankError
+from helixpipe.parts.kind import is_wide
 from helixpipe.predict.hardware import Communicators
 from helixpipe.runtime.channels import Channels
 from helixpipe.runtime.ledger import Ledger
@@ -30,7 +31,7 @@ WIDTH = 64
 
 
 class Transport:
-    """One rank's end. `dtype` is that of values and weights, `gradient_dtype` that of weight gradients."""
+    """One rank's end. `dtype` is that of values and weights, `gradient_dtype` that of weight gradients and wide values."""
 
     def __init__(
         self,
@@ -84,9 +85,10 @@ class Transport:
             self._sends.hold(InFlight(message, works, held))
 
     def receive(self, message: Message) -> None:
-        dtype = self._dtype(message)
-        shapes = ((message.elements,),) if self._is_parcel(message) else message.shapes
-        held = [self.ledger.carry(torch.empty(shape, dtype=dtype, device=self._wire)) for shape in shapes]
+        each = list(zip(message.shapes, self._dtypes(message), strict=True))
+        if self._is_parcel(message):
+            each = [((message.elements,), each[0][1])]
+        held = [self.ledger.carry(torch.empty(shape, dtype=dtype, device=self._wire)) for shape, dtype in each]
         with self._named(message, message.src):
             works = self._post(message.src, message.dst, [each.tensor for each in held], message.number)
         self._receives[message.number] = InFlight(message, works, held)
@@ -128,11 +130,16 @@ class Transport:
             post([tensor], peer, 0)
         return [group._end_coalescing(self.device)]
 
-    def _dtype(self, message: Message) -> torch.dtype:
-        return self.gradient_dtype if message.kind is Kind.WEIGHT_GRADIENTS else self.dtype
+    def _dtypes(self, message: Message) -> list[torch.dtype]:
+        """Of each of its tensors."""
+        if message.kind is Kind.WEIGHT_GRADIENTS:
+            return [self.gradient_dtype] * len(message.names)
+        if not message.wide_elements:
+            return [self.dtype] * len(message.names)
+        return [self.gradient_dtype if is_wide(name) else self.dtype for name in message.names]
 
     def _is_parcel(self, message: Message) -> bool:
-        return len(message.shapes) > 1 and self.host and is_parcel(message, self._dtype(message))
+        return len(message.shapes) > 1 and self.host and is_parcel(message, self._dtypes(message))
 
     def _named(self, message: Message | str | None, peer: int) -> _Named:
         return _Named(self, message, peer)

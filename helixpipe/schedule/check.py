@@ -7,7 +7,7 @@ stage on several ranks has one home; every order can be carried out (else the cy
 from __future__ import annotations
 
 from helixpipe.errors import ScheduleError
-from helixpipe.parts.part import chain
+from helixpipe.parts.part import chain, vocabulary_shards
 from helixpipe.schedule.action import BACKWARD, Action, Pass
 from helixpipe.schedule.order import Stuck, times
 from helixpipe.schedule.schedule import Schedule
@@ -37,14 +37,19 @@ def _check_stages(schedule: Schedule) -> None:
         if not stage.parts:
             raise ScheduleError(f"stage {s} has no parts; leave it out")
     parts = [part for stage in schedule.stages for part in stage.parts]
-    opaque = {part.layer for part in parts if part.about.opaque}
+    opaque, shards = {part.layer for part in parts if part.about.opaque}, min(vocabulary_shards(parts), len(parts))
     # a layer has a part at least: a file that names layer 999999999 need not make us list them all
-    whole = chain(min(schedule.layers, len(parts)), opaque)
+    whole = chain(min(schedule.layers, len(parts)), opaque, shards)
+    if shards:  # whose stages stand anywhere
+        place = {part: i for i, part in enumerate(whole)}
+        stages = sorted(schedule.stages, key=lambda stage: place.get(stage.parts[0], -1))
+        parts = [part for stage in stages for part in stage.parts]
     if tuple(parts) != whole:
         there = set(parts)
         missing = [str(part) for part in whole if part not in there]
         fault = f"{missing[0]} is in no stage" if missing else "their parts repeat or are out of order"
-        raise ScheduleError(f"the stages do not cover the model from embed to head.{schedule.layers}: {fault}")
+        last = whole[-1]._replace(layer=schedule.layers)
+        raise ScheduleError(f"the stages do not cover the model from {whole[0]} to {last}: {fault}")
 
 
 def _check_once(schedule: Schedule) -> Place:

@@ -27,6 +27,11 @@ class Chunk:
     gives: tuple[Value, ...]
     lifetimes: Lifetimes
 
+    @property
+    def graphed(self) -> bool:
+        """Whether its graph is kept under every policy."""
+        return all(part.about.graphed for part in self.parts)
+
     def made_again(self, place: int) -> tuple[Value, ...]:
         """What a part's recomputed graph does not keep: it is made again in the part's backward, which is not the first."""
         if place == len(self.parts) - 1:
@@ -55,7 +60,7 @@ class Chunk:
         """Workspace of a part's backward, and the gradients that wait in the chunk when it begins."""
         part = self.parts[place]
         pending = sum(map(work.value_bytes, self.lifetimes.pending[place]))
-        unread = work.keeping.recomputes and part is self.parts[-1]
+        unread = work.keeping.recomputes and part is self.parts[-1] and not self.graphed
         found = pending + work.backward_workspace(part, unread)
         if work.keeping.is_lean:
             saved = work.saved(part)

@@ -12,6 +12,7 @@ from enum import StrEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
+from helixpipe.parts.kind import is_wide
 from helixpipe.parts.work import Batch, first_alike
 from helixpipe.schedule.action import Action
 from helixpipe.schedule.schedule import Schedule
@@ -51,6 +52,13 @@ class Message:
     @property
     def elements(self) -> int:
         return sum(map(math.prod, self.shapes))
+
+    @property
+    def wide_elements(self) -> int:
+        """Of values that are float32 or wider, whatever the run's precision."""
+        if self.kind not in (Kind.VALUES, Kind.GRADIENTS):
+            return 0
+        return sum(math.prod(shape) for name, shape in zip(self.names, self.shapes, strict=True) if is_wide(name))
 
     def __str__(self) -> str:
         action = self.producer or self.consumer

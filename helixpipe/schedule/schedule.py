@@ -93,19 +93,24 @@ class Schedule:
 
         F: the stages it reads from, and the segment before (its keys and values).
         B, I: its own F (or R), the stages that read from it, and the segment after.
-        W: its own I. R: its own F.
+        W: its own I. R: its own F. Segments of shards of the vocabulary, and of what joins them, do not wait for one another.
         """
         stage, kind, mb, seg = action
         if kind is Pass.F:
             found = [Action(e.producer, Pass.F, mb, seg) for e in self.edges_into[stage]]
-            return [*found, Action(stage, Pass.F, mb, seg - 1)] if seg else found
+            return [*found, Action(stage, Pass.F, mb, seg - 1)] if seg and stage not in self._in_any_order else found
         if kind is Pass.W:
             return [Action(stage, Pass.I, mb, seg)]
         if kind is Pass.R:
             return [Action(stage, Pass.F, mb, seg)]
         found = [Action(stage, Pass.F, mb, seg)]
         found += [self.backward_of(e.consumer, mb, seg) for e in self.edges_out_of[stage]]
-        return [*found, self.backward_of(stage, mb, seg + 1)] if seg + 1 < self.segments else found
+        waits = seg + 1 < self.segments and stage not in self._in_any_order
+        return [*found, self.backward_of(stage, mb, seg + 1)] if waits else found
+
+    @cached_property
+    def _in_any_order(self) -> frozenset[int]:
+        return frozenset(s for s, stage in enumerate(self.stages) if stage.in_any_order)
 
     def forward_only(self) -> Schedule:
         """The same schedule with its forwards alone: what an evaluation runs."""

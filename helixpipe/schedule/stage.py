@@ -28,6 +28,11 @@ class Stage:
         return any(part.about.has_parameters for part in self.parts)
 
     @property
+    def in_any_order(self) -> bool:
+        """Whether its segments hand one another nothing: shards of the vocabulary, and what joins them, have no keys."""
+        return all(part.about.sharded or part.about.joins for part in self.parts)
+
+    @property
     def reads(self) -> tuple[Value, ...]:
         """Values that come from other stages, in the order in which its parts read them."""
         made = {value for part in self.parts for value in part.makes}

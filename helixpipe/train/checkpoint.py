@@ -2,8 +2,9 @@
 
 Every rank saves the tensors it owns under names that know no placement (`model.layers.3.qkv.q.weight`), so a
 run of any family, mesh or travel option loads what any other saved: what replicas share is written once, and a
-parameter that tp divides is part of a DTensor, which is put together or divided anew by whoever loads it. How a folder becomes a
-checkpoint, and how it is verified, is in `manifest`; how it is written while training goes on, in `saver`.
+parameter that tp divides is part of a DTensor, which is put together or divided anew by whoever loads it; so are slices of a
+vocabulary that is spread (`sliced`). How a folder becomes a checkpoint, and how it is verified, is in `manifest`; how it is
+written while training goes on, in `saver`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from helixpipe.runtime.watch import starting
 from helixpipe.train import manifest as manifests
 from helixpipe.train.manifest import FileSeal, Manifest
 from helixpipe.train.optimizer import UPDATES
+from helixpipe.train.sliced import under_whole_names
 
 T = TypeVar("T")
 
@@ -119,9 +121,8 @@ class Checkpoints:
         self._together(lambda: self._prepare(temporary) if self.rank == 0 else None)
         with self._lost():
             try:
-                save(
-                    dict(state), storage_writer=_Writer(temporary), process_group=self.group, no_dist=self.group is None
-                )
+                whole = under_whole_names(state)
+                save(whole, storage_writer=_Writer(temporary), process_group=self.group, no_dist=self.group is None)
             except CheckpointException as error:
                 rank, cause = _first(error)
                 raise CheckpointError(_blame(rank, "write", cause)) from None
@@ -222,9 +223,9 @@ def _read(checkpoint: Path, state: dict[str, Tensor]) -> None:
     with quiet():
         try:
             reader = FileSystemReader(checkpoint)
-            there = reader.read_metadata().state_dict_metadata
-            state = {name: tensor for name, tensor in state.items() if name in there or not name.startswith(UPDATES)}
-            load(state, storage_reader=reader, no_dist=True)
+            there, whole = reader.read_metadata().state_dict_metadata, under_whole_names(state)
+            whole = {name: tensor for name, tensor in whole.items() if name in there or not name.startswith(UPDATES)}
+            load(whole, storage_reader=reader, no_dist=True)
         except CheckpointException as error:
             _, cause = _first(error)
             raise CheckpointError(f"{checkpoint}: {' '.join(str(cause).split())}") from None

@@ -112,6 +112,11 @@ def test_tensor_parallel_divides_the_work_and_pays_for_its_messages() -> None:
         "mlp": (2, 2),
         "block": (4, 4),
         "head": (0, 1),
+        "lookup": (0, 1),
+        "joined": (0, 0),
+        "final": (0, 0),
+        "logits": (0, 1),
+        "loss": (0, 0),
     }
     assert expected.keys() == KINDS.keys()
     for kind, exchanges in expected.items():

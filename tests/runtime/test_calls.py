@@ -8,8 +8,7 @@ import itertools
 import pytest
 import torch
 from oracle import batch, plain_step
-from ranks import Ranks
-from test_gradients import mesh_of
+from ranks import Ranks, mesh_of
 from torch import Tensor, nn
 
 import helixpipe as hp
@@ -57,6 +56,9 @@ CALLS = {
     "embed": "(tokens, start)", "norm": "(x)", "qkv": "(n, start)", "attn": "(q, k, v)", "proj": "(o, x)", "mlp": "(y)",
     "head": "(x, targets)", "block": "(x, start)",
 }  # fmt: skip
+OF_SHARDS = {
+    "lookup": "(tokens)", "joined": "(e, start)", "final": "(x)", "logits": "(f, targets)", "loss": "(scores, targets)",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", CALLS)
@@ -73,10 +75,11 @@ def test_a_part_that_cannot_be_called_is_refused_when_the_pipeline_is_made(kind:
 
 def test_every_kind_is_called_as_it_says() -> None:
     """With its own parts: what the tape does."""
-    assert CALLS.keys() == KINDS.keys()
-    for opaque in ((), (0,)):
-        for part in chain(2, opaque):
-            assert f"({', '.join((*part.about.reads, *part.about.beside))})" == CALLS[part.kind]
+    calls = CALLS | OF_SHARDS
+    assert calls.keys() == KINDS.keys()
+    for opaque, shards in (((), 0), ((0,), 0), ((), 2)):
+        for part in chain(2, opaque, shards):
+            assert f"({', '.join((*part.about.reads, *part.about.beside))})" == calls[part.kind]
             inspect.signature(hp.Decoder(SHAPE).part(part).forward).bind(*part.about.reads, *part.about.beside)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from oracle import batch
-from ranks import Ranks
-from test_gradients import Case, mesh_of
+from ranks import Ranks, mesh_of
+from test_gradients import Case
 from test_mesh import device_mesh, sized
 from test_split_and_segments import Case as SplitCase
 from test_split_and_segments import schedule_of as by_hand

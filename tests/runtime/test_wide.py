@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import batch
-from ranks import Ranks
-from test_gradients import mesh_of
+from ranks import Ranks, mesh_of
 from torch import Tensor
 
 from helixpipe.model import wide as products

@@ -22,9 +22,15 @@ from helixpipe.schedule.torch_text import to_torch_csv
 
 numbers = st.integers(0, 10**9 - 1)
 actions = st.builds(Action, numbers, st.sampled_from(Pass), numbers, numbers)
-parts = st.builds(
-    lambda kind, layer: Part(kind, 0 if kind == "embed" else layer), st.sampled_from(list(KINDS)), numbers
-)
+shards = st.integers(2, 999).flatmap(lambda count: st.tuples(st.integers(0, count - 1), st.just(count)))
+
+
+def _part(kind: str, layer: int, shard: tuple[int, int]) -> Part:
+    which = shard if KINDS[kind].sharded else (0, shard[1]) if KINDS[kind].joins else (0, 1)
+    return Part(kind, 0 if kind == "embed" else layer, *which)
+
+
+parts = st.builds(_part, st.sampled_from(list(KINDS)), numbers, shards | st.just((0, 1)))
 stages = st.builds(Stage, st.lists(parts, max_size=5).map(tuple), st.none() | numbers)
 schedules = st.builds(  # any at all, also such as check refuses
     Schedule,

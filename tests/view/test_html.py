@@ -16,11 +16,11 @@ from helixpipe.parts.work import Batch, Keeping
 from helixpipe.predict.simulate import simulate_program, simulate_schedule
 from helixpipe.predict.timeline import MemoryPoint, Span, Standing, Timeline
 from helixpipe.schedule.action import Action, Pass
+from helixpipe.schedule.durations import unit_durations
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
 from helixpipe.view.html import page
 from helixpipe.view.palette import colour
-from helixpipe.view.units import unit_durations
 
 GIB = 2**30
 

@@ -12,10 +12,10 @@ from helixpipe.parts.work import Batch
 from helixpipe.predict.simulate import simulate_program, simulate_schedule
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
 from helixpipe.schedule.action import Action, Pass
+from helixpipe.schedule.durations import unit_durations
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
 from helixpipe.view.svg import LEFT, RIGHT, WIDTH, render
-from helixpipe.view.units import unit_durations
 
 NS = "{http://www.w3.org/2000/svg}"
 

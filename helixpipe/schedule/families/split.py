@@ -29,10 +29,35 @@ def split_layers(
     odd = next((layer for layer in opaque if not 0 <= layer < layers), None)
     if odd is not None:
         raise ConfigError(f"schedule.opaque: there is no layer {odd}; layers are 0..{layers - 1}")
-    count = _count(layers, ranks * per_rank, ends)
+    return _cut(layers, _count(layers, ranks * per_rank, ends), opaque)
+
+
+def cut_layers(layers: int, count: Sequence[int], stages: int, opaque: Collection[int] = ()) -> tuple[Stage, ...]:
+    """Stages of so many layers each, as somebody says; raises ConfigError where they do not add up."""
+    told = ", ".join(map(str, count))
+    if len(count) != stages:
+        raise ConfigError(
+            f"schedule.layers_per_stage: {told} are of {len(count)} stages, and the schedule has {stages}; give each one's"
+        )
+    if sum(count) != layers:
+        raise ConfigError(
+            f"schedule.layers_per_stage: {told} add up to {sum(count)}, and the model has {layers} layers; "
+            f"give {abs(layers - sum(count))} {'more' if sum(count) < layers else 'fewer'}"
+        )
+    empty = next((s for s, each in enumerate(count) if each < (0 if s in (0, stages - 1) and stages > 1 else 1)), None)
+    if empty is not None:
+        raise ConfigError(
+            f"schedule.layers_per_stage: {told} give stage {empty} {count[empty]}; only the first and the last may have none, "
+            "with embedding or head alone"
+        )
+    return _cut(layers, count, opaque)
+
+
+def _cut(layers: int, count: Sequence[int], opaque: Collection[int]) -> tuple[Stage, ...]:
+    whole = chain(layers, opaque)
     starts = [sum(count[:s]) for s in range(1, len(count))]
-    before = {chain(layers, opaque)[-1] if at == layers else layer_parts(at, at in opaque)[0] for at in starts}
-    return tuple(Stage(parts) for parts in cut(chain(layers, opaque), before))
+    before = {whole[-1] if at == layers else layer_parts(at, at in opaque)[0] for at in starts}
+    return tuple(Stage(parts) for parts in cut(whole, before))
 
 
 def most_stages(layers: int, ends: Sequence[float]) -> int:
