@@ -14,7 +14,7 @@ from queue import SimpleQueue
 from threading import Event
 from typing import Protocol
 
-from helixpipe.model.attention import Holder
+from helixpipe.model.function import Holder
 from helixpipe.schedule.program import Message
 
 # how long closing waits for a thread that is still at a send
