@@ -46,9 +46,12 @@ def save(ctx: Any, saver: Saver | None, *tensors: Tensor) -> None:
 
 
 def saved(ctx: Any) -> tuple[Sequence[Holder], list[Tensor]]:
-    """What was saved, and what holds it: it goes when the backward lets go of both."""
-    held, ctx.held = ctx.held, ()
-    return ((), list(ctx.saved_tensors)) if held is None else (held, [each.tensor for each in held])
+    """What was saved, and what holds it: it goes when the backward lets go of both. Autograd's is there for another backward."""
+    held = ctx.held
+    if held is None:
+        return (), list(ctx.saved_tensors)
+    ctx.held = ()
+    return held, [each.tensor for each in held]
 
 
 def active(saver: Saver | None) -> Saver | None:
