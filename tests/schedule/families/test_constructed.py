@@ -263,3 +263,17 @@ def test_layers_that_differ_share_the_work_of_ranks() -> None:
     at = [0, *itertools.accumulate(counts)]
     of = [sum(costs[a:b]) for a, b in itertools.pairwise(at)]
     assert abs((of[0] + of[3]) - (of[1] + of[2])) < 0.9
+
+
+def test_layers_are_cut_by_number_where_their_cost_leaves_no_room() -> None:
+    """Dear first: by cost the second rank has four of five layers, and keeps 1.6 of the mean."""
+    sizes = {"ranks": 2, "layers": 5, "microbatches": 3, "layer_costs": [4.0, 1.0, 1.0, 1.0, 1.0], "placement": "line"}
+
+    def counts(memory: str) -> list[int]:
+        stages = build_schedule("constructed", **sizes, memory=memory).stages
+        return [sum(part.kind == "attn" for part in stage.parts) for stage in stages]
+
+    assert counts("1.7") == [1, 4]
+    assert counts("1.3") == [2, 3]
+    with pytest.raises(ConfigError, match=r"^schedule.memory: 1, and rank 1 keeps 1.6 of one micro-batch"):
+        counts("1")
