@@ -96,9 +96,7 @@ def worker(rank: int, args: argparse.Namespace) -> None:
     whole = PlainParts(shape, range(shape.layers))
     losses = {name: everyones(step()) for name, step in steps.items()}
     assert max(losses.values()) - min(losses.values()) < 1e-4, losses  # one model, one loss
-    seconds, splits = interleaved_beside(
-        lambda: split_step(whole, tokens, targets), steps, groups(names, args.rounds)
-    )
+    seconds, splits = interleaved_beside(lambda: split_step(whole, tokens, targets), steps, groups(names, args.rounds))
     if rank:
         return
     print(
