@@ -256,6 +256,10 @@ class RuntimeConfig:
     """Where local ranks meet; 0 is any free port."""
     threads: int = 1
     """CPU threads of a rank."""
+    attention: Literal["auto", "cudnn", "fa3", "flash", "efficient"] = "auto"
+    """CUDA's kernel in half precision: cuDNN, FlashAttention 3 (its package), flash, memory-efficient; auto is what torch itself takes."""
+    compile: bool = False
+    """torch.compile makes kernels of what parts compute elementwise; takes a C++ compiler, on CUDA Triton, and time at the start."""
     communicators: Literal["direction", "pair"] = "direction"
     """NCCL's, between two ranks: one a direction, so that messages to and fro travel at once; or one a pair, where they are dear."""
 

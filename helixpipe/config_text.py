@@ -182,6 +182,9 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
                 )
             overrides.setdefault("run", {})["resume"] = value
             continue
+        if name in ("config", "config_file"):
+            file = text or next((each for each in waiting[:1] if not each.startswith("--")), "FILE.toml")
+            raise ConfigError(f"--{name.replace('_', '-')}: a config file has no flag; write {file} by itself")
         section, _, key = name.partition(".")
         kind = _field_type(section, key, "--")
         if not equals and not waiting:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 CONTEXT = mp.get_context("forkserver")
 """How tests start processes that need torch: forked from one that imported it once, before it had threads or groups."""
@@ -77,3 +78,16 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+_meshes: dict[int, DeviceMesh] = {}  # in a worker: made once, since every rank must make each group
+
+
+def mesh_of(ranks: int) -> DeviceMesh | None:
+    """On a worker: the mesh of the first `ranks`; None on the others."""
+    if not _meshes:
+        for p in range(1, dist.get_world_size() + 1):
+            group = dist.new_group(list(range(p)))
+            if dist.get_rank() < p:
+                _meshes[p] = DeviceMesh.from_group(group, "cpu", mesh=list(range(p)), mesh_dim_names=("pp",))
+    return _meshes.get(ranks)

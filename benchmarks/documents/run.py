@@ -89,24 +89,29 @@ class Contender:
         knows += ["balanced"] if self.packing == "balanced" else []
         if self.aware:
             knows += ["placed by work" if self.family == "helix" else "cut by documents"]
-        return f"{self.family}: {', '.join(knows)}"
+        folds = self.options.get("folds", 2)
+        return f"{self.family}{f' of {folds} folds' if folds != 2 else ''}: {', '.join(knows)}"
 
     def causal_only(self) -> bool:
         return "segments" in self.options
 
 
-SEGMENTS, FOLDS = {"segments": 4}, {"folds": 2, "travel": "qkv"}
+SEGMENTS, LOOPED = {"segments": 4}, {"segments": 2, "stages_per_rank": 2}
+FOLDS, MORE_FOLDS = {"folds": 2, "travel": "qkv"}, {"folds": 4, "travel": "qkv"}
 CONTENDERS = (
     Contender("1f1b", masked=False),
     Contender("1f1b"),
     Contender("1f1b", packing="balanced"),
+    Contender("zb_v"),
     Contender("seq1f1b", SEGMENTS, masked=False),
     Contender("seq1f1b", SEGMENTS),
     Contender("seq1f1b", SEGMENTS, aware=True),
     Contender("seq1f1b", SEGMENTS, packing="balanced", aware=True),
+    Contender("seq1f1b_interleaved", LOOPED, aware=True),
     Contender("helix", FOLDS, masked=False),
     Contender("helix", FOLDS),
     Contender("helix", FOLDS, aware=True),
+    Contender("helix", MORE_FOLDS, aware=True),
     Contender("helix", FOLDS, packing="balanced"),
     Contender("helix", FOLDS, packing="balanced", aware=True),
 )

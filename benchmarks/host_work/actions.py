@@ -1,8 +1,8 @@
 """What an action costs the host beside its kernels: tiny tensors on two ranks, 1F1B, and how a step grows with its micro-batches.
 
-    (processor seconds of m = 72 - those of m = 8) / 128 actions   - the same modules in a plain loop, forward and backward
+    (seconds of m = 72 - those of m = 8) / 128 actions   - the same modules in a plain loop, forward and backward
 
-Messages are in it: posted, waited for and let go, by all threads of the rank.
+Messages are in it: posted, waited for and let go, by all threads of the rank. torch's own 1F1B runs the same modules beside it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peers import PlainParts, mean_loss
+from torch_pipelines import TorchPipeline
 
 from helixpipe.model.decoder import Decoder
 from helixpipe.parts.shape import ModelShape
@@ -24,27 +25,18 @@ SHAPE = ModelShape(layers=2, hidden=16, heads=2, ffn=32, vocabulary=17)
 LENGTH, FEW, MANY, ROUNDS = 16, 8, 72, 9
 
 
-def least(function: Callable[[], Any], rounds: int = ROUNDS) -> tuple[float, float]:
-    """Seconds of this process's processors and of the clock, the least of some rounds: others only ever add to them."""
-    found = []
-    for _ in range(rounds):
-        dist.barrier()
-        cpu, clock = time.process_time(), time.perf_counter()
-        function()
-        found.append((time.process_time() - cpu, time.perf_counter() - clock))
-    return min(cpu for cpu, _ in found), min(clock for _, clock in found)
-
-
-def overhead(rank: int, recompute: str) -> dict[str, float]:
-    """On a rank of two: milliseconds an action, with its kernels, of these alone, and the difference."""
-    steps = {}
+def overhead(rank: int) -> dict[str, dict[str, float]]:
+    """On a rank of two: milliseconds an action, of this process's processors and of the clock; kernels alone, and what is beside them."""
+    steps: dict[str, Callable[[], Any]] = {}
+    pipelines = []
     for count in (FEW, MANY):
-        schedule = build_schedule("1f1b", ranks=2, layers=2, microbatches=count)
-        pipeline = Pipeline(Decoder(SHAPE), schedule, recompute=recompute, timeout_s=60)
         tokens = torch.zeros(count, LENGTH, dtype=torch.int64)
-        pipeline.step(tokens, tokens)
-        steps[count] = least(lambda pipeline=pipeline, tokens=tokens: pipeline.step(tokens, tokens))
-        pipeline.close()
+        for recompute in ("none", "selective"):
+            schedule = build_schedule("1f1b", ranks=2, layers=2, microbatches=count)
+            pipelines.append(Pipeline(Decoder(SHAPE), schedule, recompute=recompute, timeout_s=60))
+            steps[f"ours, {recompute} {count}"] = lambda p=pipelines[-1], t=tokens: p.step(t, t)  # type: ignore[misc]
+        theirs = TorchPipeline(SHAPE, count, tokens, tokens, "torch 1F1B")
+        steps[f"torch 1F1B {count}"] = theirs.step
     plain = PlainParts(SHAPE, range(rank, rank + 1))
 
     def bare() -> None:
@@ -60,11 +52,25 @@ def overhead(rank: int, recompute: str) -> dict[str, float]:
             else:
                 mean_loss(out, torch.zeros(1, LENGTH, dtype=torch.int64)).backward()
 
-    bare()
-    actions = 2 * (MANY - FEW)
-    cpu, clock = ((steps[MANY][i] - steps[FEW][i]) / actions * 1e3 for i in (0, 1))
-    kernels, kernels_clock = (each / (2 * MANY) * 1e3 for each in least(bare))
-    return {
-        "action, cpu": cpu, "kernels, cpu": kernels, "overhead, cpu": cpu - kernels,
-        "action, clock": clock, "kernels, clock": kernels_clock, "step of 8, cpu": steps[FEW][0] * 1e3,
-    }  # fmt: skip
+    steps["kernels"] = bare
+    took: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    for turn in range(-1, ROUNDS):
+        for name, step in steps.items():
+            dist.barrier()
+            cpu, clock = time.process_time(), time.perf_counter()
+            step()
+            if turn >= 0:
+                took[name].append((time.process_time() - cpu, time.perf_counter() - clock))
+    for pipeline in pipelines:
+        pipeline.close()
+    # the least of the rounds: others only ever add
+    least = {name: [min(each[i] for each in some) * 1e3 for i in (0, 1)] for name, some in took.items()}
+    kernels = [each / (2 * MANY) for each in least["kernels"]]
+    found = {}
+    for name in ("ours, none", "ours, selective", "torch 1F1B"):
+        each = [(least[f"{name} {MANY}"][i] - least[f"{name} {FEW}"][i]) / (2 * (MANY - FEW)) for i in (0, 1)]
+        found[name] = {
+            "cpu": each[0], "kernels, cpu": kernels[0], "beside, cpu": each[0] - kernels[0],
+            "clock": each[1], "kernels, clock": kernels[1], "beside, clock": each[1] - kernels[1],
+        }  # fmt: skip
+    return found

@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import torch
 from peers import launch, machine
 
 CASES: dict[str, dict[str, Any]] = {
@@ -68,7 +69,46 @@ def messages() -> None:
         print(f"{name}: " + "; ".join(f"{way} {value:.0f} us" for way, value in each.items()))
 
 
-QUESTIONS: dict[str, Callable[[], None]] = {"exchanges": exchanges, "messages": messages}
+def _actions(rank: int, path: str) -> None:
+    from actions import overhead
+
+    found = overhead(rank)
+    if rank == 0:
+        Path(path).write_text(json.dumps(found))
+
+
+def actions() -> None:
+    print("rank 0 of 2, milliseconds an action")
+    for name, each in told(_actions, 2).items():
+        print(f"  {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in each.items()))
+
+
+def alone() -> None:
+    from alone import measure
+
+    torch.set_num_threads(1)
+    print("microseconds: " + ", ".join(f"{key} {value:.0f}" for key, value in measure().items()))
+
+
+def between() -> None:
+    from between import measure
+
+    torch.set_num_threads(1)
+    for rank in (0, 15, 31):
+        print(f"rank {rank} of 32, milliseconds: " + ", ".join(f"{key} {n:.4g}" for key, n in measure(rank).items()))
+
+
+def garbage() -> None:
+    from garbage import measure
+
+    torch.set_num_threads(1)
+    print("20 steps: " + ", ".join(f"{key} {value}" for key, value in measure(20).items()))
+
+
+QUESTIONS: dict[str, Callable[[], None]] = {
+    "exchanges": exchanges, "messages": messages, "actions": actions, "alone": alone,
+    "between": between, "garbage": garbage,
+}  # fmt: skip
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

@@ -6,9 +6,14 @@ looks like.
 
 Scores are q.k times `scale` (0: head_dim ** -0.5). Where they are capped, to c * tanh(score / c), no fused kernel serves:
 `model.capped` does.
+
+    CPU                 its flash attention
+    CUDA, half          flash, or as asked: cudnn, efficient       float32   efficient       float64   torch's operations
 """
 
 from __future__ import annotations
+
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +24,15 @@ from helixpipe.model.joint import Joint
 
 aten = torch.ops.aten
 HALVES = (torch.float16, torch.bfloat16)
+Kernel = Literal["flash", "cudnn", "efficient"]
+
+
+class Scores(NamedTuple):
+    """What becomes of scores, and by which of CUDA's kernels in half precision."""
+
+    softcap: float = 0.0
+    scale: float = 0.0
+    kernel: Kernel = "flash"
 
 
 def check_head_dim(head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -31,20 +45,24 @@ def check_head_dim(head_dim: int, device: torch.device, dtype: torch.dtype) -> N
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, softcap: float = 0.0, scale: float = 0.0
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, softcap: float = 0.0, scale: float = 0.0, kernel: Kernel = "flash"
 ) -> tuple[Tensor, Tensor]:
-    """Attention by the fastest kernel of the device; k and v may have fewer heads."""
+    """Attention by a fused kernel of the device; k and v may have fewer heads."""
     if softcap:
         return capped_forward(q, k, v, causal, softcap, scale or q.shape[-1] ** -0.5)
     given = scale or None
     if q.device.type == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=given)
         return out, lse
-    if q.device.type == "cuda" and q.dtype in HALVES:
+    halves = q.device.type == "cuda" and q.dtype in HALVES
+    if halves and kernel == "flash":
         out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=given)
         return out, lse
+    if halves and kernel == "cudnn":
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, scale=given)
+        return out, lse.reshape(q.shape[:3])
     k, v = _repeated(q, k), _repeated(q, v)
-    if q.device.type == "cuda" and q.dtype == torch.float32:
+    if halves or (q.device.type == "cuda" and q.dtype == torch.float32):
         out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=given)
         return out, lse[..., : q.shape[2]].contiguous()
     scores = _scores(q, k, causal, scale)
@@ -53,7 +71,7 @@ def attention_forward(
 
 def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool,
-    softcap: float = 0.0, scale: float = 0.0,
+    softcap: float = 0.0, scale: float = 0.0, kernel: Kernel = "flash",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v, by the kernel that `attention_forward` would choose."""
     if softcap:
@@ -64,15 +82,22 @@ def attention_backward(
             grad, q, k, v, out, lse, 0.0, causal, scale=given
         )
         return dq, dk, dv
-    if q.device.type == "cuda" and q.dtype in HALVES:
+    halves, lengths = q.device.type == "cuda" and q.dtype in HALVES, (q.shape[2], k.shape[2])
+    if halves and kernel == "flash":
         random = q.new_empty(0, dtype=torch.uint64)  # no dropout, so never read
-        lengths = q.shape[2], k.shape[2]
         dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
             grad, q, k, v, out, lse.contiguous(), None, None, *lengths, 0.0, causal, random, random, scale=given
         )
         return dq, dk, dv
+    if halves and kernel == "cudnn":
+        random = q.new_zeros((), dtype=torch.int64)
+        dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
+            grad, q, k, v, out, lse.unsqueeze(-1).contiguous(), random, random, None, None, None, *lengths, 0.0, causal,
+            scale=given,
+        )  # fmt: skip
+        return dq, dk, dv
     whole_k, whole_v = _repeated(q, k), _repeated(q, v)
-    if q.device.type == "cuda" and q.dtype == torch.float32:
+    if halves or (q.device.type == "cuda" and q.dtype == torch.float32):
         random = q.new_empty(0, dtype=torch.int64)
         dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
             grad, q, whole_k, whole_v, None, out, _padded(lse), random, random, 0.0, [True, True, True, False], causal,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from helixpipe.model.joint import Rows, joint
 from helixpipe.model.kernels import (
+    Scores,
     attention_backward,
     attention_forward,
     fused_jointly,
@@ -27,33 +28,31 @@ Share = tuple[slice, Tile]
 ALL = slice(None)
 
 
-def attend_tiles(
-    merged: Merged, q: Tensor, k: Tensor, v: Tensor, shares: Sequence[Share], softcap: float, scale: float
-) -> None:
+def attend_tiles(merged: Merged, q: Tensor, k: Tensor, v: Tensor, shares: Sequence[Share], scores: Scores) -> None:
     """Attention of tiles, each of some sequences of the batch, into `merged`."""
-    if _jointly(q, shares, softcap):
+    if _jointly(q, shares, scores):
         for call in joint(shares, len(q), q.device):
-            merged.add(call.queries, *joint_forward(q[call.queries], k[call.keys], v[call.keys], call, scale))
+            merged.add(call.queries, *joint_forward(q[call.queries], k[call.keys], v[call.keys], call, scores.scale))
         return
     for batch, tile in shares:
-        merged.add((batch, ALL, tile.queries), *_tile_forward(q, k, v, batch, tile, softcap, scale))
+        merged.add((batch, ALL, tile.queries), *_tile_forward(q, k, v, batch, tile, scores))
 
 
 def differentiate_tiles(
     dq: Total, dk: Total, dv: Total, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    shares: Sequence[Share], softcap: float, scale: float,
+    shares: Sequence[Share], scores: Scores,
 ) -> None:  # fmt: skip
     """Gradients of tiles, each of some sequences of the batch, into their totals."""
-    if _jointly(q, shares, softcap):
+    if _jointly(q, shares, scores):
         for call in joint(shares, len(q), q.device):
             mine, theirs = call.queries, call.keys
-            found = joint_backward(grad[mine], q[mine], k[theirs], v[theirs], out[mine], lse[mine], call, scale)
+            found = joint_backward(grad[mine], q[mine], k[theirs], v[theirs], out[mine], lse[mine], call, scores.scale)
             _add(((dq, mine), (dk, theirs), (dv, theirs)), found)
             del found
         return
     for batch, tile in shares:
         queries, keys = (batch, ALL, tile.queries), (batch, ALL, tile.keys)
-        found = _tile_backward(grad, q, k, v, out, lse, batch, tile, softcap, scale)
+        found = _tile_backward(grad, q, k, v, out, lse, batch, tile, scores)
         _add(((dq, queries), (dk, keys), (dv, keys)), found)
         del found
 
@@ -63,33 +62,31 @@ def _add(totals: Iterable[tuple[Total, Index]], gradients: Iterable[Tensor]) -> 
         total.add(index, gradient)
 
 
-def _jointly(q: Tensor, shares: Sequence[Share], softcap: float) -> bool:
+def _jointly(q: Tensor, shares: Sequence[Share], scores: Scores) -> bool:
     """Whether tiles of their own would only be more launches."""
-    return len(shares) > 1 and fused_jointly(q, softcap)
+    return len(shares) > 1 and scores.kernel != "efficient" and fused_jointly(q, scores.softcap)
 
 
-def _tile_forward(
-    q: Tensor, k: Tensor, v: Tensor, batch: slice, tile: Tile, softcap: float, scale: float
-) -> tuple[Tensor, Tensor]:
+def _tile_forward(q: Tensor, k: Tensor, v: Tensor, batch: slice, tile: Tile, scores: Scores) -> tuple[Tensor, Tensor]:
     """out and log-sum-exp of a tile's queries against its keys."""
     q, k, v = q[batch, :, tile.queries], k[batch, :, tile.keys], v[batch, :, tile.keys]
     if not tile.flipped:
-        return attention_forward(q, k, v, tile.causal, softcap, scale)
-    out, lse = attention_forward(q.flip(2), k.flip(2), v.flip(2), True, softcap, scale)
+        return attention_forward(q, k, v, tile.causal, *scores)
+    out, lse = attention_forward(q.flip(2), k.flip(2), v.flip(2), True, *scores)
     return out.flip(2), lse.flip(2)
 
 
 def _tile_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, batch: slice, tile: Tile, softcap: float,
-    scale: float,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, batch: slice, tile: Tile,
+    scores: Scores,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of a tile's queries, keys and values."""
     grad, q, out, lse = (t[batch, :, tile.queries] for t in (grad, q, out, lse))
     k, v = (t[batch, :, tile.keys] for t in (k, v))
     if not tile.flipped:
-        return attention_backward(grad, q, k, v, out, lse, tile.causal, softcap, scale)
+        return attention_backward(grad, q, k, v, out, lse, tile.causal, *scores)
     grad, q, k, v, out, lse = (t.flip(2) for t in (grad, q, k, v, out, lse))
-    dq, dk, dv = attention_backward(grad, q, k, v, out, lse, True, softcap, scale)
+    dq, dk, dv = attention_backward(grad, q, k, v, out, lse, True, *scores)
     return dq.flip(2), dk.flip(2), dv.flip(2)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from helixpipe.model.function import Function
 from helixpipe.parts.rotary import Rotary
 from helixpipe.parts.shape import ModelShape
 
@@ -41,6 +43,8 @@ class Rope:
         self.dim, self.base, self.rotary = dim, base, rotary or Rotary()
         self.tables: dict[tuple[int | Tensor, int, torch.device, torch.dtype, int], tuple[Tensor, Tensor]] = {}
         self._tokens = self._longest = 0
+        self.turned: Turned = turned
+        """What it computes; may be compiled."""
 
     def table(
         self, start: int | Tensor, length: int, device: torch.device, dtype: torch.dtype, sequence_length: int = 0
@@ -90,9 +94,9 @@ class Rope:
     def __call__(self, x: Tensor, start: Start, sequence_length: int = 0) -> Tensor:
         """Rotate x [b, s, heads, d]."""
         if isinstance(start, Positions):
-            return _RotateEach.apply(x, self, start, sequence_length)  # type: ignore[no-any-return,no-untyped-call]
+            return _RotateEach.apply(x, self, start, sequence_length)  # type: ignore[no-any-return]
         cos, sin = self.table(start, x.shape[1], x.device, x.dtype, sequence_length)
-        return _Rotate.apply(x, cos, sin)  # type: ignore[no-any-return,no-untyped-call]
+        return _Rotate.apply(x, cos, sin, self.turned)  # type: ignore[no-any-return]
 
 
 class Ropes:
@@ -112,40 +116,43 @@ class Ropes:
         return self._made[kind]
 
 
-class _Rotate(torch.autograd.Function):
+class _Rotate(Function):
     """Pairs (x_i, x_{i + d/2}) by angles; the gradient is turned back. No temporaries: x is as wide as a layer's input."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin, 1)
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, turned: Turned) -> Tensor:
+        ctx.cos, ctx.sin, ctx.turned = cos, sin, turned  # tables, which stay
+        return turned(x, cos, sin, 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        return _rotated(grad, cos, sin, -1), None, None
+        return ctx.turned(grad, ctx.cos, ctx.sin, -1), None, None, None
 
 
-class _RotateEach(torch.autograd.Function):
+class _RotateEach(Function):
     """As `_Rotate`, of tokens in documents: their cos and sin are made in the backward again, and nothing is kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rope: Rope, positions: Positions, sequence_length: int) -> Tensor:
         ctx.rope, ctx.positions, ctx.sequence_length = rope, positions, sequence_length
-        return _rotated(x, *rope.each(positions, x.dtype, sequence_length), 1)
+        return rope.turned(x, *rope.each(positions, x.dtype, sequence_length), 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.rope.each(ctx.positions, grad.dtype, ctx.sequence_length)
-        return _rotated(grad, cos, sin, -1), None, None, None
+        return ctx.rope.turned(grad, cos, sin, -1), None, None, None
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    turned = torch.empty_like(x, memory_format=torch.contiguous_format)
+def turned(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    """x [b, s, heads, d] turned by angles of these cosines and sines; back where `direction` is -1."""
+    made = torch.empty_like(x, memory_format=torch.contiguous_format)
     size = 2 * cos.shape[-1]
     if size < x.shape[-1]:
-        turned[..., size:] = x[..., size:]
-    (first, second), (new_first, new_second) = (t[..., :size].chunk(2, -1) for t in (x, turned))
+        made[..., size:] = x[..., size:]
+    (first, second), (new_first, new_second) = (t[..., :size].chunk(2, -1) for t in (x, made))
     torch.mul(first, cos, out=new_first).addcmul_(second, sin, value=-direction)
     torch.mul(second, cos, out=new_second).addcmul_(first, sin, value=direction)
-    return turned
+    return made
+
+
+Turned = Callable[[Tensor, Tensor, Tensor, int], Tensor]

@@ -13,11 +13,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 
 class Held(NamedTuple):
@@ -39,29 +39,35 @@ class Kept:
         self.ledger, self.is_message = ledger, is_message
         self.is_own = False
         """Whether nobody else holds its storage: it may be written to."""
-        self.key = ledger.enter(self.tensor, is_message)
+        self.key = ledger.enter(self.tensor.untyped_storage(), is_message)
 
     def __del__(self) -> None:
         self.ledger.leave(self.key, self.is_message)
 
 
-@dataclass
 class _Storage:
-    nbytes: int
-    kept: int = 0
-    messages: int = 0
+    """Its bytes, and how many hold it as kept and as a message."""
+
+    __slots__ = ("kept", "messages", "nbytes")
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.kept = self.messages = 0
 
 
 class Ledger:
-    """Counts each storage once, however many graphs, values or messages hold it. Parameters that a rank owns do not count."""
+    """Counts each storage once, however many graphs, values or messages hold it. Parameters that a rank owns do not count.
+
+    It is asked for every tensor of every graph, some twenty times an action: bytes are added where a storage's first holder
+    comes or its last one goes, and nowhere else.
+    """
 
     def __init__(self, is_parameter: Callable[[int], bool]) -> None:
         self._is_parameter = is_parameter
         self._storages: dict[int, _Storage] = {}
         self._lock = threading.RLock()  # a send ends in a thread of its own
         self._kept = self._transit = 0
-        self.high = Held()
-        """The most since `reset_high`, all three together."""
+        self._high, self._most = (0, 0, 0), 0
 
     @property
     def bytes(self) -> int:
@@ -73,6 +79,11 @@ class Ledger:
         """Between actions, when nothing runs."""
         return Held(self._kept, self._transit)
 
+    @property
+    def high(self) -> Held:
+        """The most since `reset_high`, all three together."""
+        return Held(*self._high)
+
     def keep(self, tensor: Tensor) -> Kept:
         return Kept(self, tensor)
 
@@ -81,53 +92,63 @@ class Ledger:
         return Kept(self, tensor, is_message=True)
 
     def graphs(self) -> AbstractContextManager[object]:
-        """Within it, whatever autograd saves is on the ledger for as long as its graph lives."""
-        return torch.autograd.graph.saved_tensors_hooks(self.keep, _tensor)
+        """Within it, whatever autograd saves is on the ledger for as long as its graph lives; but for parameters, which stay."""
+        return torch.autograd.graph.saved_tensors_hooks(self._save, _saved)
+
+    def _save(self, tensor: Tensor) -> Kept | Tensor:
+        return tensor if type(tensor) is Parameter else Kept(self, tensor)
 
     def works(self, nbytes: int) -> None:
         """A part needs so many bytes beside all that is held, for a moment."""
-        if self._kept + self._transit + nbytes > sum(self.high):
-            self.high = Held(self._kept, self._transit, nbytes)
+        total = self._kept + self._transit + nbytes
+        if total > self._most:
+            self._most, self._high = total, (self._kept, self._transit, nbytes)
 
     def reset_high(self) -> None:
-        self.high = self.held
+        self._most, self._high = self._kept + self._transit, (self._kept, self._transit, 0)
 
-    def enter(self, tensor: Tensor, is_message: bool) -> int:
+    def enter(self, storage: torch.UntypedStorage, is_message: bool) -> int:
         """The key to leave by."""
-        storage = tensor.untyped_storage()
         pointer = storage.data_ptr()
         with self._lock:
             known = self._storages.get(pointer)
             if known is None:
                 nbytes = 0 if self._is_parameter(pointer) else storage.nbytes()
                 known = self._storages[pointer] = _Storage(nbytes)
-            self._count(known, -1)
             if is_message:
                 known.messages += 1
+                if known.messages > 1 or known.kept:
+                    return pointer
+                self._transit += known.nbytes
             else:
                 known.kept += 1
-            self._count(known, 1)
-            self.works(0)
+                if known.kept > 1:
+                    return pointer
+                self._kept += known.nbytes
+                if known.messages:
+                    self._transit -= known.nbytes
+            if self._kept + self._transit > self._most:
+                self.reset_high()
         return pointer
 
     def leave(self, pointer: int, is_message: bool) -> None:
         with self._lock:
             known = self._storages[pointer]
-            self._count(known, -1)
             if is_message:
                 known.messages -= 1
+                if known.messages or known.kept:
+                    return
+                self._transit -= known.nbytes
             else:
                 known.kept -= 1
-            self._count(known, 1)
-            if not known.kept and not known.messages:
-                del self._storages[pointer]
-
-    def _count(self, storage: _Storage, by: int) -> None:
-        if storage.kept:
-            self._kept += by * storage.nbytes
-        elif storage.messages:
-            self._transit += by * storage.nbytes
+                if known.kept:
+                    return
+                self._kept -= known.nbytes
+                if known.messages:
+                    self._transit += known.nbytes
+                    return
+            del self._storages[pointer]
 
 
-def _tensor(kept: Kept) -> Tensor:
-    return kept.tensor
+def _saved(held: Kept | Tensor) -> Tensor:
+    return held.tensor if type(held) is Kept else held  # type: ignore[return-value]

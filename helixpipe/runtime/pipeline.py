@@ -21,10 +21,13 @@ from helixpipe.parts.part import loss_of
 from helixpipe.parts.work import Batch, Keeping, Lengths
 from helixpipe.predict.hardware import Communicators, check_communicators
 from helixpipe.predict.timeline import Span, Timeline
+from helixpipe.runtime.attention_kernel import give
 from helixpipe.runtime.buffers import Buffers
+from helixpipe.runtime.compiled import Compiler
 from helixpipe.runtime.context import Context
 from helixpipe.runtime.documents import Given, document_lengths
 from helixpipe.runtime.executor import execute
+from helixpipe.runtime.garbage import uncollected
 from helixpipe.runtime.gradient_norm import clip, norm_of, squares
 from helixpipe.runtime.losses import Counted, Losses, check_head, check_weights, divisor, of_rank, of_ranks
 from helixpipe.runtime.mesh import Mesh
@@ -82,6 +85,8 @@ class Pipeline:
         layout: str = "zigzag",
         arrange: Arrange | None = None,
         communicators: Communicators = "direction",
+        compiled: bool = False,
+        attention: str = "auto",
     ) -> None:
         """`mesh`: dimensions named pp, dp, cp, tp, as few as there are; without names it is all pp, and None is all
         ranks of the default group. `context_method` (ring or ulysses) and `layout` (zigzag, striped or plain, of a
@@ -93,7 +98,8 @@ class Pipeline:
         them, of each micro-batch by its documents; or a function of a sequence's tokens and a micro-batch's documents (of
         each of its sequences their lengths, () where none has several). `arrange`: the schedule of a step's micro-batches,
         where their order and places depend on what they cost. `communicators`: of NCCL, one a direction of a pair of ranks, or
-        one a pair (see `runtime.channels`). Raises ConfigError, ScheduleError.
+        one a pair (see `runtime.channels`). `compiled`: see `runtime.compiled`. `attention`: CUDA's kernel, see
+        `runtime.attention_kernel`. Raises ConfigError, ScheduleError.
         """
         check(schedule)
         if recompute not in POLICIES:
@@ -121,9 +127,13 @@ class Pipeline:
         modules = Modules(model, schedule, self.rank, self.device, dtype, self._tensor, self.mesh.told)
         self._shape, self._weights, self._of_one_document = modules.shape, Weights(modules), modules.of_one_document
         check_attention(self._weights.modules, schedule.segments)
+        self.attention = give(attention, self._weights.modules.values(), self.device, dtype, modules.shape)
+        """What computes attention on CUDA, in words; "" on a CPU."""
+        compiler = Compiler(self.device, compiled)
         for part, module in self._weights.modules.items():
             if context is not None:
                 context.join(part, module)
+            compiler.take(module)
             for inner in module.modules():
                 if isinstance(inner, Chunked):
                     inner.shards = self.mesh.shape.cp * self.mesh.shape.tp
@@ -146,13 +156,14 @@ class Pipeline:
         if not self._transport.tags:  # which pairs there are, any batch tells
             program = lower(schedule, self._shape, model.shape.example(schedule.segments))
             self._transport.meet(program.messages, self.mesh.lines)
+        collect = self._weights.multiply_in if self._weights.adds_wide else None
         self._tapes = {
-            s: Tape(stage, self._weights.modules, recompute, self._ledger, schedule.outputs[s])
+            s: Tape(stage, self._weights.modules, recompute, self._ledger, schedule.outputs[s], collect)
             for s, stage in enumerate(schedule.stages)
             if self.rank in schedule.ranks_of[s]
         }
         self._recorder, self._timeout_s = Recorder(self.device), timeout_s
-        self._watch.reached = lambda: self._recorder.reached()[0]
+        self._watch.reached = self._recorder.at
         self.keeping = Keeping(
             recompute, dtype.itemsize, *_chunks_of(model), self.device.type, tensor_parallel=self.mesh.shape.tp,
             threads=torch.get_num_threads(), processes=self.mesh.shape.cp * self.mesh.shape.tp,
@@ -355,6 +366,7 @@ class Pipeline:
             raise ConfigError(self._of_one_document)
         return found
 
+    @uncollected()
     def _run(
         self,
         tokens: Tensor,

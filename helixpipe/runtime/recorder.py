@@ -123,6 +123,10 @@ class Recorder:
             step.done += 1
         return "", None
 
+    def at(self) -> str:
+        """What the device is at; "" where it is no later than the CPU."""
+        return self.reached()[0]
+
     def settle(self, timeout_s: float, watch: Watch) -> None:
         """Wait until the device has done all that was recorded. RankError where it comes no further in that time: what for."""
         if self._event is None:

@@ -81,7 +81,7 @@ class Shares:
         size = batches[0].microbatch_size
         first = self.mesh.here.dp * self.microbatches * size
         given = (tokens, targets) if weights is None else (tokens, targets, weights)
-        mine = [t[first : first + self.microbatches * size].to(self.device) for t in given]
+        mine = [self._here(t[first : first + self.microbatches * size]) for t in given]
         found = {}
         for mb, batch in enumerate(batches):
             rows = slice(mb * size, (mb + 1) * size)
@@ -99,6 +99,12 @@ class Shares:
                     feed = replace(feed, start=packed.of(here), gathered_start=attended, batch=batch)
                 found[mb, seg] = feed
         return found
+
+    def _here(self, given: Tensor) -> Tensor:
+        """On the device. A copy from pinned memory is queued there like a kernel, and the CPU goes on."""
+        if self.device.type != "cuda" or given.device.type != "cpu":
+            return given.to(self.device)
+        return given.pin_memory().to(self.device, non_blocking=True)
 
     def _starts_of(self, whole: Batch) -> list[tuple[int | Tensor, int | Tensor]]:
         segments = range(len(whole.segment_lengths))

@@ -54,6 +54,7 @@ class Stages:
         self._records: dict[Action, list[Record]] = {}
         self._waiting: dict[Action, Waiting] = {}
         self._key_values: dict[int, KeyValuesByLayer] = {}
+        self._fed: dict[tuple[int, int], Feed] = {}
 
     def run(self, action: Action) -> None:
         match action.kind:
@@ -79,15 +80,18 @@ class Stages:
         return [kept.tensor for kept in self._mailbox.pop(_slot(message))]
 
     def _feed(self, action: Action) -> Feed:
-        """An action's feed, with the keys and values of earlier segments where there are any."""
+        """An action's feed, with the keys and values of earlier segments where there are any: the same for all of a segment."""
         mb, seg = action.microbatch, action.segment
+        if (mb, seg) in self._fed:
+            return self._fed[mb, seg]
         past = None
         if self.program.schedule.segments > 1:
             past = self._key_values.setdefault(mb, KeyValuesByLayer(self.ledger, self.feeds[mb, seg].batch))
         needs = self._needs(mb, seg) if self._needs else None
         stream = self._streams(mb, seg) if self._streams else None
         feed = replace(self.feeds[mb, seg], key_values=past, needs=needs, stream=stream)
-        return replace(feed, microbatch=mb, by_token=not self.training)
+        self._fed[mb, seg] = found = replace(feed, microbatch=mb, by_token=not self.training)
+        return found
 
     def _forward(self, action: Action) -> None:
         stage, _, mb, seg = action

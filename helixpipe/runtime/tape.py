@@ -11,27 +11,29 @@ backward recomputes and differentiates one chunk at a time:
     forward    in -> [chunk 0] -> keep -> [chunk 1] -> keep -> [chunk 2] -> out
     backward   recompute 2, differentiate 2, let go; recompute 1, ...     the transient is one chunk's
 
+A chunk whose graph keeps next to nothing (`Kind.graphed`) keeps it under every policy, and none of its inputs.
 A value is dropped as soon as its last reader has run, a gradient as soon as its maker's backward has. A recomputed graph
 keeps less than one that waits (`runtime.lean`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from helixpipe.model.attention import AttentionState, Holder, KeptAttention, KeyValues
+from helixpipe.model.attention import AttentionState, KeptAttention, KeyValues
 from helixpipe.model.attn import Attention
 from helixpipe.model.block import Block
 from helixpipe.model.chunked import unread
+from helixpipe.model.function import Function, Holder, active
 from helixpipe.model.head import takes_weights
 from helixpipe.model.linear import Linear, WeightQueue
+from helixpipe.model.norm import RMSNorm
 from helixpipe.model.qkv import QKV
 from helixpipe.model.rope import Start
 from helixpipe.parts.part import Part, Value
@@ -104,16 +106,19 @@ class Tape:
         policy: str,
         ledger: Ledger,
         outputs: Sequence[Value] | frozenset[Value],
+        collect: Callable[[nn.Parameter, Tensor, Tensor], None] | None = None,
     ) -> None:
+        """`collect`: see `WeightQueue`."""
         self.stage, self.modules, self.policy, self.ledger = stage, modules, policy, ledger
         self.chunks = chunks(stage, policy == "none", outputs)
-        self.queue = WeightQueue(ledger.keep)
+        self.queue = WeightQueue(ledger.keep, collect)
+        self._calls = {part: _Call(modules[part], part.reads, part.makes, part.about.attends) for part in stage.parts}
         self.probe: Probe | None = None
         """Looks for values that are not finite, where it is set."""
         self._draws = {part for part in stage.parts if may_draw(modules[part])}
         for part in stage.parts:
             for module in modules[part].modules():
-                if isinstance(module, Linear):
+                if isinstance(module, Linear | RMSNorm | Attention):
                     module.queue = self.queue
 
     def forward(self, live: Live, feed: Feed) -> list[Record]:
@@ -186,7 +191,7 @@ class Tape:
             attention = KeptAttention(record.attention[0].tensor, record.attention[1].tensor)
         # what the chunk ends in was read by the next one, in the forward
         with unread(self.modules[chunk.parts[-1]]):
-            return self._graph(chunk, live, feed, attention, Lean(chunk, self.modules, self.ledger))
+            return self._graph(chunk, live, feed, attention, Lean(chunk, self.modules, self.ledger, self.queue))
 
     def _graph(
         self, chunk: Chunk, live: Live, feed: Feed, kept: KeptAttention | None, lean: Lean | None = None
@@ -202,7 +207,7 @@ class Tape:
         record = Record(leaves=leaves)
         outputs = [value for value in chunk.gives if inside[value].requires_grad]
         if outputs:
-            root: Tensor = _Root.apply(record.gradients, outputs, *inside.read(outputs))  # type: ignore[no-untyped-call]
+            root: Tensor = _Root.apply(record.gradients, outputs, *inside.read(outputs))
             record.root = get_gradient_edge(root)
         for value in chunk.gives:
             held = inside.pop(value)
@@ -221,9 +226,12 @@ class Tape:
         lean: Lean | None = None,
     ) -> None:
         for place, part in enumerate(chunk.parts):
-            with nullcontext() if lean is None else lean.keeping(place, live):
-                self._run_part(chunk, place, live, feed, kept, graph, lean)
-            is_replayed = part.about.attends and graph and kept is not None
+            if lean is None:
+                self._run_part(chunk, place, live, feed, kept, graph, None)
+            else:
+                with lean.keeping(place, live):
+                    self._run_part(chunk, place, live, feed, kept, graph, lean)
+            is_replayed = graph and kept is not None and self._calls[part].attends
             if feed.needs is not None and not is_replayed:
                 self.ledger.works(feed.needs.forward_bytes(part, graph))
             live.drop(chunk.lifetimes.drops[place])
@@ -239,28 +247,39 @@ class Tape:
         lean: Lean | None,
     ) -> None:
         part = chunk.parts[place]
-        module, inputs = self.modules[part], live.read(part.reads)
-        draws = part in self._draws and feed.stream is not None
+        module, reads, makes, _ = self._calls[part]
+        inputs, in_place = live.read(reads), lean is not None and lean.in_place(place)
         read = edges(inputs) if self.probe is not None and graph else []
-        with feed.stream.of(part, feed.tokens.device) if draws and feed.stream else nullcontext():
-            made = run_part(part, module, inputs, feed, kept, lean is not None and lean.in_place(place))
+        if feed.stream is not None and part in self._draws:
+            with feed.stream.of(part, feed.tokens.device):
+                made = run_part(part, module, inputs, feed, kept, in_place)
+        else:
+            made = run_part(part, module, inputs, feed, kept, in_place)
         if graph:  # what follows may count on it, whatever is frozen before
             made = [each if each.requires_grad else each.detach().requires_grad_() for each in made]
         if feed.needs is not None:
             feed.needs.check(part, module, made, feed.targets.shape if feed.by_token else ())
-            if graph and made[-1].requires_grad:
-                nbytes = feed.needs.backward_bytes(chunk, place)
+            if graph and made[-1].requires_grad and (nbytes := feed.needs.backward_bytes(chunk, place)):
                 made[-1].register_hook(lambda _: self.ledger.works(nbytes))
         if self.probe is not None:
             if lean is None:  # what a recompute makes was seen, and may be a stand-in that nobody reads
                 self.probe.made(part, feed.microbatch, feed.segment, made)
             if graph:
                 self.probe.follow(part, feed.microbatch, feed.segment, read, made)
-        for value, tensor in zip(part.makes, made, strict=True):
+        for value, tensor in zip(makes, made, strict=True):
             live.put(value, tensor)
 
 
-class _Root(torch.autograd.Function):
+class _Call(NamedTuple):
+    """What running a part asks of it, looked up once."""
+
+    module: nn.Module
+    reads: tuple[Value, ...]
+    makes: tuple[Value, ...]
+    attends: bool
+
+
+class _Root(Function):
     """Where a chunk's backward starts. It hands out the gradients of outputs, so that nobody holds them longer than needed."""
 
     @staticmethod
@@ -305,7 +324,8 @@ def run_part(
             return (module(*inputs, feed.attended),)
         case "attn" if isinstance(module, Attention):
             past = None if feed.key_values is None else feed.key_values[part.layer]
-            return (module(*inputs, AttentionState(kept, past, feed.segment, in_place, feed.batch)),)
+            state = AttentionState(kept, past, feed.segment, in_place, feed.batch, active(module.queue))
+            return (module(*inputs, state),)
         case _:
             return (module(*inputs),)
 

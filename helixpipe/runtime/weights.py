@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from helixpipe.model.linear import add_product
+from helixpipe.model.wide import add_wide, adds_wide
 from helixpipe.runtime.ledger import Kept, Ledger
 from helixpipe.runtime.modules import Modules, Named
 
@@ -28,6 +29,8 @@ class Weights:
     def __init__(self, modules: Modules) -> None:
         self.dtype = modules.dtype
         self.master_dtype = torch.promote_types(self.dtype, torch.float32)
+        self.adds_wide = adds_wide(modules.device, self.dtype)
+        """Whether products of linear layers are added to gradients in the masters' precision, and never rounded before."""
         self.modules = modules.running
         self.masters: dict[str, nn.Parameter] = {}
         self._found = modules
@@ -79,16 +82,26 @@ class Weights:
         if name in self._collected:
             self._collected[name].add_(working.grad)
         else:
-            self._collected[name] = working.grad.to(self.master_dtype)
-            if name in self._guests:
-                self._leaving[name] = self.ledger.keep(self._collected[name])
+            self._collect(name, working.grad.to(self.master_dtype))
         working.grad = None
 
     @torch.no_grad()
     def multiply_in(self, weight: nn.Parameter, x: Tensor, grad: Tensor) -> None:
-        """Add the weight gradient that a linear layer had put off."""
-        add_product(weight, x, grad)
-        self.came(self._names[id(weight)], weight)
+        """Add the weight gradient that a linear layer had put off; where products are added wide, any of its."""
+        name = self._names[id(weight)]
+        if not self.adds_wide:
+            add_product(weight, x, grad)
+            self.came(name, weight)
+            return
+        self._used.add(name)
+        if name not in self._collected:
+            self._collect(name, torch.zeros(weight.shape, dtype=self.master_dtype, device=weight.device))
+        add_wide(self._collected[name], x, grad)
+
+    def _collect(self, name: str, gradient: Tensor) -> None:
+        self._collected[name] = gradient
+        if name in self._guests:
+            self._leaving[name] = self.ledger.keep(gradient)
 
     @torch.no_grad()
     def begin(self) -> None:

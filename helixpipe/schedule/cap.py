@@ -123,14 +123,10 @@ def cap_of(
     """
 
     def adds(action: Action) -> float:
-        forward = action.sibling(Pass.F)
-        if action.kind is Pass.R:
-            return 0.0
-        if action.kind is Pass.F:
-            return kept(forward)
-        late = min(put_off(forward), kept(forward))
-        if action.kind is Pass.I:
-            return late - kept(forward)
-        return -late if action.kind is Pass.W else -kept(forward)
+        forward, splits = action.sibling(Pass.F), action.sibling(Pass.I) in graph.number
+        late = put_off(forward) if splits else 0.0
+        held = max(kept(forward), late)  # room for what waits for a W is there from the forward on
+        by_kind = {Pass.F: held, Pass.B: -held, Pass.I: late - held, Pass.W: -late}
+        return by_kind.get(action.kind, 0.0)
 
     return Cap(tuple(limits), tuple(map(adds, graph.actions)), graph)

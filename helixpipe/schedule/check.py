@@ -38,7 +38,7 @@ def _check_stages(schedule: Schedule) -> None:
             raise ScheduleError(f"stage {s} has no parts; leave it out")
     parts = [part for stage in schedule.stages for part in stage.parts]
     opaque, shards = {part.layer for part in parts if part.about.opaque}, min(vocabulary_shards(parts), len(parts))
-    # a layer, and a shard, has a part at least: a file that names layer 999999999 need not make us list them all
+    # a layer has a part at least: a file that names layer 999999999 need not make us list them all
     whole = chain(min(schedule.layers, len(parts)), opaque, shards)
     if shards:  # whose stages stand anywhere
         place = {part: i for i, part in enumerate(whole)}

@@ -53,11 +53,6 @@ class Graph:
         return tuple(map(tuple, found))
 
     @cached_property
-    def work(self) -> int:
-        """The time of the rank that has most to do: no order takes less."""
-        return max(sum(self.takes[i] for i in own) for own in self.own)
-
-    @cached_property
     def backwards(self) -> Graph:
         """Time reversed: what an action waited for waits for it."""
         found: list[list[tuple[int, int]]] = [[] for _ in self.actions]
@@ -82,6 +77,16 @@ class Graph:
                 if not left[j]:
                     ready.append(j)
         return tuple(found)
+
+    @cached_property
+    def least(self) -> int:
+        """What no order is shorter than: a rank's work between the shortest ways to it and from it, or the longest chain."""
+        tails, heads = self.tails, self.backwards.tails
+        found = max(tails, default=0)
+        for own in filter(None, self.own):
+            to, work = min(heads[i] - self.takes[i] for i in own), sum(self.takes[i] for i in own)
+            found = max(found, to + work + min(tails[i] - self.takes[i] for i in own))
+        return found
 
 
 def graph(

@@ -2,9 +2,9 @@
 
     justify    right    ....A.BB..C   every action as late as the others allow, last ones first; then as early as they
                left     A.BBC......   allow, in that order: gaps close in which nothing else could begin
-    exchange   the longest chain of actions is found; of the actions that follow one another on one rank in it, the first
-               two, or the last two, change places: only that can shorten it. The best exchange is made, also where it
-               is no gain, and not taken back for a while
+    exchange   the longest chain of actions is found; two that follow one another on one rank in it change places: only
+               that can shorten it. The best of some exchanges is made, also where it is no gain, and not taken back for
+               a while; where nothing comes of it for long, the search goes on from somewhere near the best
 
 The first is for many actions (Li and Willis, 1992); the second is the search for job shops (Nowicki and Smutnicki, 1996). A try
 is one run against the clock. Both know what ranks may keep.
@@ -13,8 +13,9 @@ is one run against the clock. Both know what ranks may keep.
 from __future__ import annotations
 
 import itertools
+import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from helixpipe.schedule.cap import SLACK, Cap
 from helixpipe.schedule.construct import Built, list_schedule
@@ -25,6 +26,11 @@ ROUNDS = 6
 """Of justifying, at most; it ends where one brings nothing."""
 TABU = 9
 """Exchanges after which one may be taken back."""
+MOST_PAIRS = 12
+"""Exchanges that are tried before the best of them is made."""
+PATIENT = 40
+"""Exchanges without gain, after which the search goes on elsewhere: from the best order with SHAKES exchanges anywhere."""
+SHAKES = 4
 
 Orders = tuple[tuple[int, ...], ...]
 
@@ -93,42 +99,47 @@ def in_order(known: Graph, orders: Orders) -> Built:
 
 def exchange(known: Graph, built: Built, cap: Cap | None, tries: int) -> Built:
     """Exchanges on the longest chain, so many tried."""
+    draw = random.Random(0)  # the same for everybody
     best = now = in_order(known, built.orders)
     if now.makespan > built.makespan:
         best = now = built
     forbidden: deque[tuple[int, int]] = deque(maxlen=TABU)
-    while tries > 0:
+    vain = 0
+    while tries > 0 and best.makespan > known.least:
+        pairs = _pairs(known, now)
         moves = []
-        for first, second in _pairs(known, now):
-            if tries <= 0:
-                break
-            orders = _exchanged(known, now.orders, first, second)
-            if cap is not None and not fits(cap, orders[known.rank[first]], known.rank[first]):
-                continue
+        for pair in draw.sample(pairs, min(len(pairs), MOST_PAIRS, tries)):
             tries -= 1
-            try:
-                found = in_order(known, orders)
-            except Stuck:
-                continue
-            if (second, first) not in forbidden or found.makespan < best.makespan:
-                moves.append((found.makespan, sum(found.start), (first, second), found))
-        if not moves:
-            break
-        _, _, made, now = min(moves, key=lambda move: move[:3])
-        forbidden.append(made)
+            found = _exchanged(known, now, cap, pair)
+            if found is not None and (pair[::-1] not in forbidden or found.makespan < best.makespan):
+                moves.append((found.makespan, sum(found.start), pair, found))
+        vain += 1
+        if moves and vain < PATIENT:
+            _, _, made, now = min(moves, key=lambda move: move[:3])
+            forbidden.append(made)
+        else:
+            now, vain, tries = _shaken(known, best, cap, draw), 0, tries - SHAKES
+            forbidden.clear()
         if now.makespan < best.makespan:
-            best = now
+            best, vain = now, 0
     return best
 
 
-def _pairs(known: Graph, built: Built) -> Iterator[tuple[int, int]]:
-    """Actions that follow one another on a rank, at either end of a run on the longest chain."""
-    found: dict[tuple[int, int], None] = {}
-    for run in _runs(known, built):
-        for pair in (run[:2], run[-2:]):
-            if len(pair) == 2 and not _waits(known, *pair):
-                found[pair[0], pair[1]] = None
-    yield from found
+def _pairs(known: Graph, built: Built) -> list[tuple[int, int]]:
+    """Actions that follow one another on a rank and on the longest chain, and could do so the other way round."""
+    pairs = (pair for run in _runs(known, built) for pair in itertools.pairwise(run))
+    return [pair for pair in pairs if not _waits(known, *pair)]
+
+
+def _shaken(known: Graph, built: Built, cap: Cap | None, draw: random.Random) -> Built:
+    """With some exchanges anywhere."""
+    for _ in range(SHAKES):
+        order = built.orders[draw.randrange(len(built.orders))]
+        if len(order) > 1:
+            at = draw.randrange(len(order) - 1)
+            pair = order[at], order[at + 1]
+            built = (None if _waits(known, *pair) else _exchanged(known, built, cap, pair)) or built
+    return built
 
 
 def _waits(known: Graph, first: int, second: int) -> bool:
@@ -155,12 +166,18 @@ def _runs(known: Graph, built: Built) -> list[tuple[int, ...]]:
     return [tuple(reversed(run)) for run in runs]
 
 
-def _exchanged(known: Graph, orders: Orders, first: int, second: int) -> Orders:
-    rank = known.rank[first]
-    order = list(orders[rank])
-    at = order.index(first)
-    order[at], order[at + 1] = second, first
-    return (*orders[:rank], tuple(order), *orders[rank + 1 :])
+def _exchanged(known: Graph, built: Built, cap: Cap | None, pair: tuple[int, int]) -> Built | None:
+    """With two actions that follow one another the other way round; None where that cannot run or keeps too much."""
+    rank = known.rank[pair[0]]
+    order = list(built.orders[rank])
+    at = order.index(pair[0])
+    order[at], order[at + 1] = pair[1], pair[0]
+    if cap is not None and not fits(cap, order, rank):
+        return None
+    try:
+        return in_order(known, (*built.orders[:rank], tuple(order), *built.orders[rank + 1 :]))
+    except Stuck:
+        return None
 
 
 def fits(cap: Cap, order: Sequence[int], rank: int) -> bool:

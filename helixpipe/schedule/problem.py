@@ -1,15 +1,14 @@
 """Problem: what an order is to be found for, and the best that is found from some to begin with.
 
 orders of named families ──► as they are, where they fit ──┐
-            └──► as preferences ──► list scheduling ───────┼──► the best few ──► improve ──► the best
+            └──► as preferences ──► list scheduling ───────┼──► the best of each ──► improve ──► the best
 other preferences ──────────────► list scheduling ─────────┘
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from helixpipe.schedule.action import Action
 from helixpipe.schedule.cap import Cap, cap_of
@@ -19,9 +18,7 @@ from helixpipe.schedule.improve import fits, improve
 from helixpipe.schedule.schedule import Schedule
 from helixpipe.schedule.vocabulary import Prices, deeper, delay, with_shards
 
-BEST = 2
-"""Orders that are improved."""
-ACTIONS_TRIED = 200_000
+ACTIONS_TRIED = 100_000
 """In all tries together, where nobody says how many: a bound that is a count, so that every rank builds the same."""
 PATIENCE = (0.0, 0.5)
 
@@ -38,14 +35,26 @@ class Problem:
     own: int
     """Stages that are no shards of the vocabulary: those are taken as soon as they can be."""
     known: Graph
+    numbers: tuple[int, ...]
+    """By the place at which it is finished, the number of each micro-batch."""
     cap: Cap | None = None
 
     @staticmethod
-    def of(orders: Schedule, vocabulary: str, prices: Prices, share: float, unit: float = 0.0) -> Problem:
-        """Of the actions of a schedule, whatever their order, with shards where the vocabulary is spread; `share`: see `delay`."""
+    def of(
+        orders: Schedule, vocabulary: str, prices: Prices, share: float, numbers: Sequence[int], unit: float = 0.0
+    ) -> Problem:
+        """Of the actions of a schedule, whatever their order, with shards where the vocabulary is spread; `share`: see `delay`.
+
+        Its micro-batches are places, and `numbers` are theirs. `unit`: of time; chosen when 0.
+        """
         draft, paced = with_shards(orders) if vocabulary == "spread" else (orders, {})
-        costs, own = prices(draft), len(orders.stages)
-        return Problem(draft, own, graph(draft, costs, delay(draft, costs, own, share), paced, unit))
+        priced, own = prices(draft), len(orders.stages)
+
+        def costs(action: Action) -> float:
+            return priced(action._replace(microbatch=numbers[action.microbatch]))
+
+        known = graph(draft, costs, delay(draft, costs, own, share), paced, unit)
+        return Problem(draft, own, known, tuple(numbers))
 
     def capped(
         self, limits: Sequence[float], kept: Callable[[Action], float], put_off: Callable[[Action], float]
@@ -55,7 +64,7 @@ class Problem:
         def of_own(keeps: Callable[[Action], float]) -> Callable[[Action], float]:
             return lambda forward: keeps(forward) if forward.stage < self.own else 0.0
 
-        return Problem(self.draft, self.own, self.known, cap_of(self.known, limits, of_own(kept), of_own(put_off)))
+        return replace(self, cap=cap_of(self.known, limits, of_own(kept), of_own(put_off)))
 
     def begun(self, orders: Orders) -> Iterator[Built]:
         """From an order of each rank's own actions: as it is, with more forwards ahead of shards, and as a preference."""
@@ -82,22 +91,27 @@ class Problem:
         return self.cap is None or all(fits(self.cap, order, rank) for rank, order in enumerate(built.orders))
 
     def schedule(self, built: Built) -> Schedule:
-        return schedule_of(self.draft, self.known, built)
+        """What was built, micro-batches by their numbers."""
+        found = schedule_of(self.draft, self.known, built)
+        ranks = (tuple(a._replace(microbatch=self.numbers[a.microbatch]) for a in order) for order in found.ranks)
+        return Schedule(found.stages, tuple(ranks))
 
 
-def best(starts: Iterable[tuple[Problem, Built]], tries: int) -> tuple[Problem, Built]:
-    """The shortest of some orders and of what improves the best few of them; the first one of equals.
+def shortest(
+    starts: Iterable[tuple[Problem, Built]], best: tuple[Problem, Built] | None = None
+) -> tuple[Problem, Built]:
+    """The first of the shortest of some orders. Problems must measure time in one unit."""
+    for problem, built in starts:
+        if best is None or built.makespan < best[1].makespan:
+            best = problem, built
+    if best is None:
+        raise ValueError("no orders to begin with")
+    return best
 
-    The problems must measure time in one unit. `tries`: runs against the clock that improve one; 0 chooses.
-    """
-    ranked = sorted(starts, key=lambda start: start[1].makespan)
-    distinct = [
-        next(group) for _, group in itertools.groupby(ranked, key=lambda start: (start[1].makespan, id(start[0])))
-    ]
-    found = []
-    for problem, built in distinct[:BEST]:
-        found.append((problem, improve(problem.known, built, problem.cap, tries or _tries(problem))))
-    return min(found, key=lambda each: each[1].makespan)
+
+def improved(problem: Problem, built: Built, tries: int) -> tuple[Problem, Built]:
+    """What so many runs against the clock make of it; 0 chooses how many."""
+    return problem, improve(problem.known, built, problem.cap, tries or _tries(problem))
 
 
 def _tries(problem: Problem) -> int:

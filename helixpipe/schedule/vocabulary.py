@@ -38,8 +38,10 @@ MORE = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Forwards that are tried in the warm-up beyond the family's own."""
 DELAY = 0.5
 """What a message is taken to be on its way, in forwards of a stage: found with the links of accelerators (see benchmarks)."""
-GAIN = 0.002
-"""What a try must save of the step; each keeps more activations."""
+GAIN = 0.0005
+"""What a try must save of the step, to be one."""
+PAYS = 0.1
+"""What more forwards ahead must save of the step, for each share by which a rank keeps more of them."""
 VAIN = 2
 """Tries in a row that save nothing, after which there is no other."""
 
@@ -49,8 +51,25 @@ def spread(schedule: Schedule, prices: Prices = unit_durations) -> Schedule:
     draft, paced = with_shards(schedule)
     costs = prices(draft)
     known = graph(draft, costs, delay(draft, costs, len(schedule.stages)), paced)
-    *_, soonest = deeper(known, schedule.ranks, lambda built: True)  # the family's own order can always be run
-    return schedule_of(draft, known, soonest)
+    tries = deeper(known, schedule.ranks, lambda built: True)
+    best = next(tries)  # the family's own order can always be run
+    for built in tries:
+        more = _kept(known, built, len(schedule.stages)) / _kept(known, best, len(schedule.stages)) - 1
+        best = built if 1 - built.makespan / best.makespan >= PAYS * more else best
+    return schedule_of(draft, known, best)
+
+
+def _kept(known: Graph, built: Built, own: int) -> int:
+    """The most forwards of the first `own` stages that a rank keeps at one time."""
+    most = 0
+    for order in built.orders:
+        live = 0
+        for i in order:
+            stage, kind, *_ = known.actions[i]
+            if stage < own:
+                live += 1 if kind is Pass.F else -(kind in (Pass.B, Pass.W))
+                most = max(most, live)
+    return most
 
 
 def delay(

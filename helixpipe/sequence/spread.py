@@ -87,7 +87,7 @@ def _visit(
     """Attend to the block that is here, and to those that come around these rings."""
     if not rings:
         k, v = map(heads, block)
-        attend_tiles(merged, q, k, v, plan.tiles(steps), plan.rule.softcap, plan.rule.scale)
+        attend_tiles(merged, q, k, v, plan.tiles(steps), plan.rule.scores)
         return
     ring, *inner = rings
     count = plan.steps(ring, steps)
@@ -133,7 +133,7 @@ class _Backward:
         return own
 
     def _differentiate(self, steps: tuple[int, ...], k: Tensor, v: Tensor) -> list[Tensor]:
-        dk, dv, rule = Total(k), Total(v), self.plan.rule
+        dk, dv = Total(k), Total(v)
         wide = torch.promote_types(k.dtype, torch.float32)
         differentiate_tiles(
             self.dq,
@@ -146,8 +146,7 @@ class _Backward:
             self.out,
             self.lse,
             self.plan.tiles(steps),
-            rule.softcap,
-            rule.scale,
+            self.plan.rule.scores,
         )
         return [heads(total.result()).to(wide) for total in (dk, dv)]
 

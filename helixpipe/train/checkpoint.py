@@ -36,6 +36,7 @@ from helixpipe.errors import CheckpointError, RankError
 from helixpipe.runtime.watch import starting
 from helixpipe.train import manifest as manifests
 from helixpipe.train.manifest import FileSeal, Manifest
+from helixpipe.train.optimizer import UPDATES
 from helixpipe.train.sliced import under_whole_names
 
 T = TypeVar("T")
@@ -221,7 +222,10 @@ def _read(checkpoint: Path, state: dict[str, Tensor]) -> None:
     # without collectives: ranks need not ask for the same names
     with quiet():
         try:
-            load(under_whole_names(state), storage_reader=FileSystemReader(checkpoint), no_dist=True)
+            reader = FileSystemReader(checkpoint)
+            there, whole = reader.read_metadata().state_dict_metadata, under_whole_names(state)
+            whole = {name: tensor for name, tensor in whole.items() if name in there or not name.startswith(UPDATES)}
+            load(whole, storage_reader=reader, no_dist=True)
         except CheckpointException as error:
             _, cause = _first(error)
             raise CheckpointError(f"{checkpoint}: {' '.join(str(cause).split())}") from None

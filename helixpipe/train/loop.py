@@ -61,6 +61,7 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None, stop: Stop) ->
         before = read_manifest(job.checkpoint)
         used, skipping = Usage.from_table(before.read), Skipping(settings, before.skipped)
         checkpoints.load(job.checkpoint, optimizer.state(job.step - skipping.skipped))
+    pipeline.steps = job.step
 
     # what it costs
     model_flops, straggler, watch = ModelFlops(config.shape()), Straggler(), Stopwatch()
@@ -82,6 +83,8 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None, stop: Stop) ->
         Saver(checkpoints, config, device, log, pipeline.wait_for) as saver,
     ):
         log.reading(corpus.described())
+        if pipeline.attention:
+            log.reading(f"attention by {pipeline.attention}")
         if job.step == 0:
             with watch.on("evaluation_s"):
                 evaluate(pipeline, corpus, objective, settings.evaluate_sequences, log, step=0)
@@ -126,7 +129,7 @@ def train(job: Job, device: str, group: dist.ProcessGroup | None, stop: Stop) ->
                     evaluate(pipeline, corpus, objective, settings.evaluate_sequences, log, step)
             every = run.checkpoint_every and step % run.checkpoint_every == 0
             if run.saves and (last or asked or due or every):
-                state = optimizer.state(step - skipping.skipped)
+                state = optimizer.state()
                 with watch.on("checkpoint_s"):
                     saver.save(state, step, used.table(corpus.epochs(step)), skipping.skipped)
             if asked:

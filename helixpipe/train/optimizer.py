@@ -1,4 +1,4 @@
-"""AdamW with weight decay on matrices alone, and a learning rate that is a function of the step.
+"""AdamW with weight decay on matrices alone, and a learning rate that is a function of the step; torch's fused kernel.
 
 Frozen parameters and buffers are not updated, and are in the state all the same.
 """
@@ -15,6 +15,8 @@ from helixpipe.config import TrainConfig
 from helixpipe.runtime.shards import Shards
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+UPDATES = "updates."
+"""Before a parameter's name: how many updates it had, which corrects its moments. Checkpoints of old have none."""
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -66,7 +68,9 @@ class Optimizer:
             if params
         ]
         # a rank may own nothing when there are more ranks than blocks
-        self._adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas) if groups else None
+        self._adamw = (
+            torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True) if groups else None
+        )
 
     def step(self, step: int) -> float:
         """Apply the gradients of training step `step`; the learning rate it used."""
@@ -79,10 +83,11 @@ class Optimizer:
             self.shards.share()
         return rate
 
-    def state(self, updates: int) -> dict[str, Tensor]:
-        """This rank's weights, buffers and moments after so many updates, by names that know no placement.
+    def state(self, updates: int = 0) -> dict[str, Tensor]:
+        """This rank's weights, buffers and moments, and how often each was updated, by names that know no placement.
 
-        The tensors are the model's and the optimizer's own: filling them restores both.
+        The tensors are the model's and the optimizer's own: filling them restores both. `updates`: of a parameter that had
+        none here, where a checkpoint does not tell.
         """
         found = {f"model.{name}": buffer for name, buffer in self.buffers().items()}
         for name, parameter in self.parameters.items():
@@ -91,6 +96,7 @@ class Optimizer:
                 continue
             moments = self._moments(parameter, updates)
             found |= {f"optimizer.{name}.{key}": self.as_whole(name, moments[key]) for key in _MOMENTS}
+            found[f"{UPDATES}{name}"] = moments["step"]
         return found
 
     def _moments(self, parameter: nn.Parameter, updates: int) -> dict[str, Tensor]:
@@ -98,5 +104,6 @@ class Optimizer:
         moments: dict[str, Tensor] = self._adamw.state[parameter]
         for key in _MOMENTS:
             moments.setdefault(key, torch.zeros_like(parameter.data))
-        moments["step"] = torch.tensor(float(updates))
+        if "step" not in moments:
+            moments["step"] = torch.tensor(float(updates), device=parameter.device)
         return moments

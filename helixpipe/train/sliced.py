@@ -61,14 +61,17 @@ class _Pieces(Tensor):
 
 
 def under_whole_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, on the same memory: slices of one parameter, or of its moments, under one name."""
+    """The same tensors, on the same memory: slices of one parameter, or of its moments, under one name.
+
+    A single number is that of the whole: all slices were updated as often. A rank has one slice of a parameter.
+    """
     found: dict[str, Tensor] = {}
     pieces: dict[str, dict[int, Tensor]] = {}
     sizes: dict[str, torch.Size] = {}
     for name, tensor in state.items():
         mine = slice_of(name)
-        if mine is None:
-            found[name] = tensor
+        if mine is None or not tensor.dim():
+            found[name if mine is None else mine.name] = tensor
             continue
         pieces.setdefault(mine.name, {})[mine.start] = tensor
         sizes[mine.name] = torch.Size((mine.rows, *tensor.shape[1:]))

@@ -38,6 +38,8 @@ def make_pipeline(config: Config, device: str, checkpoint: Path | None) -> Pipel
             context_method=config.mesh.context_method,
             layout=config.mesh.layout,
             communicators=runtime.communicators,
+            compiled=runtime.compile,
+            attention=runtime.attention,
             arrange=config.build_schedule if config.schedule.balance == "work" else None,
         )
 

@@ -19,7 +19,9 @@ from helixpipe.parts.work import Work
 from helixpipe.schedule.families import FAMILIES
 
 WORDS, H = 11, 8
-AT_X = ("gpipe", "1f1b", "interleaved", "breadth_first", "zb_h1", "zb_h2", "zb_v", "v_half", "v_min", "dualpipe_v")
+AT_X = (
+    "gpipe", "1f1b", "interleaved", "breadth_first", "zb_h1", "zb_h2", "zb_v", "v_half", "v_min", "dualpipe_v", "constructed",
+)  # fmt: skip
 
 
 class Wide(nn.Module):

@@ -18,8 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import batch, plain_gradients
-from ranks import Ranks
-from test_gradients import mesh_of
+from ranks import Ranks, mesh_of
 from test_mesh import device_mesh
 from test_transformers import EXACT, GPT2_NAMES, Named, Truth, Wide, equal, hugging_face, with_random_values
 from torch import Tensor

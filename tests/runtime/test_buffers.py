@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 from oracle import batch
 from others import MLP, SIZES, Listing, Others, Plain, equal
-from ranks import Ranks
-from test_gradients import mesh_of
+from ranks import Ranks, mesh_of
 from test_mesh import device_mesh
 from torch import Tensor, nn
 

@@ -8,8 +8,7 @@ import itertools
 import pytest
 import torch
 from oracle import batch, plain_step
-from ranks import Ranks
-from test_gradients import mesh_of
+from ranks import Ranks, mesh_of
 from torch import Tensor, nn
 
 import helixpipe as hp

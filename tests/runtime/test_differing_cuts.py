@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import batch, plain_step
-from ranks import Ranks
-from test_gradients import mesh_of
+from ranks import Ranks, mesh_of
 from test_odd_cuts import SHAPE, holds
 
 from helixpipe.errors import ConfigError

@@ -12,9 +12,8 @@ import pytest
 import torch
 from oracle import batch
 from packing import LENGTH, PACKINGS, SEGMENTS, assert_equal, packed_step
-from ranks import Ranks
+from ranks import Ranks, mesh_of
 from test_family_gradients import PER_RANK, RECOMPUTE
-from test_gradients import mesh_of
 from test_mesh import Found, assembled, device_mesh, sized
 
 import helixpipe as hp

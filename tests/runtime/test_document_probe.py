@@ -9,9 +9,8 @@ import pytest
 import torch
 from oracle import batch
 from packing import LENGTH, PACKINGS, SEGMENTS
-from ranks import Ranks
+from ranks import Ranks, mesh_of
 from test_document_gradients import Case
-from test_gradients import mesh_of
 from test_mesh import device_mesh, sized
 
 import helixpipe as hp

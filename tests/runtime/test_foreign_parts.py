@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import batch
-from ranks import Ranks
-from test_gradients import mesh_of
+from ranks import Ranks, mesh_of
 from torch import Tensor, nn
 
 import helixpipe as hp

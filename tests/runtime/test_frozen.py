@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from oracle import batch
-from ranks import Ranks
-from test_gradients import mesh_of
+from ranks import Ranks, mesh_of
 
 import helixpipe as hp
 from helixpipe.config import TrainConfig

@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from oracle import batch, plain_step
-from ranks import Ranks
-from torch.distributed.device_mesh import DeviceMesh
+from ranks import Ranks, mesh_of
 
 from helixpipe.model.decoder import Decoder
 from helixpipe.parts.shape import ModelShape
@@ -38,19 +36,6 @@ class Case:
         words = [self.family, f"p{self.ranks}", f"m{self.microbatches}", self.recompute, f"chunk{self.chunk}"]
         words += [f"{k}={v}" for k, v in {**self.options, **self.shape}.items()]
         return "-".join(words)
-
-
-_meshes: dict[int, DeviceMesh] = {}  # in a worker: made once, since every rank must make each group
-
-
-def mesh_of(ranks: int) -> DeviceMesh | None:
-    """On a rank of the four: the mesh of the first `ranks`; None on the others."""
-    if not _meshes:
-        for p in range(1, dist.get_world_size() + 1):
-            group = dist.new_group(list(range(p)))
-            if dist.get_rank() < p:
-                _meshes[p] = DeviceMesh.from_group(group, "cpu", mesh=list(range(p)), mesh_dim_names=("pp",))
-    return _meshes.get(ranks)
 
 
 def run_case(case: Case) -> tuple[float, dict[str, torch.Tensor]] | None:

@@ -13,8 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import batch, plain_step
-from ranks import Ranks
-from test_gradients import mesh_of
+from ranks import Ranks, mesh_of
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (

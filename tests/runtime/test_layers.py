@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import Ranks
-from test_gradients import mesh_of
+from ranks import Ranks, mesh_of
 from torch import Tensor, nn
 
 import helixpipe as hp
@@ -24,7 +23,9 @@ from helixpipe.schedule.families import FAMILIES, options
 
 WORDS, HIDDEN, LENGTH = 19, 16, 12
 RECOMPUTE = ("none", "full", "selective")
-AT_X = ("gpipe", "1f1b", "interleaved", "breadth_first", "zb_h1", "zb_h2", "zb_v", "v_half", "v_min", "dualpipe_v")
+AT_X = (
+    "gpipe", "1f1b", "interleaved", "breadth_first", "zb_h1", "zb_h2", "zb_v", "v_half", "v_min", "dualpipe_v", "constructed",
+)  # fmt: skip
 PER_RANK = {"zb_v": 2, "v_half": 2, "v_min": 2, "dualpipe_v": 2, "interleaved": 2, "breadth_first": 2}
 
 
@@ -225,6 +226,7 @@ def test_predicted_bytes_are_those_measured(four_ranks: Ranks, name: str, recomp
 def test_the_cases_cover_every_family_model_and_policy() -> None:
     cases = covering()
     assert {case.family for case in cases} == set(AT_X)
-    assert {family for family in FAMILIES if not {"segments", "travel"} & set(options(family))} == set(AT_X)
+    whole = {family for family in FAMILIES if not {"segments", "travel"} & set(options(family))}
+    assert whole | {"constructed"} == set(AT_X), "which has segments where it is asked for some"
     assert {(case.family, case.ranks) for case in cases} >= set(itertools.product(AT_X, (1, 2, 3)))
     assert {(case.model, case.recompute) for case in cases} == set(itertools.product(MAKERS, RECOMPUTE))

@@ -11,8 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import batch, plain_logits
-from ranks import Ranks
-from test_gradients import mesh_of
+from ranks import Ranks, mesh_of
 from test_memory import most
 from test_mesh import device_mesh
 from test_transformers import EXACT, Named, Truth, equal

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from coverings import covering, pairs
 from oracle import batch, plain_step
 from others import MLP, SIZES, Listing, Others, Plain, equal
-from ranks import Ranks
-from test_gradients import mesh_of
+from ranks import Ranks, mesh_of
 from test_mesh import device_mesh
 from torch import Tensor, nn
 

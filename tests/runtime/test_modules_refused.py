@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from oracle import batch
 from others import MLP, SIZES, Listing, Others
-from ranks import Ranks
-from test_gradients import mesh_of
+from ranks import Ranks, mesh_of
 from torch import Tensor, nn
 
 import helixpipe as hp

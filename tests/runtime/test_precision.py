@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import batch, plain_step
-from ranks import Ranks
-from test_gradients import mesh_of
+from ranks import Ranks, mesh_of
 
 from helixpipe.model.decoder import Decoder
 from helixpipe.parts.shape import ModelShape

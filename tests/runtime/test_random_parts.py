@@ -13,8 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import batch
-from ranks import Ranks
-from test_gradients import mesh_of
+from ranks import Ranks, mesh_of
 from torch import Tensor, nn
 
 import helixpipe as hp

@@ -17,8 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import batch
-from ranks import Ranks
-from test_gradients import mesh_of
+from ranks import Ranks, mesh_of
 from test_mesh import Found, assembled, device_mesh, sized
 from test_transformers import EXACT, FLOAT32, Named, Truth, equal, hugging_face, ours, with_random_values
 from values import Given

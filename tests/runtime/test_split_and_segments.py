@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import batch, plain_attention, plain_step
-from ranks import Ranks
-from test_gradients import mesh_of
+from ranks import Ranks, mesh_of
 
 from helixpipe.errors import ConfigError
 from helixpipe.model.decoder import Decoder

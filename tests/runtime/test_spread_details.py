@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 from oracle import batch
-from ranks import Ranks
+from ranks import Ranks, mesh_of
 from spreading import spread
-from test_gradients import mesh_of
 from test_spread_vocabulary import check_gradients, joined
 from torch import Tensor, nn
 

@@ -11,9 +11,8 @@ import pytest
 import torch
 from coverings import covering
 from oracle import batch, plain_step
-from ranks import Ranks
+from ranks import Ranks, mesh_of
 from spreading import spread
-from test_gradients import mesh_of
 
 from helixpipe.model.decoder import Decoder
 from helixpipe.parts.shape import ModelShape

@@ -19,8 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import batch, plain_gradients
-from ranks import Ranks
-from test_gradients import mesh_of
+from ranks import Ranks, mesh_of
 from torch import Tensor
 from values import Given, initial_values
 from wide import Wide

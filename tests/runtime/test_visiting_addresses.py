@@ -8,8 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import batch
-from ranks import Ranks
-from test_gradients import mesh_of
+from ranks import Ranks, mesh_of
 
 import helixpipe as hp
 

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from oracle import batch
-from ranks import Ranks
-from test_gradients import mesh_of
+from ranks import Ranks, mesh_of
 from torch import nn
 
 from helixpipe.model.decoder import Decoder

@@ -15,8 +15,7 @@ import pytest
 import torch
 from coverings import covering, pairs
 from oracle import batch, plain_step
-from ranks import Ranks
-from test_gradients import mesh_of
+from ranks import Ranks, mesh_of
 
 from helixpipe.model import merging
 from helixpipe.model.attention import KeyValues

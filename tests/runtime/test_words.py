@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 from oracle import batch, plain_step
 from others import SIZES, Listing, Others
-from ranks import Ranks
+from ranks import Ranks, mesh_of
 from test_exchanges import Collectives
-from test_gradients import mesh_of
 from test_mesh import device_mesh, sized
 from torch import Tensor, nn
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from helixpipe.config import TrainConfig
+from helixpipe.config import Config, TrainConfig
+from helixpipe.train.checkpoint import Checkpoints
 from helixpipe.train.optimizer import Optimizer, learning_rate
 
 CONFIG = TrainConfig(steps=20, warmup_steps=4, learning_rate=1.0, min_learning_rate=0.1)
@@ -105,8 +107,72 @@ def test_state_names_know_no_placement() -> None:
     assert sorted(Optimizer(_parameters(), CONFIG).state(0)) == [
         "model.matrix", "model.vector",
         "optimizer.matrix.exp_avg", "optimizer.matrix.exp_avg_sq",
-        "optimizer.vector.exp_avg", "optimizer.vector.exp_avg_sq",
+        "optimizer.vector.exp_avg", "optimizer.vector.exp_avg_sq", "updates.matrix", "updates.vector",
     ]  # fmt: skip
+
+
+def _sparse(parameters: dict[str, nn.Parameter], optimizer: Optimizer, step: int) -> None:
+    """The vector has a gradient at every third step alone."""
+    generator = torch.Generator().manual_seed(step + 1)
+    for name, parameter in parameters.items():
+        gradient = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = gradient if name == "matrix" or step % 3 == 1 else None
+    optimizer.step(step)
+
+
+@pytest.mark.parametrize("first", [1, 3, 4])
+def test_saving_leaves_the_count_of_updates_of_a_parameter_that_lacked_a_gradient(first: int) -> None:
+    """Guards against a save that set it to that of all, which changed the run's own next update."""
+    straight = _parameters()
+    optimizer = Optimizer(straight, CONFIG)
+    for step in range(9):
+        _sparse(straight, optimizer, step)
+
+    saved = _parameters()
+    optimizer = Optimizer(saved, CONFIG)
+    for step in range(first):
+        _sparse(saved, optimizer, step)
+    state = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+    for step in range(first, 9):
+        _sparse(saved, optimizer, step)
+
+    resumed = {name: nn.Parameter(torch.zeros_like(p)) for name, p in _parameters().items()}
+    optimizer = Optimizer(resumed, CONFIG)
+    for name, tensor in optimizer.state(first).items():
+        tensor.copy_(state[name])
+    for step in range(first, 9):
+        _sparse(resumed, optimizer, step)
+    for name, parameter in straight.items():
+        assert torch.equal(saved[name], parameter), name
+        assert torch.equal(resumed[name], parameter), name
+
+
+def test_a_checkpoint_without_counts_gives_every_parameter_that_of_all(tmp_path: Path) -> None:
+    """As checkpoints were once."""
+    optimizer = Optimizer(_parameters(), CONFIG)
+    old = {name: tensor for name, tensor in optimizer.state().items() if not name.startswith("updates.")}
+    path = Checkpoints(tmp_path, 1, None).save(old, 5, Config())
+    restored = Optimizer(_parameters(), CONFIG)
+    state = restored.state(5)
+    Checkpoints(tmp_path, 1, None).load(path, state)
+    assert [float(state[f"updates.{name}"]) for name in ("matrix", "vector")] == [5.0, 5.0]
+
+
+def test_the_update_is_adamw_s() -> None:
+    """Torch's own, one parameter after the other, to rounding."""
+    mine, theirs = _parameters(), _parameters()
+    optimizer = Optimizer(mine, CONFIG)
+    groups = [{"params": [theirs["matrix"]], "weight_decay": CONFIG.weight_decay}, {"params": [theirs["vector"]]}]
+    plain = torch.optim.AdamW(groups, betas=CONFIG.betas, weight_decay=0.0, foreach=False, fused=False)
+    for step in range(5):
+        _step(mine, optimizer, step)
+        for name, parameter in theirs.items():
+            parameter.grad = mine[name].grad
+        for group in plain.param_groups:
+            group["lr"] = learning_rate(CONFIG, step)
+        plain.step()
+    for name, parameter in mine.items():
+        assert torch.allclose(parameter, theirs[name], rtol=1e-6, atol=1e-7), name
 
 
 def test_a_rank_that_owns_nothing_steps_too() -> None:

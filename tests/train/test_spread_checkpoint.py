@@ -10,9 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import batch
-from ranks import Ranks
+from ranks import Ranks, mesh_of
 from spreading import spread
-from test_gradients import mesh_of
 from test_mesh_checkpoint import device_mesh
 
 from helixpipe.config import Config
@@ -103,7 +102,10 @@ def joined(states: list[State]) -> State:
     found = {name: tensor for name, tensor in every.items() if slice_of(name) is None}
     slices = sorted((mine, name) for name in every if (mine := slice_of(name)) is not None)
     for name, each in itertools.groupby(slices, key=lambda pair: pair[0].name):
-        found[name] = torch.cat([every[full] for _, full in each])
+        pieces = [every[full] for _, full in each]
+        if not pieces[0].dim():  # how often it was updated
+            assert len({piece.item() for piece in pieces}) == 1
+        found[name] = torch.cat(pieces) if pieces[0].dim() else pieces[0]
     return found
 
 

@@ -26,27 +26,20 @@ import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 from helixpipe.errors import ConfigError
-from helixpipe.schedule.action import BACKWARD, Action, Pass
+from helixpipe.schedule.action import Action, Pass
+from helixpipe.schedule.construct import Built
 from helixpipe.schedule.durations import unit_durations
-from helixpipe.schedule.families.breadth_first import breadth_first
+from helixpipe.schedule.families.beginnings import modes, ranks_of_stages, wishes
 from helixpipe.schedule.families.cut_by_cost import cut_by_cost
-from helixpipe.schedule.families.dualpipe_v import dualpipe_v
-from helixpipe.schedule.families.looped import interleave
-from helixpipe.schedule.families.seq1f1b import seq1f1b
-from helixpipe.schedule.families.seq1f1b_zb import seq1f1b_zb
+from helixpipe.schedule.families.looped import check_filled
 from helixpipe.schedule.families.split import cut_layers
-from helixpipe.schedule.families.terapipe import terapipe
 from helixpipe.schedule.families.units import check_segments
-from helixpipe.schedule.families.v_half import v_half
-from helixpipe.schedule.families.v_min import v_min
-from helixpipe.schedule.families.zb_h2 import zb_h2
-from helixpipe.schedule.families.zb_v import zb_v
-from helixpipe.schedule.problem import Kept, Orders, Problem, best
+from helixpipe.schedule.problem import Kept, Orders, Problem, improved, shortest
 from helixpipe.schedule.schedule import Schedule
-from helixpipe.schedule.stage import Stage
 from helixpipe.schedule.vocabulary import DELAY, Prices
 
-PLACEMENTS = ("looped", "v", "line")
+UNLIKE = 0.01
+"""Micro-batches whose costs are within this share of one another are taken as they are numbered."""
 MEMORY = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(GiB)?")
 
 
@@ -73,94 +66,71 @@ def constructed(
     leaves on a rank; p times when not given, as 1F1B. `tries`: runs against the clock that improve an order; 0 chooses.
     `delay`: what a message is taken to be on its way, in forwards of a stage: with some an order bears messages that are late.
     `prices`: of a schedule, what its actions take. `opaque`: see gpipe. `ends`: see split_layers.
+
+    Layers that differ are cut by `layer_costs`; where a rank could not keep its stages so, into as many each.
     """
     check_segments(segments, opaque)
     if not 0 <= delay < math.inf or tries < 0:
         raise ConfigError(f"schedule.delay, schedule.tries: {delay:g} and {tries}; give none below 0")
-    of_stage = _ranks_of_stages(placement, ranks, stages_per_rank)
+    of_stage = ranks_of_stages(placement, ranks, stages_per_rank)
+    check_filled(ranks, layers, stages_per_rank, ends)
     by_cost = cut_by_cost(layer_costs or (1.0,) * layers, ends, of_stage)
-    stages = cut_layers(layers, layers_per_stage or by_cost, len(of_stage), opaque)
-    starts, unit = [], 0.0
-    for actions, named in _modes(placement, ranks, microbatches, segments, stages_per_rank, stages):
-        problem = Problem.of(Schedule(stages, actions), vocabulary, prices, delay, unit)
+    by_number = [layers * (s + 1) // len(of_stage) - layers * s // len(of_stage) for s in range(len(of_stage))]
+    missed: list[ConfigError] = []
+    for counts in [layers_per_stage] if layers_per_stage else [by_cost, by_number]:
+        stages = cut_layers(layers, counts, len(of_stage), opaque)
+        found: list[tuple[Problem, Built]] = []
+        for actions, named in modes(placement, ranks, microbatches, segments, stages_per_rank, stages):
+            draft, unit = Schedule(stages, actions), found[0][0].known.unit if found else 0.0
+            try:
+                problems = _problems(draft, vocabulary, prices, delay, unit, memory, kept)
+            except ConfigError as error:  # what waits for a W may be more than what waits for a B
+                missed.append(error)
+                continue
+            wished = list(wishes(actions, ranks, segments))
+            found.append(improved(*shortest(_begun(problems, named, wished)), tries))
+        if found:
+            problem, built = shortest(found)
+            return problem.schedule(built)
+    raise missed[0]
+
+
+def _problems(
+    draft: Schedule, vocabulary: str, prices: Prices, delay: float, unit: float, memory: str, kept: Kept | None
+) -> list[Problem]:
+    """One for each order in which micro-batches may be taken. Raises ConfigError where the memory holds none."""
+    found: list[Problem] = []
+    for numbers in _numbers(draft, prices):
+        problem = Problem.of(draft, vocabulary, prices, delay, numbers, unit)
         unit = problem.known.unit
-        problem = _capped(problem, memory, kept)
-        starts += [(problem, built) for order in named for built in problem.begun(order)]
-        starts += [(problem, built) for wish in _wishes(actions, ranks, segments) for built in problem.preferred(wish)]
-    problem, built = best(starts, tries)
-    return problem.schedule(built)
+        found.append(_capped(problem, memory, kept))
+    return found
 
 
-def _ranks_of_stages(placement: str, ranks: int, stages_per_rank: int) -> tuple[int, ...]:
-    if placement not in PLACEMENTS:
-        raise ConfigError(f"schedule.placement: '{placement}' is not known; known: {', '.join(PLACEMENTS)}")
-    if stages_per_rank < 1:
-        raise ConfigError(f"schedule.stages_per_rank: {stages_per_rank}; give at least 1")
-    if placement == "line" and stages_per_rank > 1:
-        raise ConfigError(
-            f"schedule.stages_per_rank: {stages_per_rank}, and in a line each rank has one; give 1, or another schedule.placement"
-        )
-    there, back = range(ranks), range(ranks - 1, -1, -1)
-    return tuple(r for turn in range(stages_per_rank) for r in (back if placement == "v" and turn % 2 else there))
+def _begun(
+    problems: Sequence[Problem], named: Sequence[Orders], wished: Sequence[Orders]
+) -> Iterator[tuple[Problem, Built]]:
+    """All orders to begin with."""
+    for problem in problems:
+        for order in named:
+            yield from ((problem, built) for built in problem.begun(order))
+        for wish in wished:
+            yield from ((problem, built) for built in problem.preferred(wish))
 
 
-def _modes(
-    placement: str, ranks: int, microbatches: int, segments: int, stages_per_rank: int, stages: tuple[Stage, ...]
-) -> Iterator[tuple[tuple[tuple[Action, ...], ...], list[Orders]]]:
-    """Each rank's actions, and the orders of named families that are of these: with whole backwards, split ones, and DualPipeV's mix."""
-    whole: list[Orders] = []
-    split: list[Orders] = []
-    if placement == "v" and stages_per_rank > 1:
-        if stages_per_rank == 2 and segments == 1:
-            split += [family(ranks, 2 * ranks, microbatches).ranks for family in (zb_v, v_half, v_min)]
-    else:
-        whole.append(interleave(ranks, microbatches, segments, stages, 0).ranks)
-        if segments == 1:
-            whole.append(breadth_first(ranks, len(stages), microbatches, stages_per_rank).ranks)
-    if stages_per_rank == 1:
-        whole += [family(ranks, ranks, microbatches, segments).ranks for family in (seq1f1b, terapipe)]
-        split.append(seq1f1b_zb(ranks, ranks, microbatches, segments).ranks)
-        split += [zb_h2(ranks, ranks, microbatches).ranks] if segments == 1 else []
-    of_rank = [
-        [s for s, r in enumerate(_ranks_of_stages(placement, ranks, stages_per_rank)) if r == rank]
-        for rank in range(ranks)
-    ]
-    for passes, named in (((Pass.F, Pass.B), whole), ((Pass.F, Pass.I, Pass.W), split)):
-        actions = tuple(
-            tuple(
-                Action(stage, kind, mb, segment)
-                for kind in passes
-                for stage in own
-                for mb in range(microbatches)
-                for segment in range(segments)
-            )
-            for own in of_rank
-        )
-        yield actions, named
-    if placement == "v" and stages_per_rank == 2 and segments == 1 and microbatches >= 2 * ranks:
-        mixed = dualpipe_v(ranks, 2 * ranks, microbatches).ranks
-        yield mixed, [mixed]
-
-
-def _wishes(actions: Orders, ranks: int, segments: int) -> Iterator[Orders]:
-    """Preferences: backwards first, W's last; of forwards the first units, or groups of as many units as feed all ranks."""
-    group = max(1, -(-ranks // segments))
-
-    def backward(action: Action) -> tuple[int, ...]:
-        return (0 if action.kind in BACKWARD else 2, action.microbatch, -action.stage, -action.segment)
-
-    def first_units(action: Action) -> tuple[int, ...]:
-        if action.kind is Pass.F:
-            return (1, action.microbatch, action.segment, -action.stage)
-        return backward(action)
-
-    def groups(action: Action) -> tuple[int, ...]:
-        if action.kind is Pass.F:
-            return (1, action.microbatch // group, action.stage, action.microbatch, action.segment)
-        return backward(action)
-
-    for key in (first_units, groups):
-        yield [sorted(own, key=key) for own in actions]
+def _numbers(draft: Schedule, prices: Prices) -> list[tuple[int, ...]]:
+    """Orders in which micro-batches may be taken: as they are numbered and, where they cost unlike, by that, up, down, and the
+    cheap ones first and last."""
+    takes, count = prices(draft), draft.microbatches
+    costs = [0.0] * count
+    for order in draft.ranks:
+        for action in order:
+            costs[action.microbatch] += takes(action)
+    as_numbered = tuple(range(count))
+    if max(costs) <= min(costs) * (1 + UNLIKE):
+        return [as_numbered]
+    up = tuple(sorted(as_numbered, key=costs.__getitem__))
+    return list(dict.fromkeys((as_numbered, up, up[::-1], (*up[::2], *up[1::2][::-1]))))
 
 
 def _capped(problem: Problem, memory: str, kept: Kept | None) -> Problem:

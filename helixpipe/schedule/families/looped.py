@@ -28,6 +28,12 @@ def looped(
     ranks: int, layers: int, stages_per_rank: int, opaque: Collection[int] = (), ends: Sequence[float] = (0, 0)
 ) -> tuple[Stage, ...]:
     """The v*p stages; raises ConfigError where layers cannot fill them."""
+    check_filled(ranks, layers, stages_per_rank, ends)
+    return split_layers(layers, ranks, opaque, ends, stages_per_rank)
+
+
+def check_filled(ranks: int, layers: int, stages_per_rank: int, ends: Sequence[float]) -> None:
+    """Raise ConfigError where layers fill the ranks with fewer stages each, but not with so many."""
     if stages_per_rank < 1:
         raise ConfigError(f"schedule.stages_per_rank: {stages_per_rank}; give at least 1")
     most = most_stages(layers, ends)
@@ -36,7 +42,6 @@ def looped(
             f"schedule.stages_per_rank: {layers} layers cannot fill {ranks} ranks of {stages_per_rank} stages each; "
             f"use at most {most // ranks}"
         )
-    return split_layers(layers, ranks, opaque, ends, stages_per_rank)
 
 
 def interleave(ranks: int, microbatches: int, segments: int, stages: tuple[Stage, ...], group: int) -> Schedule:
