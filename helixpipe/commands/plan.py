@@ -21,6 +21,7 @@ from helixpipe.commands.setting import (
     as_flags,
     duration,
     gibibytes,
+    holding_told,
     setting_from,
 )
 from helixpipe.config_data import DataConfig
@@ -29,8 +30,9 @@ from helixpipe.files import json_text, write_text
 from helixpipe.flags import Parser, amount, decimal, flag, number
 from helixpipe.parts.work import Lengths
 from helixpipe.predict.estimate import Setting
+from helixpipe.predict.holding import holding
 from helixpipe.predict.layouts import Layout
-from helixpipe.predict.plan import Choice, Plan
+from helixpipe.predict.plan import Choice, Plan, estimate_candidate
 from helixpipe.predict.plan import plan as search
 from helixpipe.view.front import picture
 
@@ -77,6 +79,7 @@ def plan(given: list[str]) -> int:
         print(json_text([_as_json(choice, setting) | ({"data": data} if data else {}) for choice in found.fits]))
     else:
         print("\n".join(_table(found, setting, args, taken_s, [] if read is None else _data_told(found, *read))))
+        print("\n".join(_held_back(found, setting, args)), end="")
     # an answer that is no pipeline is told above; it has no config
     if args.svg is not None:
         write_text(args.svg, picture(found, _title(args)))
@@ -195,6 +198,14 @@ def _table(
             f"{choice.bubble_ratio:>6.1%}  {gibibytes(choice.peak_bytes):>12}  {choice}"
         )
     return [*lines, "", "* no pipeline that fits is better in both time and memory", *_not_pipelines(found)]
+
+
+def _held_back(found: Plan, setting: Setting, args: argparse.Namespace) -> list[str]:
+    """What holds the best pipeline back, if anything; of sequences of one document."""
+    if not any(choice.is_pipeline for choice in found.fits):
+        return []
+    held = holding(estimate_candidate(setting, args.ranks, args.microbatches, found.best.candidate))
+    return [f"the first is held back by {holding_told(held)}", ""] if held else []
 
 
 def _data_told(found: Plan, data: DataConfig, seed: int, steps: int) -> list[str]:

@@ -34,7 +34,7 @@ def test_the_answer(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
     assert lines[2].startswith("attention: FlashAttention 2 0.34 of the peak forward and 0.33 backward")
     assert [line[:3] for line in lines if re.match(r" +\d+ ", line)] == ["  1", "  2", "  3"]
     text = " ".join(" ".join(lines).split())
-    assert re.search(r"\d+ layouts; \d+ schedules simulated in \d+ s, of all others none is faster", text)
+    assert re.search(r"\d+ layouts; \d+ schedules simulated in \d+ s, of named families no other is faster", text)
     assert "1,000,000,000 tokens: 122,071 steps, " in text
     assert " accelerator-hours " in text
     assert re.search(r"the fullest accelerator.*: weights .*, gradients .*, optimizer .*, kept .*, workspace ", text)
