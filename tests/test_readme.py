@@ -89,7 +89,10 @@ def test_the_plan_s_first_row_is_what_simulate_says_of_it(elsewhere: Path, capsy
 
 def test_plan_and_rehearse_run(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The plan of one family, and a rehearsal of a second."""
-    (plan,), (rehearse,) = asked("plan"), asked("rehearse")
+    (meshes, plan), (rehearse,) = asked("plan"), asked("rehearse")
+    one_mesh = "--families 1f1b --ranks 1 --dp 1 --cp 16 --tp 4 --optimizer sharded --processes 1"
+    assert main([*meshes, *one_mesh.split()]) == 0
+    assert "ring, optimizer sharded; no pipeline, recompute none" in " ".join(capsys.readouterr().out.split())
     assert main([*plan, "--families", "1f1b", "--processes", "1"]) == 0
     told = ["--data.path", "text.txt", "--data.held_out", "0", "--train.steps", "10", "--train.learning_rate", "1e-3"]
     (elsewhere / "text.txt").write_text("what a plan does not know " * 20000)

@@ -49,7 +49,9 @@ def plan_accelerators(args: argparse.Namespace) -> int:
         if not answer.rows:
             raise ConfigError(nothing_told(answer, asked))
     best = estimate_row(asked, answer.rows[0])
-    found = worth(best)
+    from helixpipe.train.model_flops import ModelFlops  # NumPy, which predictions need for nothing else
+
+    found = worth(best, ModelFlops(best.setting.shape).of_document(best.setting.sequence_length))
     if args.json:
         print(json_text(_as_json(answer, asked, found, taken_s)))
     else:

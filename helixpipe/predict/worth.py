@@ -46,8 +46,11 @@ class Worth:
         return tokens / self.tokens_per_s / 3600
 
 
-def worth(estimate: Estimate) -> Worth:
-    """Of a step priced. Utilisation is of the accelerator's peak; 0 where there is none (measured costs)."""
+def worth(estimate: Estimate, sequence_flops: float) -> Worth:
+    """Of a step priced. `sequence_flops`: the model's own of one sequence, forward and backward, as a run's log counts them.
+
+    Utilisation is of the accelerator's peak; 0 where there is none (measured costs).
+    """
     setting, ranks = estimate.setting, len(estimate.schedule.ranks)
     accelerators = ranks * setting.group * setting.data_parallel
     timeline = estimate.timeline
@@ -55,17 +58,10 @@ def worth(estimate: Estimate) -> Worth:
     point = max(timeline.memory[fullest], key=lambda each: each.activation_bytes)
     held = Bytes(*timeline.standing[fullest], *point[1:])
     peak = accelerators * setting.accelerator.rate(setting.keeping.element_bytes)
-    done = model_flops(setting) * setting.microbatch_size * estimate.schedule.microbatches * setting.data_parallel
+    done = sequence_flops * setting.microbatch_size * estimate.schedule.microbatches * setting.data_parallel
     used = 0.0 if setting.profile else done / (estimate.step_s * peak)
     tokens_per_s = estimate.tokens_per_s / accelerators
     return Worth(tokens_per_s, used, fullest, held, _seconds(estimate), holding(estimate))
-
-
-def model_flops(setting: Setting) -> float:
-    """Of one sequence, forward and backward, as a run's log counts them."""
-    from helixpipe.train.model_flops import ModelFlops  # NumPy, which predictions need for nothing else
-
-    return ModelFlops(setting.shape).of_document(setting.sequence_length)
 
 
 def _seconds(estimate: Estimate) -> dict[str, float]:

@@ -15,6 +15,7 @@ from helixpipe.commands.planned import launch_line, slurm_script
 ROOT = Path(__file__).parents[2]
 TINY = "--model tiny --sequence-length 1k --accelerators 4 --batch 8 --families 1f1b,seq1f1b --processes 1"
 H100 = f"{TINY} --hardware h100"
+ONE = "--ranks 1 --cp 1 --tp 1 --microbatch-size 1 --families 1f1b"
 
 
 def told(capsys: pytest.CaptureFixture[str], line: str) -> list[str]:
@@ -62,7 +63,7 @@ def test_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_no_machine_has_only_ratios(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = told(capsys, f"{TINY} --ranks 1")
+    lines = told(capsys, f"{TINY} {ONE}")
     assert any(line.startswith("hardware ideal is no machine: only ratios") for line in lines)
     assert not any(line.startswith("attention: ") for line in lines)
 
@@ -89,7 +90,7 @@ def test_the_config_trains_once_it_is_told_what_no_plan_knows(
     monkeypatch.chdir(tmp_path)
     asked = (
         "--model tiny --layers 3 --sequence-length 256 --accelerators 2 --batch-tokens 2k --hardware laptop-core "
-        "--processes 1 --cp 2 --config best.toml --slurm best.sbatch"
+        "--processes 1 --cp 2 --microbatch-size 1 --families 1f1b --config best.toml --slurm best.sbatch"
     )
     lines = told(capfd, asked)
     assert lines[-2:] == [
@@ -130,10 +131,10 @@ def test_what_starts_it() -> None:
 
 
 def test_numbers_as_people_write_them(capsys: pytest.CaptureFixture[str]) -> None:
-    plain = told(capsys, f"{TINY.replace('1k', '1024')} --ranks 1 --top 1")
-    assert told(capsys, f"{TINY} --ranks 1 --top 1")[0] == plain[0]
+    plain = told(capsys, f"{TINY.replace('1k', '1024')} {ONE}")
+    assert told(capsys, f"{TINY} {ONE}")[0] == plain[0]
     tokens = TINY.replace("--batch 8", "--batch-tokens 8k")
-    assert told(capsys, f"{tokens} --ranks 1 --top 1")[0] == plain[0]
+    assert told(capsys, f"{tokens} {ONE}")[0] == plain[0]
 
 
 @pytest.mark.parametrize(

@@ -46,13 +46,13 @@ def test_the_reasons_add_up_to_the_step(ranks: int, recompute: str) -> None:
         SETTING, tensor_parallel=2, tensor_link=named_link("nvlink"), keeping=Keeping(recompute, 2, device="cuda")
     )
     found = estimate_family(setting, "1f1b", ranks, 4)
-    told = worth(found)
+    sequence_flops = ModelFlops(LLAMA).of_document(8192)
+    told = worth(found, sequence_flops)
     assert sum(told.seconds.values()) == pytest.approx(found.step_s)
     assert min(told.seconds.values()) >= -1e-9
     assert (told.seconds["computed again"] > 0) == (recompute != "none")
     assert told.seconds["messages that nothing hides"] > 0
     assert told.seconds["sums of gradients"] == pytest.approx(found.reduction_s)
-    flops = ModelFlops(LLAMA).of_document(8192) * 8
-    assert told.model_flops_utilisation == pytest.approx(flops / (found.step_s * ranks * 2 * 2 * 989e12))
+    assert told.model_flops_utilisation == pytest.approx(8 * sequence_flops / (found.step_s * ranks * 2 * 2 * 989e12))
     assert sum(told.bytes) == found.peak_bytes
     assert told.accelerator_hours(3600 * told.tokens_per_s) == pytest.approx(1)
