@@ -32,7 +32,7 @@ SHAPE = ModelShape(layers=RANKS * PER_RANK, hidden=8, heads=1, ffn=8, vocabulary
 
 
 def measure(rank: int, timer: Callable[[], float] = time.thread_time) -> dict[str, float]:
-    """Milliseconds of one rank's step, by where they go; the least of some rounds."""
+    """Milliseconds of one rank's step, by where they go; of each the least of some rounds."""
     dist.init_process_group("fake", store=dist.HashStore(), rank=rank, world_size=RANKS)
     schedule = build_schedule(
         "interleaved", ranks=RANKS, layers=SHAPE.layers, microbatches=MICROBATCHES, stages_per_rank=PER_RANK
@@ -65,10 +65,14 @@ def measure(rank: int, timer: Callable[[], float] = time.thread_time) -> dict[st
             rounds.append(took | {"step": timer() - begun})
     pipeline.close()
     program = pipeline.last_program.ranks[rank]
-    found = min(rounds[1:], key=lambda each: each["step"])
     dist.destroy_process_group()
-    return {
-        "actions": sum(type(each).__name__ == "Run" for each in program), "instructions": len(program),
-        "start and end": (found["step"] - found["execute"]) * 1e3, "posts": found["posts"] * 1e3,
-        "loop": (found["execute"] - found["actions"] - found["posts"]) * 1e3, "in actions": found["actions"] * 1e3,
-    }  # fmt: skip
+    parts = [
+        {
+            "start and end": each["step"] - each["execute"], "posts": each["posts"],
+            "loop": each["execute"] - each["actions"] - each["posts"], "in actions": each["actions"],
+        }
+        for each in rounds[1:]
+    ]  # fmt: skip
+    least = {name: min(each[name] for each in parts) * 1e3 for name in parts[0]}
+    count = sum(type(each).__name__ == "Run" for each in program)
+    return {"actions": count, "instructions": len(program)} | least

@@ -83,6 +83,13 @@ def actions() -> None:
         print(f"  {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in each.items()))
 
 
+def alone() -> None:
+    from alone import measure
+
+    torch.set_num_threads(1)
+    print("microseconds: " + ", ".join(f"{key} {value:.0f}" for key, value in measure().items()))
+
+
 def between() -> None:
     from between import measure
 
@@ -99,7 +106,8 @@ def garbage() -> None:
 
 
 QUESTIONS: dict[str, Callable[[], None]] = {
-    "exchanges": exchanges, "messages": messages, "actions": actions, "between": between, "garbage": garbage,
+    "exchanges": exchanges, "messages": messages, "actions": actions, "alone": alone,
+    "between": between, "garbage": garbage,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -62,6 +62,7 @@ LAYOUTS = {
     "seq1f1b, segments": (2, "--schedule.family seq1f1b --schedule.ranks 2 --schedule.segments 2 --schedule.segment_multiple 16"),
 }  # fmt: skip
 PAUSE_S = 10.0
+CONNECT_S = 60.0  # a rank that starts and whose launcher is gone waits so long for its store
 MARK = "HELIXPIPE_CAMPAIGN"
 STOPPED = 75
 ATTEMPTS = 12
@@ -194,7 +195,7 @@ def attempt(
             break
         time.sleep(0.02)
     clock[0] += time.monotonic() - begun
-    patience = time.monotonic() + PAUSE_S + 30
+    patience = time.monotonic() + PAUSE_S + CONNECT_S + 30
     while (left := list(marked(mark))) and not faults and time.monotonic() < patience:
         time.sleep(0.1)
     if left and not faults:

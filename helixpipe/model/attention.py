@@ -23,12 +23,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from helixpipe.errors import ConfigError
+from helixpipe.model.function import Function, Holder, Saver, save, saved
 from helixpipe.model.kernels import Kernel, Scores
 from helixpipe.model.merging import ALL, Merged, Share, Total, attend_tiles, differentiate_tiles, heads
 from helixpipe.model.packed import Packed, packed_seen, packed_tail, packed_tiles
@@ -83,12 +84,6 @@ class KeptAttention:
     """[b, heads, s, d], in memory [b, s, heads, d]"""
     lse: Tensor | None = None
     """[b, heads, s], float32 or wider"""
-
-
-class Holder(Protocol):
-    """Something that keeps a tensor alive, and is counted for it."""
-
-    tensor: Tensor
 
 
 class Block(NamedTuple):
@@ -200,6 +195,7 @@ class AttentionState:
     """Whether nobody else reads q, k and v, now or later: their gradients may take their places."""
     batch: Batch | None = None
     """The micro-batch, whole, where its sequences hold several documents; None: each is one."""
+    saver: Saver | None = None
 
     @property
     def packed(self) -> Packed | None:
@@ -210,7 +206,7 @@ class AttentionState:
         return tail(tokens, window) if self.batch is None else packed_tail(self.batch, self.segment, window)
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     """On [b, s, heads, d]. `state` carries what is no gradient's business."""
 
     @staticmethod
@@ -229,13 +225,13 @@ class _Attention(torch.autograd.Function):
             out, lse = merged.result()
             if kept is not None:
                 kept.out, kept.lse = out, lse
-        ctx.save_for_backward(q, k, v, out, lse)
+        save(ctx, state.saver, q, k, v, out, lse)
         ctx.rule, ctx.state = rule, state
         return out.transpose(1, 2).flatten(2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        _held, (q, k, v, out, lse) = saved(ctx)
         rule, past, segment, packed = ctx.rule, ctx.state.key_values, ctx.state.segment, ctx.state.packed
         grad = heads(grad.unflatten(2, (q.shape[2], q.shape[3])))
         if ctx.state.in_place and past is None and (at_once := _at_once(k)) < k.shape[2]:
@@ -316,4 +312,4 @@ def _wide_alone(gradient: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rule: Rule, state: AttentionState) -> Tensor:
     """o, [b, s, heads * d], from all keys and values here."""
-    return _Attention.apply(q, k, v, rule, state)  # type: ignore[no-any-return,no-untyped-call]
+    return _Attention.apply(q, k, v, rule, state)  # type: ignore[no-any-return]

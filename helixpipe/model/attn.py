@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from helixpipe.model.attention import AttentionState, Rule, attend
+from helixpipe.model.function import Saver
 from helixpipe.model.recipe import Recipe
 
 
@@ -15,6 +16,8 @@ class Attention(nn.Module):
 
     attend: Callable[[Tensor, Tensor, Tensor, Rule, AttentionState], Tensor] = staticmethod(attend)
     """Another where a sequence is spread over ranks."""
+    queue: Saver | None = None
+    """What keeps tensors for its backward; None is autograd."""
 
     def __init__(self, causal: bool, window: int = 0, softcap: float = 0.0, scale: float = 0.0) -> None:
         """`window`: a token at i sees j where |i - j| < window; 0 is all. `softcap`: c of c * tanh(score / c), 0 is none.

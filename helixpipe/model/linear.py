@@ -24,20 +24,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helixpipe.model.activation import Activation
-from helixpipe.model.attention import Holder
+from helixpipe.model.function import Function, Holder, Saver, active, save, saved
 from helixpipe.parts.lora import Lora
 from helixpipe.parts.shape import ModelShape
 
 
 @dataclass
 class WeightQueue:
-    """Weight gradients put off: (parameter, x, grad), while it is open."""
+    """Weight gradients put off: (parameter, x, grad), while it is open. And who keeps what its layers read for them."""
 
     keep: Callable[[Tensor], Holder]
     collect: Callable[[nn.Parameter, Tensor, Tensor], None] | None = None
     """What adds a weight gradient, of (parameter, x, grad), where it belongs; None: autograd does."""
     open: bool = False
     waiting: list[tuple[nn.Parameter, Holder, Holder]] = field(default_factory=list)
+    save: Callable[[Tensor], Holder] = field(init=False)
+    """Of what a graph needs: `keep`, or what makes it again."""
+
+    def __post_init__(self) -> None:
+        self.save = self.keep
 
     def put(self, weight: nn.Parameter, x: Tensor, grad: Tensor) -> None:
         self.waiting.append((weight, self.keep(x), self.keep(grad)))
@@ -69,22 +74,28 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-class _Linear(torch.autograd.Function):
-    """activation(*inputs) [..., into] -> [..., out]"""
+class _Linear(Function):
+    """activation(*inputs) [..., into] -> [..., out]. `saver`: None is autograd."""
 
     @staticmethod
     def forward(
-        ctx: Any, linear: Linear, activation: Activation | None, weight: Tensor, bias: Tensor | None, *inputs: Tensor
+        ctx: Any,
+        linear: Linear,
+        activation: Activation | None,
+        saver: Saver | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        *inputs: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(weight, *(inputs if linear.keeps_input or activation is not None else ()))
-        ctx.linear, ctx.activation = linear, activation
+        save(ctx, saver, *(inputs if linear.keeps_input or activation is not None else ()))
+        ctx.linear, ctx.activation, ctx.weight = linear, activation, weight
         return _product(inputs[0] if activation is None else activation.forward(*inputs), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *inputs = ctx.saved_tensors
-        activation = ctx.activation
-        needs_dw, needs_db, *needs_dx = ctx.needs_input_grad[2:]
+        weight, activation = ctx.weight, ctx.activation
+        _held, inputs = saved(ctx)
+        needs_dw, needs_db, *needs_dx = ctx.needs_input_grad[3:]
         dw = None
         if needs_dw:  # what is activated goes before its gradient comes
             x = inputs[0] if activation is None else activation.forward(*inputs)
@@ -92,12 +103,12 @@ class _Linear(torch.autograd.Function):
             del x
         db = grad.flatten(0, -2).sum(0) if needs_db else None
         if not any(needs_dx):
-            return None, None, dw, db, *(None for _ in needs_dx)
+            return None, None, None, dw, db, *(None for _ in needs_dx)
         dx = grad @ weight
-        return None, None, dw, db, *((dx,) if activation is None else activation.backward(dx, *inputs))
+        return None, None, None, dw, db, *((dx,) if activation is None else activation.backward(dx, *inputs))
 
 
-class _Adapted(torch.autograd.Function):
+class _Adapted(Function):
     """The same with an adapter beside it: y += (scale * x down^T) up^T, down [rank, into] and up [out, rank]."""
 
     @staticmethod
@@ -105,6 +116,7 @@ class _Adapted(torch.autograd.Function):
         ctx: Any,
         linear: Linear,
         activation: Activation | None,
+        saver: Saver | None,
         weight: Tensor,
         bias: Tensor | None,
         down: Tensor,
@@ -116,15 +128,15 @@ class _Adapted(torch.autograd.Function):
         narrow = F.linear(x, down).mul_(linear.scale)
         del x
         y.view(-1, y.shape[-1]).addmm_(narrow.flatten(0, -2), up.mT)
-        ctx.save_for_backward(weight, down, up, narrow, *inputs)
-        ctx.linear, ctx.activation = linear, activation
+        save(ctx, saver, narrow, *inputs)
+        ctx.linear, ctx.activation, ctx.weights = linear, activation, (weight, down, up)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, down, up, narrow, *inputs = ctx.saved_tensors
+        (weight, down, up), (_held, (narrow, *inputs)) = ctx.weights, saved(ctx)
         linear, activation = ctx.linear, ctx.activation
-        needs_dw, needs_db, needs_down, needs_up, *needs_dx = ctx.needs_input_grad[2:]
+        needs_dw, needs_db, needs_down, needs_up, *needs_dx = ctx.needs_input_grad[3:]
         dnarrow = (grad @ up).mul_(linear.scale)
         dw = ddown = None
         if needs_dw or needs_down:  # what is activated goes before its gradient comes
@@ -135,10 +147,11 @@ class _Adapted(torch.autograd.Function):
         dup = _weight_gradient(linear.lora_b, narrow, grad) if needs_up else None
         db = grad.flatten(0, -2).sum(0) if needs_db else None
         if not any(needs_dx):
-            return None, None, dw, db, ddown, dup, *(None for _ in inputs)
+            return None, None, None, dw, db, ddown, dup, *(None for _ in inputs)
         dx = grad @ weight
         dx.view(-1, dx.shape[-1]).addmm_(dnarrow.flatten(0, -2), down)
-        return None, None, dw, db, ddown, dup, *((dx,) if activation is None else activation.backward(dx, *inputs))
+        of_inputs = (dx,) if activation is None else activation.backward(dx, *inputs)
+        return None, None, None, dw, db, ddown, dup, *of_inputs
 
 
 def _weight_gradient(linear: Linear, x: Tensor, grad: Tensor) -> Tensor | None:
@@ -192,10 +205,10 @@ class Linear(nn.Linear):
         inside = self.bias if self.scatter is None else None
         y: Tensor
         if self.lora_a is None or self.lora_b is None:
-            y = _Linear.apply(self, activation, self.weight, inside, *inputs)  # type: ignore[no-untyped-call]
+            y = _Linear.apply(self, activation, active(self.queue), self.weight, inside, *inputs)
         else:
             narrow = self.lora_a.weight, self.lora_b.weight
-            y = _Adapted.apply(self, activation, self.weight, inside, *narrow, *inputs)  # type: ignore[no-untyped-call]
+            y = _Adapted.apply(self, activation, active(self.queue), self.weight, inside, *narrow, *inputs)
         if self.scatter is None:
             return y
         return self.scatter(y) if self.bias is None else self.scatter(y) + self.bias

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from helixpipe.model.function import Function, Saver, active, save, saved
 from helixpipe.model.recipe import Recipe
 from helixpipe.parts.shape import ModelShape
 
@@ -23,6 +24,8 @@ class RMSNorm(nn.RMSNorm):
 
     maths: Maths
     """What it computes where torch has no kernel; may be compiled."""
+    queue: Saver | None = None
+    """What keeps tensors for its backward; None is autograd."""
 
     def __init__(self, size: int, eps: float, offset: bool = False) -> None:
         """`offset`: multiply by 1 + weight."""
@@ -33,7 +36,7 @@ class RMSNorm(nn.RMSNorm):
         if x.device.type == "cuda" and not self.offset:
             fused: Tensor = F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
             return fused
-        made: Tensor = _RMSNorm.apply(x, self.weight, self.eps, self.offset, self.maths)  # type: ignore[no-untyped-call]
+        made: Tensor = _RMSNorm.apply(x, self.weight, self.eps, self.offset, self.maths, active(self.queue))
         return made
 
 
@@ -44,22 +47,25 @@ class Maths(NamedTuple):
     backward: Callable[..., Any]
 
 
-class _RMSNorm(torch.autograd.Function):
+class _RMSNorm(Function):
     """x / rms(x) * weight, or with an offset * (1 + weight), computed in float32 or wider."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: bool, maths: Maths) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: bool, maths: Maths, saver: Saver | None
+    ) -> Tensor:
         made: Tensor
         made, scale = maths.forward(x, weight, eps, offset)
-        ctx.save_for_backward(x, weight, scale)
-        ctx.offset, ctx.maths = offset, maths
+        save(ctx, saver, x, scale)
+        ctx.weight, ctx.offset, ctx.maths = weight, offset, maths
         return made
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs_dx, needs_dweight, *_ = ctx.needs_input_grad
-        dx, dweight = ctx.maths.backward(grad, *ctx.saved_tensors, ctx.offset, needs_dx, needs_dweight)
-        return dx, dweight, None, None, None
+        _held, (x, scale) = saved(ctx)
+        dx, dweight = ctx.maths.backward(grad, x, ctx.weight, scale, ctx.offset, needs_dx, needs_dweight)
+        return dx, dweight, None, None, None, None
 
 
 def rms(x: Tensor, weight: Tensor, eps: float, offset: bool) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from helixpipe.model.function import Function
 from helixpipe.parts.rotary import Rotary
 from helixpipe.parts.shape import ModelShape
 
@@ -93,9 +94,9 @@ class Rope:
     def __call__(self, x: Tensor, start: Start, sequence_length: int = 0) -> Tensor:
         """Rotate x [b, s, heads, d]."""
         if isinstance(start, Positions):
-            return _RotateEach.apply(x, self, start, sequence_length)  # type: ignore[no-any-return,no-untyped-call]
+            return _RotateEach.apply(x, self, start, sequence_length)  # type: ignore[no-any-return]
         cos, sin = self.table(start, x.shape[1], x.device, x.dtype, sequence_length)
-        return _Rotate.apply(x, cos, sin, self.turned)  # type: ignore[no-any-return,no-untyped-call]
+        return _Rotate.apply(x, cos, sin, self.turned)  # type: ignore[no-any-return]
 
 
 class Ropes:
@@ -115,22 +116,20 @@ class Ropes:
         return self._made[kind]
 
 
-class _Rotate(torch.autograd.Function):
+class _Rotate(Function):
     """Pairs (x_i, x_{i + d/2}) by angles; the gradient is turned back. No temporaries: x is as wide as a layer's input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, turned: Turned) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        ctx.turned = turned
+        ctx.cos, ctx.sin, ctx.turned = cos, sin, turned  # tables, which stay
         return turned(x, cos, sin, 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        return ctx.turned(grad, cos, sin, -1), None, None, None
+        return ctx.turned(grad, ctx.cos, ctx.sin, -1), None, None, None
 
 
-class _RotateEach(torch.autograd.Function):
+class _RotateEach(Function):
     """As `_Rotate`, of tokens in documents: their cos and sin are made in the backward again, and nothing is kept."""
 
     @staticmethod

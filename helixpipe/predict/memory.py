@@ -204,10 +204,11 @@ def _moves(schedule: Schedule, work: Work, stage: int, kind: Pass, ahead: bool, 
             step.hold(work.put_off(part), -1)
     else:
         step.add_up(out, meets.after)
+        waiting = {value for edge in out for value in edge.values}  # whose gradients are there
         for i, chunk in enumerate(reversed(cut)):
             if keeping.recomputes and not (ahead and i == 0):
                 step.recompute(chunk)
-            step.backward(chunk, puts_off=kind is Pass.I)
+            step.backward(chunk, kind is Pass.I, waiting)
         step.leave((v for edge in into for v in edge.values), into, meets.before, GRADIENT)
     step.visits(guest.leaves_bytes, -1)
     return step.moves
@@ -313,10 +314,14 @@ class _Step:
         """Whether a recompute leaves out what the chunk ends in."""
         return self.work.slices(chunk.parts[-1])
 
-    def backward(self, chunk: Chunk, puts_off: bool) -> None:
-        """Autograd lets go of each part's share of the graph as it passes it, but for what is put off."""
+    def backward(self, chunk: Chunk, puts_off: bool, waiting: set[Value]) -> None:
+        """Autograd lets go of each part's share of the graph as it passes it, but for what is put off.
+
+        Gradients of what it reads are added to those that are `waiting`, of others who read it.
+        """
         work = self.work
         self.values(chunk.gives, -1, GRADIENT)
+        waiting.difference_update(chunk.gives)
         for place, part in reversed(list(enumerate(chunk.parts))):
             left = work.put_off(part) if puts_off else {}
             inputs = {name: size for name, size in left.items() if not name.startswith(GRADIENT)}
@@ -327,7 +332,8 @@ class _Step:
             self.hold(chunk.saved(place, work), -1)
             self.visits(self.made_bytes.get(part, 0), 1)
             self.hold({name: size for name, size in left.items() if name not in inputs}, 1)
-        self.values(chunk.reads, 1, GRADIENT)
+        self.values((value for value in chunk.reads if value not in waiting), 1, GRADIENT)
+        waiting.update(chunk.reads)
         for part in chunk.parts if self.keeps_past else ():
             self.hold(key_values(part, chunk, work), -1)
 

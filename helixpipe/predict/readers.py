@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from helixpipe.parts.kind import maker
-from helixpipe.parts.part import Value
+from helixpipe.parts.part import Value, vocabulary_shards
 from helixpipe.schedule.program import Kind, Message, Program
 from helixpipe.schedule.schedule import Schedule
 from helixpipe.schedule.stage import Edge
@@ -33,7 +33,7 @@ def one_gradient(edges: Iterable[Edge]) -> dict[str, str]:
 def one_tensor(program: Program) -> dict[int, int]:
     """Messages that carry the same tensors away from a rank -> the number of the first of them; by number."""
     found: dict[int, int] = {}
-    if not any(part.about.sharded for stage in program.schedule.stages for part in stage.parts):
+    if not vocabulary_shards(program.schedule.parts):
         return found
     first: dict[tuple[object, ...], int] = {}
     for message in program.messages:

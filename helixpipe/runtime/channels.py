@@ -31,7 +31,7 @@ class Channel(NamedTuple):
 
 
 class Channels:
-    """One rank's. Until one is made for a way, its messages go through the pipeline's own group."""
+    """One rank's. Messages of a way for which none was made go through the pipeline's own group."""
 
     def __init__(self, group: dist.ProcessGroup, communicators: Communicators, timeout_s: float) -> None:
         self._group, self._by_direction = group, communicators == "direction"
@@ -41,7 +41,9 @@ class Channels:
 
     def of(self, src: int, dst: int) -> Channel:
         """What carries messages from rank `src` to `dst`; this rank is one of them."""
-        return self._made.get((src, dst)) or Channel(self._group, dst if src == self.rank else src)
+        if (src, dst) not in self._made:
+            self._made[src, dst] = Channel(self._group, dst if src == self.rank else src)
+        return self._made[src, dst]
 
     def make(self, way: Way, lines: Sequence[Sequence[int]]) -> None:
         """One for this way, in every pipeline. `lines`: the ranks of each, as the run numbers them. All ranks of the run call it."""

@@ -8,12 +8,13 @@ Both concern parts of this library alone: someone else's module may keep what it
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from helixpipe.model.linear import WeightQueue
 from helixpipe.model.norm import NORMS
 from helixpipe.model.qkv import QKV
 from helixpipe.parts.part import Part, Value
@@ -40,8 +41,9 @@ class MadeAgain:
 class Lean:
     """One recompute of a chunk."""
 
-    def __init__(self, chunk: Chunk, modules: Mapping[Part, nn.Module], ledger: Ledger) -> None:
-        self._chunk, self._modules, self._ledger = chunk, modules, ledger
+    def __init__(self, chunk: Chunk, modules: Mapping[Part, nn.Module], ledger: Ledger, queue: WeightQueue) -> None:
+        """`queue`: of the chunk's linear layers."""
+        self._chunk, self._modules, self._ledger, self._queue = chunk, modules, ledger, queue
         self._cheap: dict[Value, MadeAgain] = {}
 
     def in_place(self, place: int) -> bool:
@@ -50,18 +52,20 @@ class Lean:
         makers = (part for part in self._chunk.parts if not set(part.makes).isdisjoint(reads))
         return self._chunk.in_place(place) and all(self._lets_go(part) for part in makers)
 
-    def keeping(self, place: int, live: Live) -> AbstractContextManager[object]:
+    @contextmanager
+    def keeping(self, place: int, live: Live) -> Iterator[None]:
         """Within it the part at this place runs, and its graph keeps no more than it must. `live` holds what it reads."""
         part = self._chunk.parts[place]
         if part.about.cheap and type(self._modules[part]) in NORMS:
             self._cheap[part.makes[0]] = MadeAgain(self._ledger, self._modules[part], live.read(part.reads))
         values = self._chunk.made_again(place) if self._lets_go(part) else ()
         again = {live[value].data_ptr(): self._cheap.pop(value) for value in values if value in self._cheap}
-        if not again:
-            return nullcontext()
-        return torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: again.get(tensor.data_ptr()) or self._ledger.keep(tensor), lambda held: held.tensor
-        )
+        if again:  # its linear layers read it, and nothing else here does
+            self._queue.save = lambda tensor: again.get(tensor.data_ptr()) or self._ledger.keep(tensor)
+        try:
+            yield
+        finally:
+            self._queue.save = self._queue.keep
 
     def _lets_go(self, part: Part) -> bool:
         module = self._modules[part]

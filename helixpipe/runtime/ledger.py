@@ -127,7 +127,8 @@ class Ledger:
                 self._kept += known.nbytes
                 if known.messages:
                     self._transit -= known.nbytes
-            self.works(0)
+            if self._kept + self._transit > self._most:
+                self.reset_high()
         return pointer
 
     def leave(self, pointer: int, is_message: bool) -> None:

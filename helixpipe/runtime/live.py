@@ -59,7 +59,7 @@ class Needs:
         self.work, self.here, self.dtype = work, here, dtype
         self._forward: dict[tuple[Part, bool], int] = {}
         self._backward: dict[Part, int] = {}
-        self._shapes: dict[Value, tuple[int, ...]] = {}
+        self._made: dict[Part, list[tuple[torch.dtype, tuple[int, ...]]]] = {}
 
     def forward_bytes(self, part: Part, graph: bool) -> int:
         """Workspace of a part's forward."""
@@ -82,13 +82,15 @@ class Needs:
 
         `losses`: the shape of a loss that is not yet a sum, where it need not be one.
         """
-        if len(made) != len(part.makes):
+        expected = self._made.get(part)
+        if expected is None:
+            expected = self._made[part] = [(self._dtype(value), self._shape(value)) for value in part.makes]
+        if len(made) != len(expected):
             raise ConfigError(
-                f"{part}: {type(module).__name__} gave {len(made)} tensors; give {self._told(part)}, {len(part.makes)} in all"
+                f"{part}: {type(module).__name__} gave {len(made)} tensors; give {self._told(part)}, {len(expected)} in all"
             )
-        for value, tensor in zip(part.makes, made, strict=True):
-            dtype = torch.promote_types(self.dtype, torch.float32) if is_wide(value.name) else self.dtype
-            if tensor.dtype is dtype and tensor.shape == self._shape(value):
+        for value, tensor, (dtype, shape) in zip(part.makes, made, expected, strict=True):
+            if tensor.dtype is dtype and tensor.shape == shape:
                 continue
             if (
                 value == loss_of(self.work.shape.layers)
@@ -98,17 +100,18 @@ class Needs:
                 continue
             raise ConfigError(
                 f"{part}: {type(module).__name__} gave {value.name} as {_name(tensor.dtype)} {list(tensor.shape)}; "
-                f"give it as {_name(dtype)} {list(self._shape(value))}"
+                f"give it as {_name(dtype)} {list(shape)}"
             )
 
     def _share(self, nbytes: int) -> int:
         return nbytes // self.work.keeping.processes
 
+    def _dtype(self, value: Value) -> torch.dtype:
+        return torch.promote_types(self.dtype, torch.float32) if is_wide(value.name) else self.dtype
+
     def _shape(self, value: Value) -> tuple[int, ...]:
-        if value not in self._shapes:
-            work = self.here
-            self._shapes[value] = work.shape.value_shape(value, work.batch, work.segment)
-        return self._shapes[value]
+        work = self.here
+        return work.shape.value_shape(value, work.batch, work.segment)
 
     @staticmethod
     def _told(part: Part) -> str:

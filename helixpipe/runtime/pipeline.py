@@ -168,8 +168,7 @@ class Pipeline:
             recompute, dtype.itemsize, *_chunks_of(model), self.device.type, tensor_parallel=self.mesh.shape.tp,
             threads=torch.get_num_threads(), processes=self.mesh.shape.cp * self.mesh.shape.tp,
         )  # fmt: skip
-        parts = [part for stage in schedule.stages for part in stage.parts]
-        self._head = next(part for part in parts if loss_of(schedule.layers) in part.makes)
+        self._head = next(part for part in schedule.parts if loss_of(schedule.layers) in part.makes)
         self._takes_weights = False
         self._programs = Programs(
             schedule, model.shape, self._shape, self._shares.local, self.keeping, dtype, arrange
@@ -275,10 +274,9 @@ class Pipeline:
         1, micro-batch 2, forward", or "" where none comes again. Takes that step once more, and leaves no gradients. Collective.
         """
         self.steps -= 1  # the same random numbers
-        chain = [part for stage in self.schedule.stages for part in stage.parts]
-        segments = self.schedule.segments
+        parts, segments = self.schedule.parts, self.schedule.segments
         with self.together("the search for a value that is not finite"):
-            return search(lambda: self.step(**batch), self._tapes.values(), self._weights, chain, self.mesh, segments)
+            return search(lambda: self.step(**batch), self._tapes.values(), self._weights, parts, self.mesh, segments)
 
     def zero_gradients(self) -> None:
         for parameter in self.parameters.values():

@@ -7,13 +7,14 @@ there a thread per peer waits for its sends in the order they were posted, which
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from queue import SimpleQueue
+from threading import Event
 from typing import Protocol
 
-from helixpipe.model.attention import Holder
+from helixpipe.model.function import Holder
 from helixpipe.schedule.program import Message
 
 # how long closing waits for a thread that is still at a send
@@ -87,60 +88,42 @@ class HostSends:
 
 
 class _Peer:
-    """Sends to one rank, and the thread that waits for them. Its lock is its own: others' sends do not wake it."""
+    """Sends to one rank, and the thread that waits for them, in their order. A mark among them is set when it is reached."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout = timedelta(seconds=timeout_s)
-        self._flights: deque[InFlight | None] = deque()
+        self._queue: SimpleQueue[InFlight | Event | None] = SimpleQueue()
         self._failed: SendError | None = None
-        self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._serve, daemon=True, name="helixpipe-send")
         self._thread.start()
 
     def hold(self, flight: InFlight) -> None:
-        with self._changed:
-            self._raise()
-            self._flights.append(flight)
-            self._changed.notify_all()
+        self._raise()
+        self._queue.put(flight)
 
     def finish(self) -> None:
-        with self._changed:
-            while self._flights:
-                self._raise()
-                self._changed.wait()
-            self._raise()
+        mark = Event()
+        self._queue.put(mark)
+        mark.wait()
+        self._raise()
 
     def close(self) -> None:
         """The thread is gone when this returns: one that the interpreter's end meets inside the backend can crash it."""
-        with self._changed:
-            self._flights.append(None)
-            self._changed.notify_all()
+        self._queue.put(None)
         self._thread.join(CLOSE_S)
 
     def _serve(self) -> None:
-        while True:
-            with self._changed:
-                while not self._flights:
-                    self._changed.wait()
-                flight = self._flights[0]  # stays in the queue until it is complete
-            if flight is None:
-                return
-            try:
-                self._complete(flight)
-            except RuntimeError as error:
-                with self._changed:
-                    self._failed = SendError(flight.message)
+        while (each := self._queue.get()) is not None:
+            if isinstance(each, Event):
+                each.set()
+            elif self._failed is None:
+                try:
+                    for work in each.works:
+                        work.wait(self._timeout)
+                except RuntimeError as error:
+                    self._failed = SendError(each.message)
                     self._failed.__cause__ = error
-                    self._changed.notify_all()
-                return
-            with self._changed:
-                del flight  # requests go before anyone is told that they are complete, and may destroy the group
-                self._flights.popleft()
-                self._changed.notify_all()
-
-    def _complete(self, flight: InFlight) -> None:
-        for work in flight.works:
-            work.wait(self._timeout)
+            del each  # requests go before anyone is told that they are complete, and may destroy the group
 
     def _raise(self) -> None:
         if self._failed is not None:

@@ -36,7 +36,7 @@ def check_segments(model: Model, schedule: Schedule, lengths: tuple[int, ...] | 
 
 def check_vocabulary(model: Model, schedule: Schedule) -> None:
     """A vocabulary can be spread where head and embedding are ours: someone's own would be left out, and nobody would notice."""
-    shards = vocabulary_shards(part for stage in schedule.stages for part in stage.parts)
+    shards = vocabulary_shards(schedule.parts)
     if not shards:
         return
     kind = type(model)

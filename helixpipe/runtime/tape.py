@@ -11,6 +11,7 @@ backward recomputes and differentiates one chunk at a time:
     forward    in -> [chunk 0] -> keep -> [chunk 1] -> keep -> [chunk 2] -> out
     backward   recompute 2, differentiate 2, let go; recompute 1, ...     the transient is one chunk's
 
+A chunk whose graph keeps next to nothing (`Kind.graphed`) keeps it under every policy, and none of its inputs.
 A value is dropped as soon as its last reader has run, a gradient as soon as its maker's backward has. A recomputed graph
 keeps less than one that waits (`runtime.lean`).
 """
@@ -25,12 +26,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from helixpipe.model.attention import AttentionState, Holder, KeptAttention, KeyValues
+from helixpipe.model.attention import AttentionState, KeptAttention, KeyValues
 from helixpipe.model.attn import Attention
 from helixpipe.model.block import Block
 from helixpipe.model.chunked import unread
+from helixpipe.model.function import Function, Holder, active
 from helixpipe.model.head import takes_weights
 from helixpipe.model.linear import Linear, WeightQueue
+from helixpipe.model.norm import RMSNorm
 from helixpipe.model.qkv import QKV
 from helixpipe.model.rope import Start
 from helixpipe.parts.part import Part, Value
@@ -115,7 +118,7 @@ class Tape:
         self._draws = {part for part in stage.parts if may_draw(modules[part])}
         for part in stage.parts:
             for module in modules[part].modules():
-                if isinstance(module, Linear):
+                if isinstance(module, Linear | RMSNorm | Attention):
                     module.queue = self.queue
 
     def forward(self, live: Live, feed: Feed) -> list[Record]:
@@ -188,7 +191,7 @@ class Tape:
             attention = KeptAttention(record.attention[0].tensor, record.attention[1].tensor)
         # what the chunk ends in was read by the next one, in the forward
         with unread(self.modules[chunk.parts[-1]]):
-            return self._graph(chunk, live, feed, attention, Lean(chunk, self.modules, self.ledger))
+            return self._graph(chunk, live, feed, attention, Lean(chunk, self.modules, self.ledger, self.queue))
 
     def _graph(
         self, chunk: Chunk, live: Live, feed: Feed, kept: KeptAttention | None, lean: Lean | None = None
@@ -204,7 +207,7 @@ class Tape:
         record = Record(leaves=leaves)
         outputs = [value for value in chunk.gives if inside[value].requires_grad]
         if outputs:
-            root: Tensor = _Root.apply(record.gradients, outputs, *inside.read(outputs))  # type: ignore[no-untyped-call]
+            root: Tensor = _Root.apply(record.gradients, outputs, *inside.read(outputs))
             record.root = get_gradient_edge(root)
         for value in chunk.gives:
             held = inside.pop(value)
@@ -256,8 +259,7 @@ class Tape:
             made = [each if each.requires_grad else each.detach().requires_grad_() for each in made]
         if feed.needs is not None:
             feed.needs.check(part, module, made, feed.targets.shape if feed.by_token else ())
-            if graph and made[-1].requires_grad:
-                nbytes = feed.needs.backward_bytes(chunk, place)
+            if graph and made[-1].requires_grad and (nbytes := feed.needs.backward_bytes(chunk, place)):
                 made[-1].register_hook(lambda _: self.ledger.works(nbytes))
         if self.probe is not None:
             if lean is None:  # what a recompute makes was seen, and may be a stand-in that nobody reads
@@ -277,7 +279,7 @@ class _Call(NamedTuple):
     attends: bool
 
 
-class _Root(torch.autograd.Function):
+class _Root(Function):
     """Where a chunk's backward starts. It hands out the gradients of outputs, so that nobody holds them longer than needed."""
 
     @staticmethod
@@ -322,7 +324,8 @@ def run_part(
             return (module(*inputs, feed.attended),)
         case "attn" if isinstance(module, Attention):
             past = None if feed.key_values is None else feed.key_values[part.layer]
-            return (module(*inputs, AttentionState(kept, past, feed.segment, in_place, feed.batch)),)
+            state = AttentionState(kept, past, feed.segment, in_place, feed.batch, active(module.queue))
+            return (module(*inputs, state),)
         case _:
             return (module(*inputs),)
 

@@ -8,8 +8,7 @@ when it is posted and belongs to whoever waits for it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 import torch
@@ -50,9 +49,10 @@ class Transport:
         self.group, self.device = group, device
         self.dtype, self.gradient_dtype = dtype, gradient_dtype
         self.timeout_s, self.watch, self.ledger = timeout_s, watch, ledger
+        self._timeout = timedelta(seconds=timeout_s)
         # gloo moves host memory only: CUDA tensors are staged through it
         self._wire = wire_of(group, device)
-        self.host = self._wire.type == "cpu"
+        self.host, self._staged = self._wire.type == "cpu", self._wire != self.device
         self.tags = self.host if tags is None else tags
         self._channels = None if group is None else Channels(group, communicators, timeout_s)
         self._sends = HostSends(timeout_s) if self.host else DeviceSends()
@@ -77,7 +77,9 @@ class Transport:
     def send(self, message: Message, tensors: Sequence[Tensor]) -> None:
         if self._is_parcel(message):
             tensors = [packed(tensors)]
-        held = [self.ledger.carry(tensor.to(self._wire).contiguous()) for tensor in tensors]
+        if self._staged:
+            tensors = [tensor.to(self._wire) for tensor in tensors]
+        held = [self.ledger.carry(tensor.contiguous()) for tensor in tensors]
         with self._named(message, message.dst):
             works = self._post(message.src, message.dst, [each.tensor for each in held], message.number)
             self._sends.hold(InFlight(message, works, held))
@@ -96,7 +98,9 @@ class Transport:
         flight = self._receives.pop(message.number)
         with self._named(message, message.src):
             self._complete(flight.works)
-        tensors = [each.tensor.to(self.device) for each in flight.held]
+        tensors = [each.tensor for each in flight.held]
+        if self._staged:
+            tensors = [tensor.to(self.device) for tensor in tensors]
         return unpacked(tensors[0], message.shapes) if self._is_parcel(message) else tensors
 
     def finish(self) -> None:
@@ -110,7 +114,7 @@ class Transport:
     def _complete(self, works: Sequence[Work]) -> None:
         for work in works:
             # NCCL orders the stream and returns at once; its own watchdog keeps the time
-            work.wait(timedelta(seconds=self.timeout_s)) if self.host else work.wait()
+            work.wait(self._timeout) if self.host else work.wait()
 
     def _post(self, src: int, dst: int, tensors: Sequence[Tensor], number: int) -> list[Work]:
         """Start to send a message's tensors, or to receive them where this rank is `dst`; in one request where NCCL can."""
@@ -135,27 +139,37 @@ class Transport:
         return [self.gradient_dtype if is_wide(name) else self.dtype for name in message.names]
 
     def _is_parcel(self, message: Message) -> bool:
-        return self.host and is_parcel(message, self._dtypes(message))
+        return len(message.shapes) > 1 and self.host and is_parcel(message, self._dtypes(message))
 
-    @contextmanager
-    def _named(self, message: Message | str | None, peer: int) -> Iterator[None]:
-        """Whatever the backend says of a failure becomes who waited for what, from whom, and what that rank did."""
-        begun = time.monotonic()
-        try:
-            yield
-        except torch.OutOfMemoryError:
-            raise  # no other rank's doing
-        except (RuntimeError, SendError) as error:
-            if isinstance(error, SendError):
-                message, peer = error.message, error.message.dst
-            waited_s = time.monotonic() - begun
-            late = waited_s >= self.timeout_s - 1
-            lost, told = "a rank", self.watch.others()
-            if peer >= 0:
-                other = self.watch.line[peer]
-                lost, told = self.watch.names[other], self.watch.told(other)
-            what = f"waited {waited_s:.0f} s" if late else f"lost {lost} while waiting"
-            raise RankError(f"{self.watch.me}, at {self.watch.doing}, {what} for {message}; {told}") from error
+    def _named(self, message: Message | str | None, peer: int) -> _Named:
+        return _Named(self, message, peer)
+
+
+class _Named:
+    """Whatever the backend says of a failure becomes who waited for what, from whom, and what that rank did."""
+
+    __slots__ = ("_begun", "_message", "_peer", "_transport")
+
+    def __init__(self, transport: Transport, message: Message | str | None, peer: int) -> None:
+        self._transport, self._message, self._peer = transport, message, peer
+
+    def __enter__(self) -> None:
+        self._begun = time.monotonic()
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError | SendError):
+            return  # none, or no other rank's doing
+        watch, message, peer = self._transport.watch, self._message, self._peer
+        if isinstance(error, SendError):
+            message, peer = error.message, error.message.dst
+        waited_s = time.monotonic() - self._begun
+        late = waited_s >= self._transport.timeout_s - 1
+        lost, told = "a rank", watch.others()
+        if peer >= 0:
+            other = watch.line[peer]
+            lost, told = watch.names[other], watch.told(other)
+        what = f"waited {waited_s:.0f} s" if late else f"lost {lost} while waiting"
+        raise RankError(f"{watch.me}, at {watch.doing}, {what} for {message}; {told}") from error
 
 
 def _known(channels: Channels | None) -> Channels:

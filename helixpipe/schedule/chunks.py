@@ -81,7 +81,7 @@ def chunks(stage: Stage, whole: bool, outputs: Collection[Value] | None = None) 
 def _chunks(parts: tuple[Part, ...], whole: bool, outputs: frozenset[Value] | None) -> tuple[Chunk, ...]:
     runs: list[list[Part]] = [[]]
     for part in parts:
-        full = part.about.alone or part.kind in {other.kind for other in runs[-1]}
+        full = part.about.alone or any(other.about.alone or other.kind == part.kind for other in runs[-1])
         if full and runs[-1] and not whole:
             runs.append([])
         runs[-1].append(part)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from helixpipe.parts.part import Value, loss_of
+from helixpipe.parts.part import Part, Value, chain, loss_of, vocabulary_shards
 from helixpipe.schedule.action import BACKWARD, Action, Pass
 from helixpipe.schedule.stage import Edge, Stage, edges
 
@@ -24,6 +24,12 @@ class Schedule:
     @cached_property
     def layers(self) -> int:
         return max(part.layer for stage in self.stages for part in stage.parts)
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """All parts of the model, as data flows: stages of shards may stand anywhere."""
+        parts = [part for stage in self.stages for part in stage.parts]
+        return chain(self.layers, {part.layer for part in parts if part.about.opaque}, vocabulary_shards(parts))
 
     @cached_property
     def microbatches(self) -> int:

@@ -179,7 +179,8 @@ class Log:
             ) from None
         self._left = manifests.leave_later(self.job.checkpoints, self.job.step)
         write_text(folder / "config.toml", write_toml(self.job.config))
-        write_text(self._metrics.path, "".join(_metrics_until(self._metrics.path, self.job.step)))
+        known = _metrics_until(self._metrics.path, self.job.step) if self.job.step else ()  # from the start: nothing is
+        write_text(self._metrics.path, "".join(known))
 
     def _head(self) -> None:
         job, train = self.job, self.job.config.train

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed import rendezvous  # type: ignore[attr-defined]
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.distributed_c10d import Store
 
 from helixpipe.errors import CheckpointError, ConfigError, HelixpipeError, RankError
@@ -28,6 +29,8 @@ from helixpipe.train.stop import STOPPED, Stop
 
 # where rank 0 leaves the job for ranks that torchrun started; "" when it has none
 _JOB = "helixpipe/job"
+CONNECT = timedelta(seconds=60)
+"""For a store of torchrun's own, which is there before its ranks are: where it does not answer, the launcher is gone."""
 
 
 def work(job: Job, place: Place, store: Store | None, stop: Stop) -> int:
@@ -69,7 +72,9 @@ def join(arguments: Sequence[str], warn: Callable[[str], None], prepare: Prepare
 
 def _join(place: Place, stop: Stop, held: ExitStack, prepare: Callable[[], Job]) -> int:
     try:
-        store, _, _ = next(iter(rendezvous("env://")))
+        of_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        store, _, _ = next(iter(rendezvous("env://", timeout=CONNECT if of_launcher else default_pg_timeout)))
+        store.set_timeout(default_pg_timeout)
     except (RuntimeError, ValueError) as error:
         raise RankError(f"rank {place.rank} did not meet the others: {' '.join(str(error).split())}") from None
     with starting(place.rank):

@@ -127,6 +127,8 @@ CASES: list[tuple[str, str, dict[str, Any], tuple[tuple[str, int], ...]]] = [
     ("qwen2", "helix", {"folds": 1, "travel": "qkv"}, (("pp", 2), ("dp", 2))),
     ("phi3", "1f1b", {}, (("pp", 2), ("tp", 2))),
     ("gpt2", "helix", {"folds": 1, "travel": "attention"}, (("pp", 2), ("tp", 2))),
+    ("llama", "1f1b", {"vocabulary": "spread"}, (("pp", 2), ("dp", 2))),
+    ("gpt2", "zb_h1", {"vocabulary": "spread"}, (("pp", 2), ("tp", 2))),
 ]
 
 

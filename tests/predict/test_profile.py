@@ -121,6 +121,16 @@ def test_an_opaque_layer_costs_what_its_parts_cost() -> None:
     assert whole == pytest.approx(sum(PROFILE.forward_s(Part(kind, 0), batch, 0) for kind in LAYER_KINDS))
 
 
+def test_shards_have_their_share_of_the_whole_head() -> None:
+    """What was measured of a whole vocabulary prices a spread one: the same work, and passes over x for what is joined."""
+    batch = Batch(1, (1024,))
+    for price in (PROFILE.forward_s, PROFILE.input_s, PROFILE.weight_s):
+        head, embed, norm = (price(Part(kind, 0), batch, 0) for kind in ("head", "embed", "norm"))
+        of = {part.kind: price(part, batch, 0) for part in chain(1, (), 4)}
+        assert of["logits"] == pytest.approx(head / 4)
+        assert (of["final"], of["lookup"], of["joined"], of["loss"]) == pytest.approx((norm, embed, 4 * embed, 0))
+
+
 @pytest.mark.parametrize("family", ["1f1b", "zb_h1"])
 def test_an_opaque_layer_whose_mlp_runs_in_slices_costs_as_much_as_one_that_is_not(family: str) -> None:
     batch, keeping = Batch(1, (1024,)), Keeping("none", mlp_chunk=256)

@@ -30,6 +30,8 @@ CASES = [
     Case("helix", "selective", CHUNK, {"travel": "none"}, **SHORT),
     Case("helix", "selective", CHUNK, {"travel": "attention"}, **SHORT),
 ]
+SPREAD = {"options": {"vocabulary": "spread"}, "model": {"vocabulary": 4096}}
+CASES += [Case("1f1b", "selective", **SPREAD, **SHORT), Case("zb_h1", "none", **SPREAD, **SHORT)]
 WINDOWS = [
     Case("1f1b", "full", CHUNK, model={"window": 256}, **SHORT),
     Case("1f1b", model={"window": 200, "window_pattern": (True, False)}, **SHORT),

@@ -96,6 +96,14 @@ CASES += [
     for family in ("1f1b", "zb_h1")
     for recompute, chunk in (("none", 0), ("none", 16), ("selective", 0))
 ]
+# a value that goes to all ranks, whose gradients come from each; and what joins those of all ranks
+CASES += [
+    Case(ranks, 4, family, {"vocabulary": "spread"}, recompute, chunk, {"vocabulary": 640, **more})
+    for ranks, family, recompute, chunk, more in (
+        (4, "1f1b", "none", 0, {"tied": True}), (4, "1f1b", "selective", 0, {}), (4, "1f1b", "full", 16, {"embed_norm": True}),
+        (2, "zb_h1", "none", 0, {"head_transform": True, "head_softcap": 5.0}), (2, "helix", "selective", 16, {"embed_scale": 8.0}),
+    )
+]  # fmt: skip
 # here x and what no norm made of it wait on the same rank: one tensor
 CASES += [
     Case(1, 4, "helix", {"travel": "qkv", "folds": 1}, recompute, 16, OLMO) for recompute in ("full", "selective")

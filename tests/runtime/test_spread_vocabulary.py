@@ -20,6 +20,7 @@ from helixpipe.parts.slices import slice_of
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.schedule.check import check
 from helixpipe.schedule.families import FAMILIES, build_schedule, options
+from helixpipe.schedule.schedule import Schedule
 
 LENGTHS = {1: (12,), 3: (6, 1, 5)}
 PER_RANK = {"zb_v": 2, "v_half": 2, "v_min": 2, "dualpipe_v": 2}
@@ -35,13 +36,18 @@ class Case:
     recompute: str = "selective"
     shards: int = 0
     moved: int = 0
+    puts_off: bool = False
     one_word: int | None = None
     """The target of all tokens of the first sequence, where it is one."""
 
     def __str__(self) -> str:
         tied = "tied" if self.tied else "untied"
         more = ""
-        more += f"-shards{self.shards}" * (self.shards > 0) + f"-moved{self.moved}" * (self.moved > 0)
+        more += (
+            "-by hand" * self.puts_off
+            + f"-shards{self.shards}" * (self.shards > 0)
+            + f"-moved{self.moved}" * (self.moved > 0)
+        )
         more += "" if self.one_word is None else f"-all{self.one_word}"
         return f"{self.family}-p{self.ranks}-k{self.segments}-{tied}-chunk{self.chunk}-{self.recompute}{more}"
 
@@ -56,6 +62,16 @@ class Case:
         known = options(self.family)
         found: dict[str, Any] = {"segments": self.segments} if "segments" in known else {}
         return found | ({"stages_per_rank": 2} if "stages_per_rank" in known else {})
+
+    @property
+    def schedule(self) -> Schedule:
+        """By hand where shards are elsewhere, or more, than the library's, or put weight gradients off."""
+        sizes = {"ranks": self.ranks, "layers": self.shape.layers, "microbatches": self.microbatches}
+        if not self.shards and not self.moved and not self.puts_off:
+            return build_schedule(self.family, vocabulary="spread", **sizes, **self.given)
+        found = spread(build_schedule(self.family, **sizes, **self.given), self.shards, self.moved)
+        check(found)
+        return found
 
     @property
     def microbatches(self) -> int:
@@ -73,13 +89,8 @@ def run_case(case: Case) -> tuple[float, float, dict[str, torch.Tensor]] | None:
     if mesh is None:
         return None
     shape = case.shape
-    plain = build_schedule(
-        case.family, ranks=case.ranks, layers=shape.layers, microbatches=case.microbatches, **case.given
-    )
-    schedule = spread(plain, case.shards, case.moved)
-    check(schedule)
     pipeline = Pipeline(
-        Decoder(shape, head_chunk=case.chunk), schedule, mesh, dtype=torch.float64, recompute=case.recompute,
+        Decoder(shape, head_chunk=case.chunk), case.schedule, mesh, dtype=torch.float64, recompute=case.recompute,
         timeout_s=30, segment_lengths=LENGTHS[case.segments],
     )  # fmt: skip
     tokens, targets = case.batch()
@@ -140,7 +151,7 @@ def meetings(case: Case) -> list[Hashable]:
 ODD = [
     Case("1f1b", 3, one_word=0), Case("seq1f1b", 2, 3, True, 5, "full", one_word=18), Case("1f1b", 2, one_word=-100),
     Case("1f1b", 2, 1, True, shards=5), Case("zb_h1", 3, 1, True, 5, "none", moved=1), Case("helix", 4, moved=2, tied=True),
-    Case("1f1b", 1, shards=19),
+    Case("1f1b", 1, shards=19), Case("zb_h1", 2, 1, True, puts_off=True), Case("seq1f1b_zb", 3, 3, puts_off=True, recompute="full"),
 ]  # fmt: skip
 
 

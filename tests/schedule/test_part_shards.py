@@ -11,6 +11,8 @@ from helixpipe.parts.part import Part, Value, chain, loss_of, vocabulary_shards
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.slices import rows_of, slice_of, whole_name
 from helixpipe.parts.work import Batch, Keeping, Work
+from helixpipe.predict.keeping import kept
+from helixpipe.schedule.chunks import chunks
 from helixpipe.schedule.stage import Stage, edges
 
 SHAPE = ModelShape(layers=2, hidden=16, heads=4, ffn=24, vocabulary=19)
@@ -108,3 +110,24 @@ def test_shards_together_do_and_keep_what_the_whole_does(keeping: Keeping) -> No
         assert sum(saved) == 3 * f + 10 * (19 + 3) * keeping.wide_bytes
         assert sum(sum(work.put_off(part).values()) for part in logits) == 3 * f + 10 * 19 * keeping.element_bytes
     assert sum(work.value_bytes(part.makes[0]) for part in logits) == 3 * 2 * 10 * keeping.wide_bytes
+
+
+def test_what_is_joined_is_not_kept() -> None:
+    """A sum and a look-up need nothing for their backward, whatever the policy: else a rank would keep x as often as there are
+    shards."""
+    parts = chain(2, (), 3)
+    first = Stage(parts[3:9])
+    for keeping in (Keeping("none"), Keeping("full"), Keeping("selective")):
+        work = Work(SHAPE, BATCH, 1, keeping)
+        joined, *others = chunks(first, not keeping.recomputes)
+        assert joined.graphed == keeping.recomputes
+        held = kept(joined, work)
+        assert not any(name.startswith("e.") for name in held)
+        assert bool(held) == (not keeping.recomputes)
+        assert bool(others) == keeping.recomputes
+        assert not kept(chunks(Stage(parts[:1]), not keeping.recomputes)[0], work)
+    normed = replace(SHAPE, embed_norm=True)
+    assert kept(chunks(first, False)[0], Work(normed, BATCH, 1, Keeping("full"))).keys() == {
+        "joined.0/3.rows",
+        "joined.0/3.norm.statistics",
+    }

@@ -88,6 +88,14 @@ def test_a_resumed_run_drops_the_lines_that_come_again(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:4])
 
 
+def test_a_run_that_begins_again_has_its_first_evaluation_once(tmp_path: Path) -> None:
+    """It was killed before its first checkpoint: what it wrote of step 0 comes again too."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "held_out_loss": 5.5}\n{"step": 1, "loss": 5.4}\n')
+    with Log(job(tmp_path), 0, "cpu") as log:
+        log.evaluation(0, 5.5)
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0]
+
+
 def test_later_checkpoints_are_set_aside_when_a_run_goes_back(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

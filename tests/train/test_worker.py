@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import socket
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -82,7 +83,7 @@ def second_of_two(monkeypatch: pytest.MonkeyPatch) -> dist.Store:
     for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.items():
         monkeypatch.setenv(name, str(value))
     store = dist.HashStore()
-    monkeypatch.setattr(worker, "rendezvous", lambda where: iter([(store, 1, 2)]))
+    monkeypatch.setattr(worker, "rendezvous", lambda where, timeout: iter([(store, 1, 2)]))
     monkeypatch.setattr(worker, "meet", lambda store, rank, ranks, timeout: store)
     return store
 
@@ -98,8 +99,22 @@ def test_a_machine_without_the_device_says_so_itself(
     assert str(caught.value) == "runtime.device: 'cuda', and torch sees none here; use 'auto' or 'cpu'"
 
 
-def test_a_rank_0_that_leaves_no_job_is_one_line(second_of_two: dist.Store) -> None:
-    second_of_two.set_timeout(timedelta(seconds=0.2))
+def test_a_rank_whose_launcher_is_gone_does_not_wait_for_its_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would try for half an hour."""
+    with socket.socket() as nobody:  # bound, so that no other takes the port, and silent
+        nobody.bind(("127.0.0.1", 0))
+        told = {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
+        told |= {"MASTER_PORT": nobody.getsockname()[1], "TORCHELASTIC_USE_AGENT_STORE": True}
+        for name, value in told.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(worker, "CONNECT", timedelta(seconds=0.5))
+        with pytest.raises(RankError, match=r"^rank 1 did not meet the others: .*timed out") as caught:
+            worker.join([], pytest.fail, prepare)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_rank_0_that_leaves_no_job_is_one_line(monkeypatch: pytest.MonkeyPatch, second_of_two: dist.Store) -> None:
+    monkeypatch.setattr(worker, "default_pg_timeout", timedelta(seconds=0.2))
     with pytest.raises(RankError, match=r"^rank 1 waited for all ranks to start: .*") as caught:
         worker.join([], pytest.fail, prepare)
     assert "\n" not in str(caught.value)

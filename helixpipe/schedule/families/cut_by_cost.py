@@ -25,7 +25,7 @@ def cut_by_cost(costs: Sequence[float], ends: Sequence[float], ranks: Sequence[i
     beside = [0.0] * stages
     beside[0] += ends[0]
     beside[-1] += ends[1]
-    low, high = 0.0, sum(costs) + sum(ends)
+    low, high = 0.0, (sum(costs) + sum(ends)) * (1 + 1e-9)  # in whatever order they are added
     best = _filled(costs, beside, least, high)
     assert best is not None  # a bound above all costs holds any cut
     for _ in range(BISECTIONS):

@@ -76,6 +76,10 @@ def test_by_cost_the_dearest_rank_is_as_cheap_as_any_cut_makes_it() -> None:
         assert max(sums(costs, found, ranks, ends)) <= best * 1.12, (costs, ranks, ends, found)
 
 
+def test_one_stage_has_all_layers_however_their_costs_round() -> None:
+    assert cut_by_cost((0.985, 0.985, 1.05, 0.985), (0.0, 0.119), [0]) == [4]
+
+
 def test_layers_that_differ_are_cut_by_what_they_cost() -> None:
     costs = [2.0, 0.5, 0.5, 2.0, 0.5, 0.5]
     for family in ("1f1b", "constructed"):
