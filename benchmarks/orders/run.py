@@ -41,9 +41,9 @@ GRID: tuple[tuple[str, dict[str, Any]], ...] = (
     ("seq1f1b_interleaved", {"segments": 4, "stages_per_rank": 4}), ("seq1f1b_interleaved", {"segments": 8, "stages_per_rank": 4}),
     ("helix", {"folds": 1}), ("helix", {"folds": 2}),
 )  # fmt: skip
-BUILT = ((8, 1, "line"), (8, 2, "looped"), (8, 2, "v"), (8, 4, "looped"))
+BUILT = ((8, 1, "line"), (8, 2, "v"), (8, 4, "looped"))
 """Segments, stages a rank and placement of constructed."""
-ROOMS = ("1.5", "2.5")
+ROOMS = ("1.5", "3", "4.5")
 """What its forwards may keep."""
 
 

@@ -18,8 +18,8 @@ from helixpipe.schedule.improve import fits, improve
 from helixpipe.schedule.schedule import Schedule
 from helixpipe.schedule.vocabulary import Prices, deeper, delay, with_shards
 
-ACTIONS_TRIED = 100_000
-"""In all tries together, where nobody says how many: a bound that is a count, so that every rank builds the same."""
+ACTIONS_TRIED, MOST_TRIES = 400_000, 3000
+"""In all tries together, and tries, where nobody says how many: bounds that are counts, so that every rank builds the same."""
 PATIENCE = (0.0, 0.5)
 
 Orders = Sequence[Sequence[Action]]
@@ -115,4 +115,4 @@ def improved(problem: Problem, built: Built, tries: int) -> tuple[Problem, Built
 
 
 def _tries(problem: Problem) -> int:
-    return max(4, ACTIONS_TRIED // len(problem.known.actions))
+    return max(4, min(MOST_TRIES, ACTIONS_TRIED // len(problem.known.actions)))

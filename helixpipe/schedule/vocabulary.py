@@ -6,12 +6,12 @@
 
 Each rank keeps the family's own order. Shards and the loss come between, each as soon as all it waits for is there and its rank is
 free; they are short, and others wait for them. A backward now waits until all ranks have come to the shards of its unit. So
-the family's forwards are taken earlier, `more` of them before each backward, as far as that shortens the step:
+the family's forwards are taken earlier, some more of them before each backward, as far as that pays:
 
-    p=2, m=3, seq1f1b without segments; L: shards of the head and the loss, F and B of the family's own stages
+    1f1b, p=2, m=2: stages 0 and 1 are the layers', 2 and 3 look up, 4 and 5 are logits, 6 is the loss
 
-    rank 0   F0 F1 L0 L0 F2 B0 L1 L1 B1 L2 L2 B2          more=0
-    rank 0   F0 F1 L0 F2 L0 L1 B0 ...                     more=1
+    rank 0   2F0 2F1 0F0 0F1 4F0 ... 4F1 ... 4B0 ... ... ... 4B1 ... 0B0 2B0 0B1 2B1
+    rank 1   3F0 3F1 ... 1F0 5F0 1F1 6F0 6B0 5B0 5F1 6F1 6B1 5B1 1B0 1B1 3B0 ... 3B1
 """
 
 from __future__ import annotations

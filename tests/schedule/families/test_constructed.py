@@ -57,14 +57,14 @@ def named(p: int, m: int, k: int, v: int):
             yield build_schedule(family, ranks=p, layers=p * v, microbatches=m, **given)
 
 
-@pytest.mark.parametrize(("p", "m", "k", "v"), [(2, 5, 1, 1), (4, 6, 1, 2), (3, 6, 1, 2), (3, 4, 3, 2), (4, 4, 4, 1)])
+@pytest.mark.parametrize(("p", "m", "k", "v"), [(2, 5, 1, 1), (4, 5, 1, 2), (3, 6, 1, 2), (3, 4, 3, 2)])
 def test_never_longer_than_named_families_in_the_same_memory(p: int, m: int, k: int, v: int) -> None:
     for costs in COSTS:
         prices = alike(costs)
         known = [(kept(schedule), span(schedule, prices)) for schedule in named(p, m, k, v)]
         for cap in sorted({memory for memory, _ in known}):
             sizes = {"ranks": p, "layers": p * v, "microbatches": m, "segments": k, "stages_per_rank": v}
-            more = {"memory": f"{cap:.6f}", "delay": 0.0, "prices": prices}
+            more = {"memory": f"{cap:.6f}", "delay": 0.0, "tries": 40, "prices": prices}
             built = [build_schedule("constructed", **sizes, **more, placement=each) for each in ("looped", "v")]
             assert all(kept(schedule) <= cap + 1e-5 for schedule in built)
             shortest = min(span(schedule, prices) for schedule in built)
@@ -183,7 +183,7 @@ def test_the_same_order_on_every_machine() -> None:
         def prices(schedule: Schedule):
             return lambda a: factor * known[a.stage, a.microbatch, a.segment] * (2 if a.kind is Pass.B else 1)
 
-        return build_schedule("constructed", **sizes, prices=prices)
+        return build_schedule("constructed", **sizes, prices=prices, tries=60)
 
     assert built(1.0) == built(1.0) == built(1e12 * (1 + 2e-16))
 
@@ -211,7 +211,7 @@ def test_memory_in_bytes_bounds_what_forwards_keep() -> None:
 def test_a_cap_on_a_spread_vocabulary() -> None:
     sizes = {"ranks": 4, "layers": 8, "microbatches": 6, "segments": 2, "stages_per_rank": 2}
     for memory in ("1", "1.5", "3"):
-        built = build_schedule("constructed", **sizes, memory=memory, vocabulary="spread")
+        built = build_schedule("constructed", **sizes, memory=memory, vocabulary="spread", tries=10)
         check(built)
         peaks = peak_kept(
             built, lambda stage, built=built: any(part.kind == "attn" for part in built.stages[stage].parts)
