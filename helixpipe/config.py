@@ -290,6 +290,8 @@ class RunConfig:
     """The step whose timeline is written, as .json, .svg, .html and for Perfetto; 0 is none."""
     profile_step: int = 0
     """The step that torch's profiler traces on every rank, in profile/, with the allocator's history on CUDA; 0 is none."""
+    asks: tuple[str, ...] = ()
+    """Keys that the config leaves open, such as train.learning_rate in what helixpipe plan writes: a run is refused without them."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where the numbers of metrics.jsonl go too: tensorboard (event files in the run folder), wandb (Weights & Biases, as its
     own variables say: WANDB_MODE=offline, ...). They need helixpipe[logging]."""

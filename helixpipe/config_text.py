@@ -115,9 +115,23 @@ def build_config(table: Mapping[str, Any], ranks: int | None = None) -> Config:
     `ranks`: how many were started, for what follows from that; None when as many as the config says will be.
     """
     table = spread(_checked(table, ""), ranks)
+    _check_asked(table)
     config = Config(**{name: _made(kind, table.get(name, {})) for name, kind in _sections().items()})
     check_config(config)
     return config
+
+
+def _check_asked(table: Table) -> None:
+    """Raise ConfigError where keys are open that the config asks for."""
+    left = []
+    for asked in table.get("run", {}).get("asks", ()):
+        section, _, key = asked.partition(".")
+        _field_type(section, key, "run.asks: ")
+        left += [] if key in table.get(section, {}) else [asked]
+    if left:
+        raise ConfigError(
+            f"{', '.join(left)}: left open by the config; give {'it' if len(left) == 1 else 'them'}, such as --{left[0]} VALUE"
+        )
 
 
 def _made(kind: Any, keys: Mapping[str, Any]) -> Any:

@@ -87,6 +87,26 @@ def decimal(text: str) -> float:
     return value
 
 
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "b": 10**9, "t": 10**12}
+
+
+def amount(text: str) -> int:
+    """A number as people write it: 4096, 128k, 1.5M, 100B. k and M are 1,024 and its square, B and T 10^9 and 10^12."""
+    match = re.fullmatch(r"(\d{1,15}|\d{1,9}\.\d{1,6})([kKmMbBtT]?)", text, re.ASCII)
+    value = float(match[1]) * _UNITS[match[2].lower()] if match else -1.0
+    if value < 0 or value != int(value):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number, such as 4096, 128k, 4M or 100B")
+    return int(value)
+
+
+def tokens(text: str) -> int:
+    """Tokens of a sequence: as `amount`, below a billion."""
+    value = amount(text)
+    if value >= 10**9:
+        raise argparse.ArgumentTypeError(f"'{text}' is not below a billion")
+    return value
+
+
 def _numbers(kind: type[int] | type[float], text: str) -> tuple[int | float, ...]:
     """`0,1.5` as numbers."""
     try:

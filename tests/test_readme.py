@@ -91,7 +91,9 @@ def test_plan_and_rehearse_run(elsewhere: Path, capsys: pytest.CaptureFixture[st
     """The plan of one family, and a rehearsal of a second."""
     (plan,), (rehearse,) = asked("plan"), asked("rehearse")
     assert main([*plan, "--families", "1f1b", "--processes", "1"]) == 0
-    assert prepare(["best.toml"], lambda line: None).config.schedule.family == "1f1b"
+    told = ["--data.path", "text.txt", "--data.held_out", "0", "--train.steps", "10", "--train.learning_rate", "1e-3"]
+    (elsewhere / "text.txt").write_text("what a plan does not know " * 20000)
+    assert prepare(["best.toml", *told], lambda line: None).config.schedule.family == "1f1b"
     assert main([*rehearse, "--seconds", "1"]) == 0
     capsys.readouterr()
 

@@ -9,31 +9,37 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from helixpipe.commands.documents import ACROSS, Read, add_data_flags, data_from, open_reading, packing_told
+from helixpipe.commands.plan_accelerators import plan_accelerators
+from helixpipe.commands.planned import Tables, config_text, tables_of
 from helixpipe.commands.setting import (
     ONLY_RATIOS,
     add_setting_flags,
     as_flags,
-    dtype_of,
     duration,
     gibibytes,
+    holding_told,
     setting_from,
 )
-from helixpipe.config import Config
 from helixpipe.config_data import DataConfig
-from helixpipe.config_text import build_config, write_toml
 from helixpipe.errors import ConfigError
 from helixpipe.files import json_text, write_text
-from helixpipe.flags import Parser, decimal, number
+from helixpipe.flags import Parser, amount, decimal, flag, number
 from helixpipe.parts.work import Lengths
 from helixpipe.predict.estimate import Setting
-from helixpipe.predict.plan import Choice, Plan
+from helixpipe.predict.holding import holding
+from helixpipe.predict.layouts import Layout
+from helixpipe.predict.plan import Choice, Plan, estimate_candidate
 from helixpipe.predict.plan import plan as search
 from helixpipe.view.front import picture
 
-ABOUT = "The best schedules for a model, a sequence length, a cluster and its memory: every family with its options."
+ABOUT = """\
+The best plans for a model, a sequence length, a cluster and its memory. With --accelerators the mesh is searched too, and
+--ranks, --dp, --cp, --tp, --context-method, --microbatch-size and --optimizer stay what they are given as; without it they are
+one mesh, and every family is priced with its options."""
 EPILOG = """\
 Each schedule is lowered to the program that training would run, and simulated: step time, and every rank's bytes of weights,
 gradients, optimizer, activations and messages. fsdp and context_parallel are priced on the same accelerators beside them.
@@ -41,6 +47,8 @@ What a CUDA context, libraries' buffers, passing gradients and fragmentation tak
 8% of the hardware's is kept free for them.
 With --data all schedules are priced as if every micro-batch were the one of mean work; the fastest that fit, and those that
 nothing beats in both time and memory, then on the first --steps steps of a run over the documents that training would read.
+With --accelerators the rows are the best meshes, each with its best schedule. What is not simulated has a bound, its rank's own
+work and the way to it, or what it keeps at least, that says it is no faster or does not fit.
 """
 STEPS = 4
 RESERVE = 0.08
@@ -49,13 +57,14 @@ RESERVE = 0.08
 def plan(given: list[str]) -> int:
     """`helixpipe plan ...`"""
     args = _parser().read(given)
+    _check_form(args)
+    if args.accelerators is not None:
+        return plan_accelerators(args)
     with as_flags(family="--families"):
         setting = setting_from(args)
         memory_bytes = setting.accelerator.memory_bytes * (1 - RESERVE) if args.memory is None else args.memory * 2**30
         if not memory_bytes > 0:
             raise ConfigError(f"memory: {args.memory:g} GiB; give more than 0")
-        if args.processes < 0:
-            raise ConfigError(f"processes: {args.processes}; give at least 1, or 0 for one a core")
         only = tuple(args.families.split(",")) if args.families else ()
         processes = args.processes or min(8, os.cpu_count() or 1)
         read = data_from(args, STEPS)
@@ -70,13 +79,55 @@ def plan(given: list[str]) -> int:
         print(json_text([_as_json(choice, setting) | ({"data": data} if data else {}) for choice in found.fits]))
     else:
         print("\n".join(_table(found, setting, args, taken_s, [] if read is None else _data_told(found, *read))))
+        print("\n".join(_held_back(found, setting, args)), end="")
     # an answer that is no pipeline is told above; it has no config
     if args.svg is not None:
         write_text(args.svg, picture(found, _title(args)))
     if args.config is not None:
         with as_flags():
-            write_text(args.config, write_toml(_config(found.best, args, dtype_of(setting), read)))
+            write_text(args.config, config_text(_tables(found.best, args, setting, read), _about(found.best, args)))
     return 0
+
+
+# of the two forms: flags that the other one has no use for -> what to do
+_OF_ACCELERATORS = {
+    "batch": "--microbatches says it here", "batch_tokens": "--microbatches says it here", "tokens": "it is told of accelerators",
+    "slurm": "it starts as many accelerators as are planned for",
+}  # fmt: skip
+_OF_RANKS = {
+    "microbatches": "they follow from --batch and the mesh", "data": "documents are priced on one mesh",
+    "svg": "it is drawn of one mesh", "profile": "it is measured on one device alone",
+}  # fmt: skip
+_DEFAULTS = {
+    "data_parallel": 1, "context_parallel": 1, "tensor_parallel": 1, "context_method": "ring", "microbatch_size": 1,
+    "optimizer": "replicated",
+}  # fmt: skip
+
+
+def _check_form(args: argparse.Namespace) -> None:
+    """Raise ConfigError for flags of both forms; sets what one mesh has where nothing is given."""
+    others = _OF_ACCELERATORS if args.accelerators is None else _OF_RANKS
+    which = "give --accelerators with it" if args.accelerators is None else "leave it out, or --accelerators"
+    for name, why in others.items():
+        if getattr(args, name) is not None:
+            raise ConfigError(f"{flag(name)}: {why}; {which}")
+    if args.accelerators is None:
+        missing = [flag(name) for name in ("ranks", "microbatches") if getattr(args, name) is None]
+        if missing:
+            raise ConfigError(
+                f"missing: {', '.join(missing)}; or give --accelerators N and --batch, and the mesh is searched too; "
+                "see --help"
+            )
+        for name, value in _DEFAULTS.items():
+            setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    elif args.slurm is not None and args.config is None:
+        raise ConfigError("--slurm: the script starts a config; give --config FILE too")
+    if args.top is None:
+        args.top = 12 if args.accelerators is None else 5
+    if args.top < 1:
+        raise ConfigError(f"--top: {args.top}; give at least 1")
+    if args.processes < 0:
+        raise ConfigError(f"--processes: {args.processes}; give at least 1, or 0 for one a core")
 
 
 def _steps(setting: Setting, ranks: int, microbatches: int, read: Read) -> tuple[Lengths, ...]:
@@ -88,19 +139,26 @@ def _steps(setting: Setting, ranks: int, microbatches: int, read: Read) -> tuple
 
 
 def _parser() -> Parser:
-    usage = "--ranks P --microbatches M --model NAME --sequence-length N [options]"
+    usage = "--model NAME --sequence-length N (--accelerators N --batch B | --ranks P --microbatches M) [options]"
     parser = Parser("plan", usage, ABOUT, EPILOG)
-    parser.add_argument("--ranks", type=number, required=True, metavar="P", help="pipeline ranks")
-    parser.add_argument("--microbatches", type=number, required=True, metavar="M", help="micro-batches of a step")
+    parser.add_argument("--accelerators", type=number, metavar="N", help="how many there are: the mesh is searched")
+    parser.add_argument("--batch", type=amount, metavar="B", help="sequences of a step, on all of them")
+    parser.add_argument("--batch-tokens", type=amount, metavar="T", help="or its tokens, such as 4M")
+    parser.add_argument("--tokens", type=amount, metavar="T", help="of the whole training, such as 100B: what it takes")
+    parser.add_argument("--ranks", type=number, metavar="P", help="pipeline ranks")
+    parser.add_argument("--microbatches", type=number, metavar="M", help="micro-batches of a step on one mesh")
     parser.add_argument("--memory", type=decimal, metavar="GIB", help="of each accelerator [92%% of the hardware's]")
     parser.add_argument("--families", metavar="F,F,...", help="only these [all]")
-    parser.add_argument("--top", type=number, default=12, metavar="N", help="rows to show [12]")
-    parser.add_argument("--config", metavar="FILE", help="write the best one as a config that helixpipe train runs")
+    parser.add_argument("--top", type=number, metavar="N", help="rows to show [12, of meshes 5]")
+    config = "write the best one as a config that helixpipe train runs once it is told data, steps and learning rate"
+    parser.add_argument("--config", metavar="FILE", help=config)
+    parser.add_argument("--slurm", metavar="FILE", help="and a batch script that starts it")
     parser.add_argument("--svg", metavar="FILE", help="write time against memory as a picture")
     parser.add_argument("--processes", type=number, default=0, metavar="N", help="that search [one a core, at most 8]")
     parser.add_argument("--json", action="store_true", help="print one JSON list and nothing else")
     add_setting_flags(parser)
     add_data_flags(parser, STEPS)
+    parser.set_defaults(**dict.fromkeys(_DEFAULTS))
     return parser
 
 
@@ -132,14 +190,22 @@ def _table(
         return [*lines, found.nothing, *_not_pipelines(found)]
     lines.append(f"{'':>4} {'step':>9}  {'of ideal':>8}  {'bubble':>6}  {'fullest rank':>12}  schedule")
     for place, choice in enumerate(pipelines, start=1):
-        if place > args.top and id(choice) not in front:
-            continue
+        if place > args.top:
+            break
         mark = "*" if id(choice) in front else " "
         lines.append(
             f"{place:>3}{mark} {duration(choice.makespan_s):>9}  {choice.makespan_s / choice.ideal_s:>8.3f}  "
             f"{choice.bubble_ratio:>6.1%}  {gibibytes(choice.peak_bytes):>12}  {choice}"
         )
     return [*lines, "", "* no pipeline that fits is better in both time and memory", *_not_pipelines(found)]
+
+
+def _held_back(found: Plan, setting: Setting, args: argparse.Namespace) -> list[str]:
+    """What holds the best pipeline back, if anything; of sequences of one document."""
+    if not any(choice.is_pipeline for choice in found.fits):
+        return []
+    held = holding(estimate_candidate(setting, args.ranks, args.microbatches, found.best.candidate))
+    return [f"the first is held back by {holding_told(held)}", ""] if held else []
 
 
 def _data_told(found: Plan, data: DataConfig, seed: int, steps: int) -> list[str]:
@@ -204,28 +270,23 @@ def _as_json(choice: Choice, setting: Setting) -> dict[str, Any]:
     }
 
 
-def _config(choice: Choice, args: argparse.Namespace, dtype: str, read: Read | None = None) -> Config:
-    """The choice as a config. What the machine decides, the device and its number, is left to where it runs."""
+def _tables(choice: Choice, args: argparse.Namespace, setting: Setting, read: Read | None = None) -> Tables:
+    """The choice as a config's tables. What the machine decides, the device and its number, is left to where it runs."""
     candidate = choice.candidate
-    options = dict(candidate.options)
-    tables: dict[str, dict[str, Any]] = {
-        "model": {"name": args.model},
-        "schedule": {
-            "family": candidate.family, "ranks": args.ranks, "microbatches": args.microbatches, **options,
-            "evenness": candidate.evenness, "segment_multiple": args.segment_multiple, "profile": args.profile or "",
-        },
-        "mesh": {"dp": args.data_parallel, "cp": args.context_parallel, "tp": args.tensor_parallel, "optimizer": args.optimizer},
-        "train": {"sequence_length": args.sequence_length, "microbatch_size": args.microbatch_size},
-        "runtime": {
-            "dtype": dtype, "recompute": candidate.recompute, "mlp_chunk": candidate.chunk, "head_chunk": candidate.chunk,
-        },
-        "run": {"name": "planned"},
-    }  # fmt: skip
+    layout = Layout(replace(setting.mesh, pp=args.ranks), args.optimizer, args.microbatches, args.microbatch_size)
+    tables = tables_of(layout, candidate, setting, args)
+    if args.profile:
+        tables["schedule"]["profile"] = args.profile
     if read is not None:
         data = read.data
         tables["data"] = {"path": str(data.path), "packing": data.packing, "longest": data.longest}
         tables["train"]["seed"] = read.seed
-    return build_config(tables)
+    return tables
+
+
+def _about(choice: Choice, args: argparse.Namespace) -> list[str]:
+    told = f"{duration(choice.makespan_s)} a step, {gibibytes(choice.peak_bytes)} on the fullest accelerator"
+    return [f"helixpipe plan: {_title(args)}", f"predicted: {told}"]
 
 
 def _title(args: argparse.Namespace) -> str:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable
+from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helixpipe.commands.shape_flags import TIMED_KEYS, add_shape_flags, shape_from
 from helixpipe.errors import ConfigError
 from helixpipe.files import fault, json_text
-from helixpipe.flags import Parser, decimal, flag, number
-from helixpipe.hub.folder import model_shape
+from helixpipe.flags import Parser, number
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.shapes import SHAPES
 
@@ -29,11 +27,6 @@ part and pass; the worst error is its largest distance from a timing. Longer seq
 """
 DTYPES = ("float32", "bfloat16", "float64")
 DEVICES = ("auto", "cpu", "cuda")
-SHAPE_KEYS = (
-    "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocabulary", "norm", "mlp", "positions", "context",
-    "qkv_bias", "bias", "qk_norm", "causal", "norms", "norm_offset", "o_bias", "qk_norm_over", "head_transform", "window",
-    "softcap",
-)  # fmt: skip
 MOST_RANKS = 64
 SCATTERED = 0.3
 
@@ -41,7 +34,7 @@ SCATTERED = 0.3
 def profile(given: list[str]) -> int:
     """`helixpipe profile [options]`"""
     args = _parser().read(given)
-    shape = _shape(args)
+    shape = shape_from(args, TIMED_KEYS)
     _check(args)
     from helixpipe.runtime.profiling import measure_machine
 
@@ -91,31 +84,8 @@ def _parser() -> Parser:
     parser.add_argument("--rounds", type=number, default=5, metavar="N", help="times are medians of so many [5]")
     parser.add_argument("--out", default="profile.json", metavar="FILE", help="where the profile goes [profile.json]")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    own = parser.add_argument_group("changes to the model")
-    kinds: dict[str, Callable[[str], Any]] = {"int": number, "float": decimal, "str": str, "bool": _truth}
-    fields = {field.name: str(field.type) for field in dataclasses.fields(ModelShape)}
-    for key in SHAPE_KEYS:
-        own.add_argument(
-            flag(key),
-            type=kinds[fields[key]],
-            metavar={"int": "N", "float": "X", "str": "NAME"}.get(fields[key], "BOOL"),
-        )
+    add_shape_flags(parser, TIMED_KEYS)
     return parser
-
-
-def _truth(text: str) -> bool:
-    if text not in ("true", "false"):
-        raise ArgumentTypeError(f"'{text}' is neither true nor false")
-    return text == "true"
-
-
-def _shape(args: Namespace) -> ModelShape:
-    changes = {key: value for key in SHAPE_KEYS if (value := getattr(args, key)) is not None}
-    try:
-        return model_shape(args.model, **changes)
-    except ConfigError as error:  # which names keys of a config
-        key, _, fault = str(error).removeprefix("model.").partition(": ")
-        raise ConfigError(f"{'--model' if key in ('name', 'path') else flag(key)}: {fault}") from None
 
 
 def _check(args: Namespace) -> None:

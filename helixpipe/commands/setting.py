@@ -10,14 +10,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from helixpipe.commands.shape_flags import add_shape_flags, shape_from
 from helixpipe.config import ELEMENT_BYTES
 from helixpipe.errors import ConfigError
-from helixpipe.flags import Parser, add_family_options, decimal, flag, given_options, number
-from helixpipe.hub.folder import model_shape
+from helixpipe.flags import Parser, add_family_options, decimal, flag, given_options, number, tokens
+from helixpipe.mesh import METHODS
 from helixpipe.parts.shapes import SHAPES
 from helixpipe.parts.work import Keeping
 from helixpipe.predict.estimate import Estimate, Setting, check_actions, estimate_family
 from helixpipe.predict.hardware import ACCELERATORS, LINKS, check_communicators, named_accelerator, named_link
+from helixpipe.predict.holding import Holding
+from helixpipe.predict.nodes import Nodes
 from helixpipe.predict.profile import Profile
 from helixpipe.schedule.families import FAMILIES
 from helixpipe.schedule.schedule import Schedule
@@ -57,7 +60,9 @@ def add_setting_flags(parser: Parser) -> None:
         metavar="NAME",
         help=f"{', '.join(SHAPES)}; or a Hugging Face folder, or its config.json",
     )
-    own.add_argument("--sequence-length", type=number, required=True, metavar="N", help="tokens in a sequence")
+    own.add_argument(
+        "--sequence-length", type=tokens, required=True, metavar="N", help="tokens in a sequence: 4096, 128k"
+    )
     own.add_argument("--microbatch-size", type=number, default=1, metavar="B", help="sequences in a micro-batch [1]")
     own.add_argument("--hardware", default="ideal", metavar="NAME", help=f"{', '.join(ACCELERATORS)} [ideal]")
     links = f"between ranks: {', '.join(LINKS)} [free with ideal, loopback with laptop-core, else infiniband]"
@@ -69,10 +74,13 @@ def add_setting_flags(parser: Parser) -> None:
         "--tp", "--tensor-parallel", dest="tensor_parallel", type=number, default=1, metavar="T", help=tensor
     )
     own.add_argument("--tensor-link", metavar="NAME", help="between these [the hardware's own]")
-    context = "such groups that share its sequences, by ring attention over --link [1]"
+    context = "such groups that share its sequences, over --link [1]"
     own.add_argument(
         "--cp", "--context-parallel", dest="context_parallel", type=number, default=1, metavar="C", help=context
     )
+    own.add_argument("--context-method", default="ring", metavar="M", help="how they attend: ring or ulysses [ring]")
+    nodes = "accelerators in a node: --tensor-link joins those in one, --link those in two [whatever --tp is]"
+    own.add_argument("--per-node", type=number, metavar="N", help=nodes)
     data = "pipelines side by side, each with these micro-batches [1]"
     own.add_argument("--dp", "--data-parallel", dest="data_parallel", type=number, default=1, metavar="D", help=data)
     own.add_argument(
@@ -89,12 +97,13 @@ def add_setting_flags(parser: Parser) -> None:
     own.add_argument(
         "--profile", metavar="FILE", help="measured costs, from helixpipe profile, in place of the hardware's"
     )
+    add_shape_flags(parser)
 
 
 def setting_from(args: argparse.Namespace) -> Setting:
     """The setting that the flags name; raises ConfigError."""
     profile = None
-    shape = model_shape(args.model)
+    shape = shape_from(args)
     shape.check_length(args.sequence_length)
     accelerator = named_accelerator(args.hardware)
     dtype = args.dtype or ("float32" if accelerator.name == "laptop-core" else "bfloat16")
@@ -113,6 +122,7 @@ def setting_from(args: argparse.Namespace) -> Setting:
         ("dtype", dtype, ELEMENT_BYTES),
         ("recompute", recompute, RECOMPUTE),
         ("optimizer", args.optimizer, OPTIMIZERS),
+        ("context_method", args.context_method, METHODS),
     )
     for name, value, known in choices:
         if value not in known:
@@ -121,7 +131,7 @@ def setting_from(args: argparse.Namespace) -> Setting:
         raise ConfigError("mlp_chunk, head_chunk: below 0; give tokens, or 0 for all at once")
     keeping = Keeping(recompute, ELEMENT_BYTES[dtype], mlp_chunk, head_chunk, device)
     check_communicators(args.communicators)
-    return Setting(
+    found = Setting(
         shape,
         args.sequence_length,
         accelerator,
@@ -136,7 +146,17 @@ def setting_from(args: argparse.Namespace) -> Setting:
         evenness=evenness,
         segment_multiple=args.segment_multiple,
         optimizer=args.optimizer,
+        context_method=args.context_method,
     )
+    if args.per_node is None:
+        return found
+    return found.on_nodes(nodes_from(args, found), getattr(args, "ranks", None) or 1)
+
+
+def nodes_from(args: argparse.Namespace, setting: Setting) -> Nodes:
+    """Of the accelerators that --per-node puts together."""
+    inside = named_link(args.tensor_link or setting.accelerator.tensor_link, "tensor_link")
+    return Nodes(args.per_node, inside, setting.link)
 
 
 def load_profile(path: str) -> Profile:
@@ -216,3 +236,8 @@ def duration(seconds: float) -> str:
 
 def options_told(options: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in options.items())
+
+
+def holding_told(held: Holding) -> str:
+    """What holds a schedule back, in words."""
+    return f"{held.what}, on rank {held.rank}: {duration(held.busy_s)} busy where the others have {duration(held.others_s)}"

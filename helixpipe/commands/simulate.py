@@ -6,12 +6,21 @@ from typing import Any
 
 from helixpipe.commands.documents import add_data_flags, data_from
 from helixpipe.commands.pictures import add_picture_flags, write_pictures
-from helixpipe.commands.setting import ONLY_RATIOS, duration, estimate_from, family_parser, gibibytes, options_told
+from helixpipe.commands.setting import (
+    ONLY_RATIOS,
+    duration,
+    estimate_from,
+    family_parser,
+    gibibytes,
+    holding_told,
+    options_told,
+)
 from helixpipe.commands.simulated_steps import Steps, simulate_steps, steps_as_json, steps_table
 from helixpipe.files import json_text
 from helixpipe.flags import given_options
 from helixpipe.predict.estimate import Estimate
 from helixpipe.predict.explain import Reason, critical_path, idle_by_reason
+from helixpipe.predict.holding import holding
 
 ABOUT = "Predicted time, bubble and memory of a schedule, per rank, from the program that training would run."
 EPILOG = """\
@@ -90,6 +99,7 @@ def as_json(estimate: Estimate) -> dict[str, Any]:
         "hardware": setting.machine,
         "only_ratios": setting.only_ratios,
         "link": setting.link.name,
+        "holding": (held := holding(estimate)) and held._asdict(),
         "segment_lengths": list(estimate.program.batches[0].segment_lengths),
         "ranks": ranks,
     }
@@ -143,4 +153,5 @@ def _path(estimate: Estimate) -> list[str]:
     share = estimate.timeline.makespan_s or 1.0
     told = ", ".join(f"rank {rank} {seconds / share:.0%}" for rank, seconds in most)
     travels = max(0.0, 1 - sum(by_rank.values()) / share)
-    return ["", f"critical path: {len(path)} actions, {told}; messages {travels:.0%}"]
+    lines = ["", f"critical path: {len(path)} actions, {told}; messages {travels:.0%}"]
+    return lines + ([f"held back by {holding_told(held)}"] if (held := holding(estimate)) else [])

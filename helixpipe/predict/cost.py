@@ -11,7 +11,8 @@ Causal attention counts the half that kernels compute, and a window what it show
 A rank may be a group of accelerators, tensor x context. Each has its share of every FLOP and byte. Tensor parallelism
 pays, in every layer, for two gathers and two scatters of [b, s, h] forward and as many backward, which nothing hides;
 context parallelism for a ring of keys and values in every attention, which the attention hides where it is the longer
-(2 b s h_kv (N-1)/N elements forward; backward the same, with their gradients in float32 beside them).
+(2 b s h_kv (N-1)/N elements forward; backward the same, with their gradients in float32 beside them), or, as Ulysses, for two
+exchanges of tokens for heads and back, which nothing hides (2 b s (h + h_kv) (N-1)/N^2 elements, backward as many).
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ class Analytic:
     """The same of a context-parallel group."""
     vocabulary_divided: bool = False
     """Whether a tensor-parallel group divides the vocabulary too, as Megatron's does."""
+    context_method: str = "ring"
+    """ring or ulysses."""
 
     def __post_init__(self) -> None:
         self.accelerator.rate(self.element_bytes)  # refused now rather than at the first part
@@ -91,7 +94,9 @@ class Analytic:
         compute_s = flops / (device.rate(self.element_bytes) * reached)
         moved_s = moved_bytes / (device.memory_bytes_per_s * device.memory_efficiency)
         taken_s = (compute_s + moved_s) / (self.tensor_parallel * self.context_parallel)
-        if about.attends:
+        if about.attends and self.context_method == "ulysses":
+            taken_s += self._heads_s(batch, segment)
+        elif about.attends:
             taken_s = max(taken_s, self._ring_s(part, batch, segment, backward))
         return device.launch_s + taken_s + self._exchange_s(part, batch, segment)
 
@@ -119,6 +124,20 @@ class Analytic:
         elements = 2 * tokens * self.shape.kv_size / self.tensor_parallel * (ranks - 1) / ranks
         size = self.element_bytes + (max(4, self.element_bytes) if backward else 0)
         return (ranks - 1) * self.context_link.latency_s + elements * size / self.context_link.bytes_per_s
+
+    def _heads_s(self, batch: Batch, segment: int) -> float:
+        """Tokens of q, k and v for heads, and of the output back; backward their gradients take the same ways.
+
+        Where key heads do not divide over the ranks they are repeated first (`sequence.attention`).
+        """
+        ranks, shape = self.context_parallel, self.shape
+        if ranks == 1 or self.context_link is None:
+            return 0.0
+        kv_heads = shape.kv_heads // self.tensor_parallel
+        repeated = math.lcm(kv_heads, ranks) // kv_heads
+        tokens = batch.tokens(segment) / ranks * (ranks - 1) / ranks / self.tensor_parallel
+        there = tokens * (shape.q_size + 2 * shape.kv_size * repeated) * self.element_bytes
+        return self.context_link.seconds(there) + self.context_link.seconds(tokens * shape.q_size * self.element_bytes)
 
 
 def action_seconds(

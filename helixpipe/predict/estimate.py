@@ -22,8 +22,9 @@ from helixpipe.parts.work import Batch, Keeping, first_alike
 from helixpipe.predict import building
 from helixpipe.predict.cost import Analytic, PartCosts, accelerator_bytes, action_seconds
 from helixpipe.predict.hardware import Accelerator, Link, named_accelerator, named_link
+from helixpipe.predict.nodes import Links, Nodes
 from helixpipe.predict.simulate import simulate_program
-from helixpipe.predict.standing import dealt, owned_and_visiting, standing_bytes, trained
+from helixpipe.predict.standing import Elements, dealt, owned_and_visiting, standing_bytes, trained
 from helixpipe.predict.timeline import MemoryPoint, Timeline
 from helixpipe.schedule import families
 from helixpipe.schedule.action import Action
@@ -76,6 +77,10 @@ class Setting:
     megatron: bool = False
     """Megatron's tensor parallelism in place of this runtime's: the vocabulary is divided as well, so that embedding and
     head exchange x inside the group too, and what was gathered is not kept but gathered again."""
+    nodes: Nodes | None = None
+    """Where accelerators stand; it says all links then, those of tensor and context parallelism too."""
+    pipeline_ranks: int = 1
+    """Of nodes: how many pipeline ranks there are, from which follows who is in one."""
 
     def __post_init__(self) -> None:
         divides = 1 if self.megatron else self.tensor_parallel
@@ -98,8 +103,35 @@ class Setting:
             return self.profile
         return Analytic(
             self.shape, self.accelerator, self.keeping.element_bytes, self.tensor_parallel, self.tensor_link,
-            self.context_parallel, self.link, self.megatron,
+            self.context_parallel, self.link if self.links is None else self.links.context, self.megatron, self.context_method,
         )  # fmt: skip
+
+    @cached_property
+    def mesh(self) -> MeshShape:
+        return MeshShape(
+            self.pipeline_ranks, self.data_parallel, self.context_parallel, self.tensor_parallel, self.context_method,
+            self.layout,
+        )  # fmt: skip
+
+    @cached_property
+    def links(self) -> Links | None:
+        """Where accelerators stand in nodes, the links of each direction."""
+        return None if self.nodes is None else self.nodes.links(self.mesh)
+
+    def on_nodes(self, nodes: Nodes, pipeline_ranks: int) -> Setting:
+        """With the links that so many pipeline ranks have in these nodes."""
+        placed = replace(self, nodes=nodes, pipeline_ranks=pipeline_ranks)
+        assert placed.links is not None
+        communicators = self.link.communicators
+        between = replace(placed.links.pipeline, communicators=communicators)
+        return replace(placed, link=between, tensor_link=placed.links.tensor)
+
+    def link_between(self, src: int, dst: int) -> Link:
+        """Of two pipeline ranks."""
+        links = self.links
+        if links is None or src // links.neighbours != dst // links.neighbours:
+            return self.link
+        return links.inside
 
     @property
     def machine(self) -> str:
@@ -185,10 +217,7 @@ class Setting:
 
     def _check(self, lengths: tuple[int, ...]) -> None:
         """Whether the mesh divides this model and such segments."""
-        shape = MeshShape(
-            1, self.data_parallel, self.context_parallel, self.tensor_parallel, self.context_method, self.layout
-        )
-        shape.check(self.shape, lengths)
+        self.mesh.check(self.shape, lengths)
 
     def segment_lengths(self, segments: int, documents: Documents = ()) -> tuple[int, ...]:
         refuse_bidirectional(self.shape, segments)
@@ -283,22 +312,7 @@ class Estimate:
         Data- and context-parallel replicas do; tensor-parallel ranks too, of what they do not divide. Replicas that
         divide the optimizer then send all others what they updated.
         """
-        setting = self.setting
-        replicas, wide = setting.data_parallel * setting.context_parallel, setting.keeping.wide_bytes
-        between = setting.link if replicas > 1 else setting.tensor_link
-        wholes, _ = owned_and_visiting(self.schedule, setting.shape)
-        shares, _ = owned_and_visiting(self.schedule, setting.share)
-        slowest = 0.0
-        for whole, held in zip(wholes, shares, strict=True):
-            share = trained(held, setting.share)
-            divided = sum(size for name, size in share.items() if size < whole[name])
-            undivided = sum(share.values()) - divided
-            sums_s = _all_reduce_s(divided * wide, replicas, setting.link)
-            sums_s += _all_reduce_s(undivided * wide, replicas * setting.tensor_parallel, between)
-            updates = dealt(share, replicas) if setting.optimizer == "sharded" and replicas > 1 else []
-            sums_s += math.fsum(setting.link.seconds(size * wide) for size in updates if size)
-            slowest = max(slowest, sums_s)
-        return slowest
+        return reduction_s(self.schedule, self.setting)
 
     @property
     def step_s(self) -> float:
@@ -316,6 +330,33 @@ class Estimate:
     def peak_bytes(self) -> int:
         """Of the fullest rank: a plan fits when this does."""
         return max(self.timeline.peak_bytes)
+
+
+def reduction_s(schedule: Schedule, setting: Setting) -> float:
+    """See `Estimate.reduction_s`: of the rank that takes longest. It follows from the placement alone."""
+    wholes, _ = owned_and_visiting(schedule, setting.shape)
+    shares, _ = owned_and_visiting(schedule, setting.share)
+    return reduction_of(wholes, shares, setting)
+
+
+def reduction_of(wholes: Sequence[Elements], shares: Sequence[Elements], setting: Setting) -> float:
+    """The same of what each rank owns of the model, and of what one accelerator of it holds of that."""
+    replicas, wide = setting.data_parallel * setting.context_parallel, setting.keeping.wide_bytes
+    if setting.links is None:
+        among, between = setting.link, setting.link if replicas > 1 else setting.tensor_link
+    else:
+        among, between = setting.links.replicas, setting.links.copies
+    slowest = 0.0
+    for whole, held in zip(wholes, shares, strict=True):
+        share = trained(held, setting.share)
+        divided = sum(size for name, size in share.items() if size < whole[name])
+        undivided = sum(share.values()) - divided
+        sums_s = _all_reduce_s(divided * wide, replicas, among)
+        sums_s += _all_reduce_s(undivided * wide, replicas * setting.tensor_parallel, between)
+        updates = dealt(share, replicas) if setting.optimizer == "sharded" and replicas > 1 else []
+        sums_s += math.fsum(among.seconds(size * wide) for size in updates if size)
+        slowest = max(slowest, sums_s)
+    return slowest
 
 
 def estimate(schedule: Schedule, setting: Setting, batches: Batch | Sequence[Batch] | None = None) -> Estimate:
@@ -339,7 +380,9 @@ def priced(program: Program, setting: Setting) -> Estimate:
     keeping, schedule = setting.keeping, program.schedule
     seconds = action_seconds(schedule, setting.shape, program.batches, setting.costs, keeping)
     sizes = accelerator_bytes(program, keeping, setting.share, setting.group)
-    travels = [setting.link.seconds(size) for size in sizes]
+    travels = [
+        setting.link_between(m.src, m.dst).seconds(size) for m, size in zip(program.messages, sizes, strict=True)
+    ]
 
     def travel(message: Message) -> float:
         return travels[message.number]

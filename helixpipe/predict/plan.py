@@ -23,10 +23,10 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from helixpipe.errors import ConfigError
-from helixpipe.parts.part import AROUND_ATTENTION
-from helixpipe.parts.shape import ModelShape
-from helixpipe.parts.work import Keeping, Lengths, microbatches
+from helixpipe.parts.work import Lengths, microbatches
 from helixpipe.predict.alternatives import alternatives
+from helixpipe.predict.beside import beside, built_like
+from helixpipe.predict.candidates import RECOMPUTE, Candidate, candidates, chunk_sizes, setting_of, slices, spread
 from helixpipe.predict.estimate import Estimate, Setting, check_actions
 from helixpipe.predict.steps import Batches, RankFigures, figures, mean, price_step, typical
 from helixpipe.schedule import families
@@ -34,37 +34,8 @@ from helixpipe.schedule.lower import lower
 from helixpipe.schedule.program import Program
 from helixpipe.schedule.schedule import Schedule
 
-RECOMPUTE = ("none", "selective", "full")
-CHUNK = 4096
-"""Tokens at a time where MLP and head are chunked."""
-SEGMENTS = (2, 4, 8, 16, 32)
-STAGES_PER_RANK = (2, 4, 8)
-EVENNESS = (0.0, 0.5)
-MOST_PIECES = 64
-"""Segments times stages a rank: more pieces gain nothing and cost a start each."""
 MOST_ON_STEPS = 16
 """The fastest so many are priced on steps of real documents."""
-
-
-class Candidate(NamedTuple):
-    """A schedule that could be, and how it would keep activations."""
-
-    family: str
-    options: tuple[tuple[str, Any], ...]
-    evenness: float = 0.0
-    recompute: str = "selective"
-    chunk: int = 0
-    """Tokens at a time through MLP and head; 0 is all at once."""
-
-    def __str__(self) -> str:
-        told = [f"{name} {value}" for name, value in self.options]
-        told += [f"evenness {self.evenness:g}"] if self.evenness else []
-        return f"{self.family}, {', '.join([*told, self.kept])}"
-
-    @property
-    def kept(self) -> str:
-        """What a forward keeps, in words."""
-        return f"recompute {self.recompute}" + (f", chunks of {self.chunk}" if self.chunk else "")
 
 
 @dataclass
@@ -150,49 +121,6 @@ class Plan:
         )
 
 
-def candidates(
-    ranks: int, layers: int, sequence_length: int, multiple: int, causal: bool = True, only: Sequence[str] = ()
-) -> list[Candidate]:
-    """All that make sense; sizes that a family refuses are left to it."""
-    segments = [k for k in SEGMENTS if causal and k * multiple <= sequence_length]
-    stages = [v for v in STAGES_PER_RANK if v * ranks <= layers + 1]
-    grids: dict[str, dict[str, Sequence[Any]]] = {
-        "interleaved": {"stages_per_rank": stages},
-        "breadth_first": {"stages_per_rank": stages},
-        "terapipe": {"segments": segments},
-        "seq1f1b": {"segments": segments},
-        "seq1f1b_zb": {"segments": segments},
-        "seq1f1b_interleaved": {"segments": segments, "stages_per_rank": stages},
-        "slimpipe": {"segments": segments, "stages_per_rank": [1, *stages]},
-        "helix": {
-            "folds": (1, 2), "travel": tuple(AROUND_ATTENTION), "groups": ("sequential", "forward_first"),
-        },
-    }  # fmt: skip
-    chunks = _chunks(sequence_length)
-    found = []
-    for family in only or families.FAMILIES:
-        grid = grids.get(family, {})
-        for values in itertools.product(*grid.values()):
-            options = tuple(zip(grid, values, strict=True))
-            given = dict(options)
-            if given.get("segments", 1) * given.get("stages_per_rank", 1) > MOST_PIECES:
-                continue
-            by_cost = "segments" in grid and families.default_partition(family) != "even"
-            evenness = EVENNESS if by_cost else (0.0,)
-            found += [Candidate(family, options, *each) for each in itertools.product(evenness, RECOMPUTE, chunks)]
-    return found
-
-
-def _chunks(sequence_length: int) -> tuple[int, ...]:
-    return (0, CHUNK) if sequence_length > CHUNK else (0,)
-
-
-def _slices(shape: ModelShape) -> bool:
-    """Whether a part of the model can run in slices."""
-    keeping = Keeping(mlp_chunk=1, head_chunk=1)
-    return any(shape.about(p).chunk(keeping) for part in shape.chain() for p in shape.about(part).inside(part))
-
-
 def plan(
     setting: Setting,
     ranks: int,
@@ -217,10 +145,12 @@ def plan(
     shape.check_length(setting.sequence_length)
     _ = setting.costs  # what no candidate can be priced by is refused before the search
     asked = candidates(ranks, shape.layers, setting.sequence_length, setting.segment_multiple, shape.causal, only)
-    if not _slices(shape):
+    if not slices(shape):
         asked = [candidate for candidate in asked if not candidate.chunk]
     of_step = _Of(setting, ranks, microbatches, (typical(setting, steps) * (microbatches * setting.data_parallel),))
     found = _ranked(of_step, asked, memory_bytes, processes, progress)
+    if more := _beside(of_step, asked, found, only, bool(any(steps))):
+        found = _joined(found, _ranked(of_step, more, memory_bytes, processes, progress))
     if not any(steps):
         return found
     pipelines = [choice for choice in found.fits if choice.is_pipeline]
@@ -232,6 +162,34 @@ def plan(
         misses=tuple(sorted(misses, key=lambda choice: choice.peak_bytes)),
         refused={**found.refused, **on_steps.refused},
         unpriced=len(pipelines) - len(again),
+    )
+
+
+def _beside(of: _Of, asked: Sequence[Candidate], found: Plan, only: Sequence[str], documents: bool) -> list[Candidate]:
+    """What else could be the fastest. Bounds are of sequences of one document: of others it is tried where the rest is fastest."""
+    pipelines = [choice for choice in found.fits if choice.is_pipeline]
+    if of.ranks == 1 or of.setting.shape.opaque or not pipelines:
+        return []
+    fastest = pipelines[0]
+    if documents:
+        more = [spread(choice.candidate) for choice in pipelines[:MOST_ON_STEPS]]
+    else:
+        more = beside(of.setting, of.ranks, of.microbatches, asked, fastest.makespan_s, found.memory_bytes)
+    rank = fastest.ranks[fastest.fullest]
+    room_bytes = min(found.memory_bytes, 2 * rank.peak_bytes) - (rank.peak_bytes - rank.peak_activation_bytes)
+    more += built_like(fastest.candidate, of.microbatches, of.ranks, room_bytes, only)
+    return list(dict.fromkeys(more))
+
+
+def _joined(first: Plan, second: Plan) -> Plan:
+    """Both plans' choices in one order, alternatives once."""
+    fits = [*first.fits, *(choice for choice in second.fits if choice.is_pipeline)]
+    misses = [*first.misses, *(choice for choice in second.misses if choice.is_pipeline)]
+    return replace(
+        first,
+        fits=tuple(sorted(fits, key=lambda c: (c.makespan_s, c.peak_bytes))),
+        misses=tuple(sorted(misses, key=lambda c: c.peak_bytes)),
+        refused={**first.refused, **second.refused},
     )
 
 
@@ -306,7 +264,7 @@ def _actions(candidate: Candidate, ranks: int, layers: int, microbatches: int) -
 
 def _longest(setting: Setting, candidate: Candidate) -> int:
     """Tokens of a candidate's longest segment."""
-    return max(_own(setting, candidate).segment_lengths(dict(candidate.options).get("segments", 1)))
+    return max(setting_of(setting, candidate).segment_lengths(dict(candidate.options).get("segments", 1)))
 
 
 def _choice(of: _Of, candidate: Candidate, made: Made) -> Choice:
@@ -325,7 +283,7 @@ def estimate_step(
     setting: Setting, ranks: int, microbatches: int, candidate: Candidate, made: Made | None = None, step: Lengths = ()
 ) -> tuple[Estimate, ...]:
     """The same of a step of documents, for each replica, or a single one where all are alike."""
-    setting = _own(setting, candidate)
+    setting = setting_of(setting, candidate)
     options = dict(candidate.options)
     shared = Made() if made is None else made
     # some families are ordered by what their actions cost, most are cut by what embed and head do
@@ -343,14 +301,6 @@ def estimate_step(
     return price_step(schedule, setting, step, program)
 
 
-def _own(setting: Setting, candidate: Candidate) -> Setting:
-    """With what is the candidate's own."""
-    keeping = replace(
-        setting.keeping, recompute=candidate.recompute, mlp_chunk=candidate.chunk, head_chunk=candidate.chunk
-    )
-    return replace(setting, keeping=keeping, evenness=candidate.evenness).of_family(candidate.family)
-
-
 def _alternatives(of: _Of) -> list[Choice]:
     """What is no pipeline, under every policy, on as many accelerators for as many sequences."""
     setting, ranks, found = of.setting, of.ranks, []
@@ -360,7 +310,7 @@ def _alternatives(of: _Of) -> list[Choice]:
     ideal_s = statistics.mean(seconds(batch) for step in steps for batch in step) * of.microbatches / ranks
     alone = replace(setting, context_parallel=1, data_parallel=1)
     replicas = ranks * setting.context_parallel * setting.data_parallel
-    chunks = _chunks(setting.sequence_length) if _slices(setting.shape) else (0,)
+    chunks = chunk_sizes(setting.sequence_length) if slices(setting.shape) else (0,)
     for recompute, chunk in itertools.product(RECOMPUTE, chunks):
         keeping = replace(setting.keeping, recompute=recompute, mlp_chunk=chunk, head_chunk=chunk)
         of_steps = [alternatives(replace(alone, keeping=keeping), replicas, step) for step in steps]

@@ -13,6 +13,8 @@ With tensor parallelism these are of one accelerator, which holds its share of s
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from helixpipe.mesh import deal
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Keeping
@@ -31,10 +33,17 @@ def standing_bytes(
 
     `optimizer_shards`: replicas that keep the optimizer's state together (ZeRO-1); bytes are of the one with most.
     """
+    return standing_of(owned_and_visiting(schedule, share)[0], share, keeping, optimizer_shards)
+
+
+def standing_of(
+    each: Iterable[Elements], share: ModelShape, keeping: Keeping, optimizer_shards: int
+) -> tuple[Standing, ...]:
+    """The same of what each rank owns."""
     narrow, wide = keeping.element_bytes, keeping.wide_bytes
     copy = narrow if narrow != wide else 0
     found = []
-    for owned in owned_and_visiting(schedule, share)[0]:
+    for owned in each:
         updated = trained(owned, share)
         masters = sum(updated.values())
         weights = masters * (wide + copy) + (sum(owned.values()) - masters) * narrow

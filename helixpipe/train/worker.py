@@ -29,8 +29,8 @@ from helixpipe.train.stop import STOPPED, Stop
 
 # where rank 0 leaves the job for ranks that torchrun started; "" when it has none
 _JOB = "helixpipe/job"
-CONNECT = timedelta(seconds=60)
-"""For a store of torchrun's own, which is there before its ranks are: where it does not answer, the launcher is gone."""
+CONNECT = timedelta(seconds=30)
+"""For a store of torchrun's own, which is there before its ranks are: where it does not answer, the launcher is gone. torch tries up to twice as long."""
 
 
 def work(job: Job, place: Place, store: Store | None, stop: Stop) -> int:

@@ -37,7 +37,7 @@ def test_hardware_link_and_policy_change_the_answer(capsys: pytest.CaptureFixtur
     h20 = asked(capsys, f"1f1b {LONG} --hardware h20 --recompute none")
     h200 = asked(capsys, f"1f1b {LONG} --hardware h200 --recompute none")
     full = asked(capsys, f"1f1b {LONG} --hardware h200 --recompute full")
-    assert h20["makespan_s"] > 4 * h200["makespan_s"]
+    assert h20["makespan_s"] > 3.5 * h200["makespan_s"]
     assert full["makespan_s"] > 1.2 * h200["makespan_s"]
     assert full["ranks"][0]["peak_activation_bytes"] < h200["ranks"][0]["peak_activation_bytes"] / 5
     wired = asked(capsys, f"helix {LONG} --hardware h200 --link ethernet")
@@ -98,7 +98,8 @@ def test_the_table_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
         "bytes",
     ]
     assert [line.split()[0] for line in lines[4:12]] == [str(rank) for rank in range(8)]
-    assert lines[-1].startswith("critical path: ")
+    assert lines[-2].startswith("critical path: ")
+    assert lines[-1] == "held back by the head, on rank 7: 58.69 s busy where the others have 55.12 s"
 
 
 def test_many_ranks_are_shown_by_the_first_and_the_last(capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,9 @@ def found() -> Plan:
 
 def test_every_family_is_tried_with_every_policy() -> None:
     asked = candidates(4, 8, 8192, 128)
-    assert {candidate.family for candidate in asked} == set(FAMILIES)
+    assert {candidate.family for candidate in asked} == set(FAMILIES) - {
+        "constructed"
+    }  # tried beside the fastest of them
     assert len(asked) == len(set(asked))
     of_helix = [candidate for candidate in asked if candidate.family == "helix"]
     assert len(of_helix) == 2 * 3 * 2 * 3 * 2  # folds, travel, groups; recompute, chunks
@@ -94,7 +96,9 @@ def test_processes_find_the_same() -> None:
     done: list[tuple[int, int]] = []
     alone = plan(SETTING, 2, 4, **options, progress=lambda n, of: done.append((n, of)))
     assert plan(SETTING, 2, 4, **options, processes=2) == alone
-    assert done == [(i, len(done)) for i in range(1, len(done) + 1)]
+    of = done[0][1]
+    assert done[:of] == [(i, of) for i in range(1, of + 1)]
+    assert done[-1][0] == done[-1][1]  # what is tried beside them is counted by itself
 
 
 def test_when_nothing_fits_the_nearest_miss_is_named() -> None:

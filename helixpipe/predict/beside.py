@@ -1,0 +1,65 @@
+"""Beside: what a plan on one mesh tries once its named families are priced: the vocabulary on all ranks, and orders built from costs.
+
+Both take longer to build, so what a bound says cannot be the fastest is not tried.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from helixpipe.errors import ConfigError, ScheduleError
+from helixpipe.predict.bounds import Costs, PolicyBound
+from helixpipe.predict.candidates import (
+    CONSTRUCTED,
+    KEPT_SHARE,
+    MOST_BUILT,
+    Candidate,
+    like,
+    setting_of,
+    spread,
+    together,
+)
+from helixpipe.predict.estimate import Setting
+from helixpipe.predict.layouts import Layout
+from helixpipe.predict.refine import placed
+
+
+def beside(
+    setting: Setting,
+    ranks: int,
+    microbatches: int,
+    asked: Sequence[Candidate],
+    fastest_s: float,
+    memory_bytes: float,
+) -> list[Candidate]:
+    """Of these candidates those that could be the fastest with the vocabulary on all ranks."""
+    layout = Layout(setting.mesh, setting.optimizer, microbatches, setting.microbatch_size)
+
+    def bound_s(candidate: Candidate) -> float:
+        mine = setting_of(setting, candidate)
+        try:
+            small = placed(mine, layout, candidate, ranks)
+            batch = mine.batch(dict(candidate.options).get("segments", 1))
+        except (ConfigError, ScheduleError):
+            return math.inf
+        bound = PolicyBound(mine, ranks, microbatches).of_placement(
+            small, Costs(mine, batch), small.standing(mine), small.reduction_s(mine), together(candidate, ranks, microbatches)
+        )  # fmt: skip
+        return bound.step_s if bound.peak_bytes <= memory_bytes else math.inf
+
+    return [each for each in map(spread, asked) if bound_s(each) <= fastest_s]
+
+
+def built_like(
+    candidate: Candidate, microbatches: int, ranks: int, room_bytes: float, only: Sequence[str]
+) -> list[Candidate]:
+    """An order built for its costs with a candidate's stages, in the room that weights leave; none where it would take minutes."""
+    if only and CONSTRUCTED not in only:
+        return []
+    built = like(candidate, KEPT_SHARE * room_bytes)
+    if built is None:
+        return []
+    options = dict(built.options)
+    actions = 2 * microbatches * ranks * options["segments"] * options["stages_per_rank"]
+    return list(dict.fromkeys((built, spread(built)))) if actions <= MOST_BUILT else []

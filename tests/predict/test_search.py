@@ -1,0 +1,178 @@
+"""The search over meshes: what it never simulates is provably no better, and every bound is one."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+
+from helixpipe.errors import ConfigError, ScheduleError
+from helixpipe.parts.shape import ModelShape
+from helixpipe.parts.work import Keeping
+from helixpipe.predict import search as module
+from helixpipe.predict.bounds import Costs, PolicyBound, makespan_of_order, peak_of_order
+from helixpipe.predict.candidates import RECOMPUTE, chunk_sizes, setting_of, together
+from helixpipe.predict.cost import action_seconds
+from helixpipe.predict.estimate import Setting, priced
+from helixpipe.predict.hardware import Link, named_accelerator
+from helixpipe.predict.layouts import Asked, layouts
+from helixpipe.predict.nodes import Nodes
+from helixpipe.predict.search import Row, placed, schedules_of, search
+from helixpipe.predict.steps import figures
+from helixpipe.schedule import families
+from helixpipe.schedule.lower import lower
+
+SHAPE = ModelShape(layers=4, hidden=512, heads=4, kv_heads=2, ffn=1024, vocabulary=4096)
+INSIDE, ACROSS = Link("inside", 1e11, 1e-6, "made up"), Link("across", 5e9, 1e-5, "made up")
+SETTING = Setting(SHAPE, 8192, named_accelerator("h100"), ACROSS, Keeping("none", 2, device="cuda"))
+ASKED = Asked(
+    SETTING, 4, 2, math.inf, Nodes(2, INSIDE, ACROSS), cp=1, microbatch_size=1, families=("1f1b", "interleaved", "zb_v")
+)  # fmt: skip
+
+
+def everything(asked: Asked) -> list[Row]:
+    """All layouts, schedules and policies, simulated; and each held to its bounds."""
+    rows = []
+    for layout in layouts(asked).layouts:
+        bare = layout.setting(asked)
+        for candidate, recompute, chunk in itertools.product(
+            schedules_of(asked, layout), RECOMPUTE, chunk_sizes(bare.sequence_length, layout.mesh.cp)
+        ):
+            candidate = candidate._replace(recompute=recompute, chunk=chunk)
+            setting, m = setting_of(bare, candidate), layout.microbatches
+            try:
+                batch = setting.batch(dict(candidate.options).get("segments", 1))
+                schedule = setting.build(candidate.family, layout.mesh.pp, m, **dict(candidate.options))
+            except (ConfigError, ScheduleError):
+                continue
+            found = figures([priced(lower(schedule, SHAPE, batch), setting)])
+            row = Row(layout, candidate, found.step_s, found.ideal_s, found.bubble_ratio, found.ranks)
+            rows.append(row)
+            policy, small = PolicyBound(setting, layout.mesh.pp, m), placed(setting, layout, candidate)
+            bounds = [
+                policy.bound,
+                policy.of_placement(
+                    small,
+                    Costs(setting, batch),
+                    small.standing(setting),
+                    small.reduction_s(setting),
+                    together(candidate, layout.mesh.pp, m),
+                ),
+            ]
+            for bound in bounds:
+                assert bound.step_s <= row.step_s, row
+                assert bound.peak_bytes <= row.peak_bytes, row
+            assert (
+                peak_of_order(schedule, small.standing(setting), batch, policy.kept_of_stages(small)) <= row.peak_bytes
+            ), row
+            seconds = action_seconds(schedule, SHAPE, batch, setting.costs, setting.keeping)
+            assert makespan_of_order(schedule, seconds) + small.reduction_s(setting) <= row.step_s, row
+    return rows
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    return everything(ASKED)
+
+
+def best_of(rows: list[Row], memory_bytes: float, top: int) -> list[Row]:
+    """Each mesh's best, fastest first."""
+    found: dict[tuple[int, ...], Row] = {}
+    for row in sorted(rows, key=module._rank):
+        if row.peak_bytes <= memory_bytes:
+            found.setdefault(row.layout.key, row)
+    return list(found.values())[:top]
+
+
+def test_the_answer_is_that_of_trying_everything(rows: list[Row]) -> None:
+    peaks = sorted(row.peak_bytes for row in rows)
+    for memory_bytes, top in ((math.inf, 3), (peaks[len(peaks) // 20], 1), (math.inf, 99)):
+        found = search(replace(ASKED, memory_bytes=memory_bytes), top)
+        assert list(found.rows) == best_of(rows, memory_bytes, top)
+        assert found.simulated < len(rows)
+
+
+def test_every_family_keeps_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one mesh, head and embedding on all ranks or not."""
+    for name, values in (("SEGMENTS", (4,)), ("STAGES_PER_RANK", (2,)), ("EVENNESS", (0.0,))):
+        monkeypatch.setattr(f"helixpipe.predict.candidates.{name}", values)
+    others = tuple(name for name in families.FAMILIES if name not in (*ASKED.families, "constructed"))
+    asked = replace(ASKED, sequences=4, pp=2, dp=1, tp=2, families=others)
+    found = everything(replace(asked, setting=replace(SETTING, sequence_length=2048)))
+    assert {row.candidate.family for row in found} == set(others)
+    assert {dict(row.candidate.options).get("vocabulary", "last") for row in found} == {"last", "spread"}
+
+
+def test_a_model_whose_layers_differ_keeps_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("helixpipe.predict.candidates.SEGMENTS", (4,))
+    shape = replace(SHAPE, window=512, window_pattern=(True, False), tied=True)
+    setting = Setting(shape, 4096, named_accelerator("h100"), ACROSS, Keeping("none", 2, device="cuda"))
+    asked = Asked(setting, 2, 2, math.inf, Nodes(2, INSIDE, ACROSS), pp=2, families=("seq1f1b", "helix"))
+    for layout in layouts(asked).layouts:
+        for candidate in schedules_of(asked, layout):
+            mine = setting_of(layout.setting(asked), candidate)
+            batch = mine.batch(dict(candidate.options).get("segments", 1))
+            schedule = mine.build(candidate.family, 2, layout.microbatches, **dict(candidate.options))
+            found = figures([priced(lower(schedule, shape, batch), mine)])
+            policy, small = PolicyBound(mine, 2, layout.microbatches), placed(mine, layout, candidate)
+            bound = policy.of_placement(
+                small,
+                Costs(mine, batch),
+                small.standing(mine),
+                small.reduction_s(mine),
+                together(candidate, 2, layout.microbatches),
+            )
+            assert bound.step_s <= found.step_s
+            assert bound.peak_bytes <= found.peak_bytes
+
+
+def test_processes_find_the_same() -> None:
+    asked = replace(ASKED, families=("1f1b",))
+    assert search(asked, 3, processes=2).rows == search(asked, 3).rows
+
+
+def test_directions_that_are_given_stay() -> None:
+    asked = replace(ASKED, tp=2, cp=None, families=("1f1b",))
+    assert {layout.mesh.tp for layout in layouts(asked).layouts} == {2}
+    (layout,) = layouts(replace(asked, tp=1, dp=2, cp=2, context_method="ulysses", optimizer="sharded")).layouts
+    assert (layout.mesh.cp, layout.mesh.context_method, layout.optimizer) == (2, "ulysses", "sharded")
+    assert str(layout) == "dp 2 x cp 2"
+    assert layout.told == ["ulysses", "optimizer sharded"]
+
+
+def test_one_pipeline_rank_is_no_family() -> None:
+    found = search(replace(ASKED, pp=1), 1).rows[0]
+    assert found.schedule_told.startswith("no pipeline, ")
+
+
+def test_progress_ends() -> None:
+    told: list[tuple[int, int]] = []
+    search(replace(ASKED, families=("1f1b",)), 2, progress=lambda done, left: told.append((done, left)))
+    assert told[-1][1] == 0
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+def test_when_nothing_fits_the_nearest_is_told() -> None:
+    found = search(replace(ASKED, memory_bytes=1e6), 1)
+    assert found.rows == ()
+    assert found.least_bytes > 1e6
+    assert found.least
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"accelerators": 0}, "accelerators: 0; give at least 1"),
+        ({"sequences": 0}, "sequences: 0; give at least 1"),
+        ({"tp": 0}, "tp: 0; give at least 1"),
+        ({"tp": 3}, "accelerators: no layout of 4 can be: "),
+        ({"families": ("1f2b",)}, "schedule.family: '1f2b' is not known; did you mean '1f1b'?"),
+        ({"accelerators": 5, "pp": 1, "cp": 1, "tp": 1}, "accelerators: no layout of 5 can be: batch: 2 sequences do not divide over dp 5"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_one_line(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        search(replace(ASKED, **change))  # type: ignore[arg-type]
+    assert str(caught.value).startswith(message)
