@@ -15,11 +15,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from helixpipe.errors import ConfigError
 from helixpipe.parts.shapes import named_shape
 from helixpipe.parts.work import Batch, Keeping, microbatches
+from helixpipe.predict.building import prices
 from helixpipe.predict.estimate import Estimate, Setting, estimate
 from helixpipe.predict.hardware import named_accelerator, named_link
 from helixpipe.predict.peak import peak_kept
@@ -41,10 +43,14 @@ GRID: tuple[tuple[str, dict[str, Any]], ...] = (
     ("seq1f1b_interleaved", {"segments": 4, "stages_per_rank": 4}), ("seq1f1b_interleaved", {"segments": 8, "stages_per_rank": 4}),
     ("helix", {"folds": 1}), ("helix", {"folds": 2}),
 )  # fmt: skip
-BUILT = ((8, 1, "line"), (8, 2, "v"), (8, 4, "looped"))
-"""Segments, stages a rank and placement of constructed."""
-ROOMS = ("1.5", "3", "4.5")
-"""What its forwards may keep."""
+BUILT = (
+    (8, 1, "line", "3"),
+    (8, 1, "line", "4.5"),
+    (8, 2, "v", "3"),
+    (8, 4, "looped", "1.5"),
+    (8, 4, "looped", "1.75"),
+)
+"""Segments, stages a rank, placement and memory of constructed."""
 
 
 def main() -> None:
@@ -61,13 +67,13 @@ def main() -> None:
 def alike(costs: tuple[float, float, float]) -> Callable[[Schedule], Callable[[Action], float]]:
     """Every stage and segment costs as much."""
 
-    def prices(schedule: Schedule) -> Callable[[Action], float]:
+    def takes_of(schedule: Schedule) -> Callable[[Action], float]:
         pieces = len(schedule.stages) // len(schedule.ranks) * schedule.segments
         f, i, w = (each / pieces for each in costs)
         takes = {Pass.F: f, Pass.I: i, Pass.W: w, Pass.B: i + w}
         return lambda action: takes[action.kind]
 
-    return prices
+    return takes_of
 
 
 def grid() -> Iterator[str]:
@@ -76,17 +82,17 @@ def grid() -> Iterator[str]:
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     gains, begun = [], time.monotonic()
     for (p, m), k, costs in itertools.product(SIZES, (1, 4), COSTS):
-        prices = alike(costs)
-        known = [(memory(s), span(s, prices), name) for name, s in named(p, m, k)]
+        takes = alike(costs)
+        known = [(memory(s), span(s, takes), name) for name, s in named(p, m, k)]
         for cap in caps(p, k, min(kept for kept, _, _ in known)):
             fitting = [(length, name) for kept, length, name in known if kept <= cap]
             built = []
             for placement, v in (("line", 1), ("looped", 2), ("v", 2)):
                 sizes = {"ranks": p, "layers": 2 * p, "microbatches": m, "segments": k, "stages_per_rank": v}
-                given = {"placement": placement, "memory": f"{cap:g}", "delay": 0.0, "prices": prices}
+                given = {"placement": placement, "memory": f"{cap:g}", "delay": 0.0, "prices": takes}
                 schedule = build_schedule("constructed", **sizes, **given)
                 assert memory(schedule) <= cap * (1 + 1e-9)
-                built.append((span(schedule, prices), f"{placement}, {v} a rank"))
+                built.append((span(schedule, takes), f"{placement}, {v} a rank"))
             (length, name), (shortest, how) = min(fitting), min(built)
             gains.append(1 - shortest / length)
             told = ", ".join(f"{each:g}" for each in costs)
@@ -118,8 +124,8 @@ def memory(schedule: Schedule) -> float:
     return max(peak_kept(schedule)) / (len(schedule.stages) // len(schedule.ranks) * schedule.segments)
 
 
-def span(schedule: Schedule, prices: Callable[[Schedule], Callable[[Action], float]]) -> float:
-    return simulate_schedule(schedule, prices(schedule)).makespan_s
+def span(schedule: Schedule, takes: Callable[[Schedule], Callable[[Action], float]]) -> float:
+    return simulate_schedule(schedule, takes(schedule)).makespan_s
 
 
 def setting(model: str, length: int, hardware: str = "h100", **changes: Any) -> Setting:
@@ -134,7 +140,10 @@ def setting(model: str, length: int, hardware: str = "h100", **changes: Any) -> 
 def best_of(
     where: Setting, batches: Callable[[int], tuple[Batch, ...]], vocabulary: str
 ) -> tuple[tuple[Estimate, str], tuple[Estimate, str]]:
-    """The best named schedule, and the best constructed in no more bytes on the fullest rank than that takes."""
+    """The best named schedule, and the best constructed in no more bytes on the fullest rank than that takes.
+
+    The second is built from the costs of this machine and these batches, as a profile of it would tell them.
+    """
     found = []
     for family, given in GRID:
         try:
@@ -144,9 +153,10 @@ def best_of(
         found.append((estimate(schedule, where, batches(schedule.segments)), told(family, given)))
     best = min(found, key=lambda each: each[0].step_s)
     built = []
-    for (k, v, placement), room in itertools.product(BUILT, ROOMS):
+    for k, v, placement, room in BUILT:
         given = {"segments": k, "stages_per_rank": v, "placement": placement, "memory": room, "vocabulary": vocabulary}
-        known = where.known("constructed", vocabulary, batches(k))
+        known = where.known("constructed", vocabulary)
+        known["prices"] = partial(prices, where, where.costs, batches(k))
         sizes = {"ranks": RANKS, "model": where.shape, "microbatches": MICROBATCHES}
         try:
             schedule = build_schedule("constructed", **sizes, **(known | given))
