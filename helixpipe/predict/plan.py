@@ -26,7 +26,16 @@ from helixpipe.errors import ConfigError
 from helixpipe.parts.work import Lengths, microbatches
 from helixpipe.predict.alternatives import alternatives
 from helixpipe.predict.beside import beside, built_like
-from helixpipe.predict.candidates import RECOMPUTE, Candidate, candidates, chunk_sizes, setting_of, slices, spread
+from helixpipe.predict.candidates import (
+    CONSTRUCTED,
+    RECOMPUTE,
+    Candidate,
+    candidates,
+    chunk_sizes,
+    setting_of,
+    slices,
+    spread,
+)
 from helixpipe.predict.estimate import Estimate, Setting, check_actions
 from helixpipe.predict.steps import Batches, RankFigures, figures, mean, price_step, typical
 from helixpipe.schedule import families
@@ -288,7 +297,9 @@ def estimate_step(
     shared = Made() if made is None else made
     # some families are ordered by what their actions cost, most are cut by what embed and head do
     own = families.options(candidate.family)
-    balance = tuple(value for name, value in setting.balance.items() if name in own)
+    balance: tuple[Any, ...] = tuple(value for name, value in setting.balance.items() if name in own)
+    if candidate.family == CONSTRUCTED or options.get("vocabulary") == "spread":  # orders built from what actions cost
+        balance = (*balance, setting.keeping)
     if balance not in shared.schedules:
         shared.schedules[balance] = setting.build(candidate.family, ranks, microbatches, **options)
     schedule = shared.schedules[balance]

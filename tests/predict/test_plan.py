@@ -16,7 +16,7 @@ from helixpipe.parts.work import Keeping
 from helixpipe.predict.alternatives import alternatives
 from helixpipe.predict.estimate import Setting
 from helixpipe.predict.hardware import Link, named_accelerator, named_link
-from helixpipe.predict.plan import Candidate, Plan, candidates, estimate_candidate, plan
+from helixpipe.predict.plan import Candidate, Made, Plan, candidates, estimate_candidate, plan
 from helixpipe.schedule.families import FAMILIES
 from helixpipe.view.front import picture
 
@@ -78,6 +78,17 @@ def test_a_choice_is_what_its_estimate_says(found: Plan) -> None:
             assert again.step_s == choice.makespan_s
             assert tuple(rank.peak_bytes for rank in choice.ranks) == again.timeline.peak_bytes
             assert again.ideal_s == choice.ideal_s
+
+
+@pytest.mark.parametrize("family", ["1f1b", "constructed"])
+def test_policies_share_no_order_that_is_built_from_costs(family: str) -> None:
+    """What is recomputed is part of what actions cost, and training builds its order by that."""
+    made = Made()
+    for recompute in ("none", "full"):
+        candidate = Candidate(family, (("vocabulary", "spread"),), recompute=recompute)
+        apart = estimate_candidate(SETTING, 4, 8, candidate)
+        assert estimate_candidate(SETTING, 4, 8, candidate, made).timeline == apart.timeline
+    assert len(made.schedules) == 2
 
 
 def test_nothing_beats_the_front_in_both(found: Plan) -> None:
