@@ -26,16 +26,8 @@ from helixpipe.errors import ConfigError
 from helixpipe.parts.work import Lengths, microbatches
 from helixpipe.predict.alternatives import alternatives
 from helixpipe.predict.beside import beside, built_like
-from helixpipe.predict.candidates import (
-    CONSTRUCTED,
-    RECOMPUTE,
-    Candidate,
-    candidates,
-    chunk_sizes,
-    setting_of,
-    slices,
-    spread,
-)
+from helixpipe.predict.building import decided_by
+from helixpipe.predict.candidates import RECOMPUTE, Candidate, candidates, chunk_sizes, setting_of, slices, spread
 from helixpipe.predict.estimate import Estimate, Setting, check_actions
 from helixpipe.predict.steps import Batches, RankFigures, figures, mean, price_step, typical
 from helixpipe.schedule import families
@@ -295,19 +287,15 @@ def estimate_step(
     setting = setting_of(setting, candidate)
     options = dict(candidate.options)
     shared = Made() if made is None else made
-    # some families are ordered by what their actions cost, most are cut by what embed and head do
-    own = families.options(candidate.family)
-    balance: tuple[Any, ...] = tuple(value for name, value in setting.balance.items() if name in own)
-    if candidate.family == CONSTRUCTED or options.get("vocabulary") == "spread":  # orders built from what actions cost
-        balance = (*balance, setting.keeping)
-    if balance not in shared.schedules:
-        shared.schedules[balance] = setting.build(candidate.family, ranks, microbatches, **options)
-    schedule = shared.schedules[balance]
+    decided = decided_by(setting, candidate.family, options)
+    if decided not in shared.schedules:
+        shared.schedules[decided] = setting.build(candidate.family, ranks, microbatches, **options)
+    schedule = shared.schedules[decided]
 
     def program(batches: Batches) -> Program:
-        if (balance, batches) not in shared.programs:
-            shared.programs[balance, batches] = lower(schedule, setting.shape, batches)
-        return shared.programs[balance, batches]
+        if (decided, batches) not in shared.programs:
+            shared.programs[decided, batches] = lower(schedule, setting.shape, batches)
+        return shared.programs[decided, batches]
 
     return price_step(schedule, setting, step, program)
 
