@@ -64,7 +64,11 @@ def test_it_runs_no_module_and_no_autograd_function(monkeypatch: pytest.MonkeyPa
     norm, proj = (hp.Decoder(shape).part(hp.Part(kind, 0)) for kind in ("norm", "proj"))
     x, o = torch.zeros(1, 2, shape.hidden), torch.zeros(1, 2, shape.q_size)
     monkeypatch.setattr(nn.Module, "__call__", refuse)
-    monkeypatch.setattr(torch.autograd.Function, "apply", refuse)
+    for function in (
+        torch.autograd.Function,
+        torch.autograd.function._SingleLevelFunction,
+    ):  # ours go to the second at once
+        monkeypatch.setattr(function, "apply", refuse, raising=False)
     for runs in (lambda: norm(x), lambda: proj.o.forward(o)):
         with pytest.raises(AssertionError, match="a module or an autograd function ran"):
             runs()

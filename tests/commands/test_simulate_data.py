@@ -281,7 +281,7 @@ def test_the_guide_s_example_is_what_the_commands_say(
     lines = capsys.readouterr().out.splitlines()
     assert lines[2] == "FOLDER: packing balanced, longest cut, seed 0"
     assert lines[3].startswith("step and bubble are means of steps 1 to 4, bytes the most of them")
-    assert build_config(read_toml("best.toml")).data.packing == "balanced"
+    assert read_toml("best.toml")["data"]["packing"] == "balanced"
 
 
 def test_data_needs_no_torch(folders: dict[str, Path]) -> None:

@@ -211,9 +211,10 @@ def test_a_plan_takes_it_and_says_which_families_cannot() -> None:
     setting = hp.Setting(model((2, 2, 3, 2, 2, 2, 2, 2)).shape, 8192)
     plan = hp.plan(setting, 2, 4, 1e9)
     pipelines = {choice.candidate.family for choice in plan.fits if choice.is_pipeline}
-    assert pipelines == set(AT_X)
+    untried = {"constructed"}  # where nobody asks for it
+    assert pipelines == set(AT_X) - untried
     assert not any(choice.candidate.chunk for choice in plan.fits), "nothing of it runs in slices"
-    assert {name.split(",")[0] for name in plan.refused} == set(FAMILIES) - set(AT_X)
+    assert {name.split(",")[0] for name in plan.refused} == set(FAMILIES) - set(AT_X) - untried
     assert {choice.candidate.family for choice in plan.fits} - pipelines == {"fsdp"}
     assert plan.best.ideal_s <= plan.best.makespan_s
 

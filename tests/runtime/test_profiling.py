@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import Ranks
 
-from helixpipe.commands.profile import _parser, _shape, _words, profile
+from helixpipe.commands.profile import _parser, _words, profile
+from helixpipe.commands.shape_flags import shape_from
 from helixpipe.errors import ConfigError, HelixpipeError, RankError
 from helixpipe.parts.part import Part, chain
 from helixpipe.parts.rotary import Rotary
@@ -237,7 +238,7 @@ def test_the_command_that_a_profile_tells_measures_its_shape(name: str, data: An
     timings = measure_once().timings
     told = Profile(shape, "x", "float32", 1, 1, "2", timings).command()
     args = _parser().read(told.split()[2:])
-    made = _shape(args)
+    made = shape_from(args)
     assert {key: getattr(made, key) for key in SIZES} == {key: getattr(shape, key) for key in SIZES}
     assert args.sequence_length == 32
 
