@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from helixpipe.errors import ConfigError
 from helixpipe.parts.work import Lengths, microbatches
 from helixpipe.predict.alternatives import alternatives
-from helixpipe.predict.beside import beside, built_like
+from helixpipe.predict.beside import beside, built_like, leanest
 from helixpipe.predict.building import decided_by
 from helixpipe.predict.candidates import RECOMPUTE, Candidate, candidates, chunk_sizes, setting_of, slices, spread
 from helixpipe.predict.estimate import Estimate, Setting, check_actions
@@ -150,6 +150,9 @@ def plan(
         asked = [candidate for candidate in asked if not candidate.chunk]
     of_step = _Of(setting, ranks, microbatches, (typical(setting, steps) * (microbatches * setting.data_parallel),))
     found = _ranked(of_step, asked, memory_bytes, processes, progress)
+    if not any(choice.is_pipeline for choice in found.fits) and ranks > 1 and not shape.opaque:
+        lean = leanest(setting, ranks, microbatches, asked, memory_bytes)
+        found = _joined(found, _ranked(of_step, lean, memory_bytes, processes, progress))
     if more := _beside(of_step, asked, found, only, bool(any(steps))):
         found = _joined(found, _ranked(of_step, more, memory_bytes, processes, progress))
     if not any(steps):
@@ -183,9 +186,10 @@ def _beside(of: _Of, asked: Sequence[Candidate], found: Plan, only: Sequence[str
 
 
 def _joined(first: Plan, second: Plan) -> Plan:
-    """Both plans' choices in one order, alternatives once."""
-    fits = [*first.fits, *(choice for choice in second.fits if choice.is_pipeline)]
-    misses = [*first.misses, *(choice for choice in second.misses if choice.is_pipeline)]
+    """Both plans' choices in one order, each candidate and alternative once."""
+    known = {choice.candidate for choice in (*first.fits, *first.misses)}
+    fits = [*first.fits, *(choice for choice in second.fits if choice.candidate not in known)]
+    misses = [*first.misses, *(choice for choice in second.misses if choice.candidate not in known)]
     return replace(
         first,
         fits=tuple(sorted(fits, key=lambda c: (c.makespan_s, c.peak_bytes))),
