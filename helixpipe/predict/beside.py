@@ -1,15 +1,14 @@
 """Beside: what a plan on one mesh tries once its named families are priced: the vocabulary on all ranks, and orders built from costs.
 
-Both take longer to build, so what a bound says cannot be the fastest is not tried.
+Both take longer to build, so what a bound says cannot be the fastest is not tried; where nothing fits, those that need least are.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from helixpipe.errors import ConfigError, ScheduleError
-from helixpipe.predict.bounds import Costs, PolicyBound
+from helixpipe.predict.bounds import Bound, Costs, PolicyBound
 from helixpipe.predict.candidates import (
     CONSTRUCTED,
     KEPT_SHARE,
@@ -24,6 +23,9 @@ from helixpipe.predict.estimate import Setting
 from helixpipe.predict.layouts import Layout
 from helixpipe.predict.refine import placed
 
+MOST_LEAN = 16
+"""Tried where nothing fits."""
+
 
 def beside(
     setting: Setting,
@@ -34,21 +36,33 @@ def beside(
     memory_bytes: float,
 ) -> list[Candidate]:
     """Of these candidates those that could be the fastest with the vocabulary on all ranks."""
-    layout = Layout(setting.mesh, setting.optimizer, microbatches, setting.microbatch_size)
+    bounds = _bounds(setting, ranks, microbatches, asked)
+    return [each for each, bound in bounds if bound.step_s <= fastest_s and bound.peak_bytes <= memory_bytes]
 
-    def bound_s(candidate: Candidate) -> float:
+
+def leanest(
+    setting: Setting, ranks: int, microbatches: int, asked: Sequence[Candidate], memory_bytes: float
+) -> list[Candidate]:
+    """Those that need least with the vocabulary on all ranks, where a whole one leaves no room: one rank has all of a head then."""
+    bounds = sorted(_bounds(setting, ranks, microbatches, asked), key=lambda each: each[1].peak_bytes)
+    return [each for each, bound in bounds if bound.peak_bytes <= memory_bytes][:MOST_LEAN]
+
+
+def _bounds(
+    setting: Setting, ranks: int, microbatches: int, asked: Sequence[Candidate]
+) -> Iterator[tuple[Candidate, Bound]]:
+    """Each with the vocabulary on all ranks, but those that cannot be."""
+    layout = Layout(setting.mesh, setting.optimizer, microbatches, setting.microbatch_size)
+    for candidate in map(spread, asked):
         mine = setting_of(setting, candidate)
         try:
             small = placed(mine, layout, candidate, ranks)
             batch = mine.batch(dict(candidate.options).get("segments", 1))
         except (ConfigError, ScheduleError):
-            return math.inf
-        bound = PolicyBound(mine, ranks, microbatches).of_placement(
+            continue
+        yield candidate, PolicyBound(mine, ranks, microbatches).of_placement(
             small, Costs(mine, batch), small.standing(mine), small.reduction_s(mine), together(candidate, ranks, microbatches)
         )  # fmt: skip
-        return bound.step_s if bound.peak_bytes <= memory_bytes else math.inf
-
-    return [each for each in map(spread, asked) if bound_s(each) <= fastest_s]
 
 
 def built_like(

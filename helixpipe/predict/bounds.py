@@ -183,6 +183,8 @@ class Placement:
     """A family's stages and who runs them, from a schedule of as few micro-batches and segments as it takes."""
 
     schedule: Schedule
+    may_split: bool = False
+    """Whether other schedules with these stages put weight gradients off, though this one does not."""
 
     @cached_property
     def visits(self) -> bool:
@@ -206,7 +208,7 @@ class Placement:
     @cached_property
     def splits(self) -> bool:
         """Whether weight gradients are put off, so that a rank may end with one."""
-        return any(action.kind is Pass.W for action in self.schedule.placed)
+        return self.may_split or any(action.kind is Pass.W for action in self.schedule.placed)
 
     @cached_property
     def stages_of(self) -> list[list[int]]:

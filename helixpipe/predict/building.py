@@ -9,21 +9,33 @@ told of none, builds the same order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from helixpipe.parts.kind import Kept
 from helixpipe.parts.part import Part, layer_parts
 from helixpipe.parts.work import Batch, Work
 from helixpipe.predict.cost import PartCosts, action_seconds
 from helixpipe.predict.keeping import kept, key_values
+from helixpipe.schedule import families
 from helixpipe.schedule.action import Action
 from helixpipe.schedule.chunks import chunks
 from helixpipe.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
     from helixpipe.predict.estimate import Setting
+
+
+def decided_by(setting: Setting, family: str, options: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What of a setting a family's schedule follows from: settings of one model that agree in it build the same schedule."""
+    names = families.options(family)
+    balance = tuple((name, value) for name, value in setting.balance.items() if name in names)
+    cut = layer_costs(setting, setting.balancing)
+    if family != "constructed" and options.get("vocabulary") != "spread":
+        return balance, cut
+    segments = setting.segment_lengths(options.get("segments", 1))  # the order too, by what actions cost and keep
+    return balance, cut, setting.keeping, setting.microbatch_size, segments
 
 
 def prices(

@@ -166,7 +166,7 @@ class Setting:
         In FLOPs where nothing was measured, whatever the accelerator: training, which is told of none, does the same.
         Rounded here, once, so that plan, simulate and training build one schedule.
         """
-        costs, shape = self._balancing, self.shape
+        costs, shape = self.balancing, self.shape
         # blocks may differ, and so may windows: the mean of all stands for one
         layers = shape.layers if shape.opaque or len(shape.windows) > 1 else 1
         parts = [part for layer in range(layers) for part in layer_parts(layer, layer in shape.opaque)]
@@ -184,12 +184,13 @@ class Setting:
         return {name: tuple(float(f"{each / layer:.3g}") for each in times) for name, times in found.items()}
 
     @property
-    def _balancing(self) -> PartCosts:
+    def balancing(self) -> PartCosts:
+        """What families are balanced by."""
         return self.profile or Analytic(self.shape, named_accelerator("ideal"))
 
     def attention_costs(self, batches: Sequence[Batch]) -> tuple[float, ...]:
         """What each micro-batch's attention costs, forward: the `work` by which a family places them, as `balance` measures."""
-        costs, alike = self._balancing, first_alike(batches)
+        costs, alike = self.balancing, first_alike(batches)
         parts = {layer: [p for p in layer_parts(layer) if p.about.attends] for layer in self.shape.sorts()}
 
         def total(batch: Batch) -> float:
@@ -264,9 +265,9 @@ class Setting:
         if vocabulary == "spread":
             found.pop("ends", None)
         built = {
-            "prices": partial(building.prices, self, self._balancing, tuple(batches)),
+            "prices": partial(building.prices, self, self.balancing, tuple(batches)),
             "kept": partial(building.kept_bytes, self),
-            "layer_costs": building.layer_costs(self, self._balancing),
+            "layer_costs": building.layer_costs(self, self.balancing),
         }
         return found | built
 

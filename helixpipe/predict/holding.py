@@ -16,6 +16,10 @@ from helixpipe.predict.estimate import Estimate
 LEAST = 0.02
 """A rank that is busy longer than the others by less than this share holds nothing back."""
 _LAYERS = "layers"
+_WORDS = {
+    FIRST: "the embedding", "joined": "summing up the embedding's shards", "lookup": "its shard of the embedding",
+    "final": "the final norm", "logits": "its shard of the head",
+}  # fmt: skip
 
 
 class Holding(NamedTuple):
@@ -48,7 +52,7 @@ def _what(estimate: Estimate, rank: int) -> str:
     }
     kind = max(beyond, key=lambda each: beyond[each])
     if kind != _LAYERS:
-        return "the embedding" if kind == FIRST else f"the {kind}"
+        return _WORDS.get(kind, f"the {kind}")
     return f"its {len(layers[rank])} layers, {statistics.mean(len(layers[o]) for o in others):.3g} on others"
 
 

@@ -114,7 +114,13 @@ def layouts(asked: Asked) -> Found:
     """Every layout that divides model, sequence and batch; in a fixed order."""
     found: list[Layout] = []
     refused: list[str] = []
-    for pp, dp, cp, tp in _factors(asked.accelerators, (asked.pp, asked.dp, asked.cp, asked.tp)):
+    given = {name: getattr(asked, name) for name in ("pp", "dp", "cp", "tp")}
+    meshes = list(_factors(asked.accelerators, tuple(given.values())))
+    if not meshes:
+        named = {name: size for name, size in given.items() if size is not None}
+        product, told = math.prod(named.values()), " x ".join(f"{name} {size}" for name, size in named.items())
+        refused.append(f"{told} are {product}" if asked.accelerators % product == 0 else f"{told} does not divide them")
+    for pp, dp, cp, tp in meshes:
         if pp > asked.setting.shape.layers:
             refused.append(f"pp {pp}: the model has {asked.setting.shape.layers} layers")
             continue

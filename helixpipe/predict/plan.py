@@ -25,17 +25,9 @@ from typing import Any, NamedTuple
 from helixpipe.errors import ConfigError
 from helixpipe.parts.work import Lengths, microbatches
 from helixpipe.predict.alternatives import alternatives
-from helixpipe.predict.beside import beside, built_like
-from helixpipe.predict.candidates import (
-    CONSTRUCTED,
-    RECOMPUTE,
-    Candidate,
-    candidates,
-    chunk_sizes,
-    setting_of,
-    slices,
-    spread,
-)
+from helixpipe.predict.beside import beside, built_like, leanest
+from helixpipe.predict.building import decided_by
+from helixpipe.predict.candidates import RECOMPUTE, Candidate, candidates, chunk_sizes, setting_of, slices, spread
 from helixpipe.predict.estimate import Estimate, Setting, check_actions
 from helixpipe.predict.steps import Batches, RankFigures, figures, mean, price_step, typical
 from helixpipe.schedule import families
@@ -158,6 +150,9 @@ def plan(
         asked = [candidate for candidate in asked if not candidate.chunk]
     of_step = _Of(setting, ranks, microbatches, (typical(setting, steps) * (microbatches * setting.data_parallel),))
     found = _ranked(of_step, asked, memory_bytes, processes, progress)
+    if not any(choice.is_pipeline for choice in found.fits) and ranks > 1 and not shape.opaque:
+        lean = leanest(setting, ranks, microbatches, asked, memory_bytes)
+        found = _joined(found, _ranked(of_step, lean, memory_bytes, processes, progress))
     if more := _beside(of_step, asked, found, only, bool(any(steps))):
         found = _joined(found, _ranked(of_step, more, memory_bytes, processes, progress))
     if not any(steps):
@@ -191,9 +186,10 @@ def _beside(of: _Of, asked: Sequence[Candidate], found: Plan, only: Sequence[str
 
 
 def _joined(first: Plan, second: Plan) -> Plan:
-    """Both plans' choices in one order, alternatives once."""
-    fits = [*first.fits, *(choice for choice in second.fits if choice.is_pipeline)]
-    misses = [*first.misses, *(choice for choice in second.misses if choice.is_pipeline)]
+    """Both plans' choices in one order, each candidate and alternative once."""
+    known = {choice.candidate for choice in (*first.fits, *first.misses)}
+    fits = [*first.fits, *(choice for choice in second.fits if choice.candidate not in known)]
+    misses = [*first.misses, *(choice for choice in second.misses if choice.candidate not in known)]
     return replace(
         first,
         fits=tuple(sorted(fits, key=lambda c: (c.makespan_s, c.peak_bytes))),
@@ -295,19 +291,15 @@ def estimate_step(
     setting = setting_of(setting, candidate)
     options = dict(candidate.options)
     shared = Made() if made is None else made
-    # some families are ordered by what their actions cost, most are cut by what embed and head do
-    own = families.options(candidate.family)
-    balance: tuple[Any, ...] = tuple(value for name, value in setting.balance.items() if name in own)
-    if candidate.family == CONSTRUCTED or options.get("vocabulary") == "spread":  # orders built from what actions cost
-        balance = (*balance, setting.keeping)
-    if balance not in shared.schedules:
-        shared.schedules[balance] = setting.build(candidate.family, ranks, microbatches, **options)
-    schedule = shared.schedules[balance]
+    decided = decided_by(setting, candidate.family, options)
+    if decided not in shared.schedules:
+        shared.schedules[decided] = setting.build(candidate.family, ranks, microbatches, **options)
+    schedule = shared.schedules[decided]
 
     def program(batches: Batches) -> Program:
-        if (balance, batches) not in shared.programs:
-            shared.programs[balance, batches] = lower(schedule, setting.shape, batches)
-        return shared.programs[balance, batches]
+        if (decided, batches) not in shared.programs:
+            shared.programs[decided, batches] = lower(schedule, setting.shape, batches)
+        return shared.programs[decided, batches]
 
     return price_step(schedule, setting, step, program)
 

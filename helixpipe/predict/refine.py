@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 from helixpipe.errors import ConfigError, ScheduleError
 from helixpipe.parts.work import Batch
 from helixpipe.predict.bounds import Bound, Placement, PolicyBound, makespan_of_order, peak_of_order
-from helixpipe.predict.candidates import Candidate, setting_of
+from helixpipe.predict.building import decided_by
+from helixpipe.predict.candidates import CONSTRUCTED, Candidate, setting_of
 from helixpipe.predict.cost import action_seconds
 from helixpipe.predict.estimate import Estimate, Setting, priced
 from helixpipe.predict.layouts import Asked, Layout
 from helixpipe.predict.steps import RankFigures, figures
-from helixpipe.schedule import families
 from helixpipe.schedule.lower import lower
 from helixpipe.schedule.program import Program
 from helixpipe.schedule.schedule import Schedule
@@ -70,14 +70,14 @@ def placed(setting: Setting, layout: Layout, candidate: Candidate, ranks: int = 
     """The stages of a candidate, from the smallest schedule that its family makes; refused as the whole one would be."""
     options = {name: 1 if name == "segments" else value for name, value in candidate.options}
     ranks, m = ranks or layout.mesh.pp, layout.microbatches
-    balance = tuple(setting.balance.items()) if candidate.family in families.FAMILIES else ()
-    key = (setting.shape, candidate.family, tuple(options.items()), ranks, m >= 2 * ranks, balance)
+    decided = decided_by(setting, candidate.family, options)
+    key = (setting.shape, candidate.family, tuple(options.items()), ranks, m >= 2 * ranks, decided)
     if key not in _placements:
         try:  # two micro-batches show whether each has ranks of its own
             schedule = setting.build(candidate.family, ranks, min(m, 2), **options)
         except ConfigError:
             schedule = setting.build(candidate.family, ranks, min(m, 2 * ranks), **options)
-        made = Placement(schedule)
+        made = Placement(schedule, candidate.family == CONSTRUCTED)  # which decides it by what is shorter
         # families with the same stages on the same ranks are one
         same = (setting.shape, schedule.stages, schedule.ranks_of, made.splits)
         _placements[key] = _placements.setdefault(same, made)
@@ -133,9 +133,8 @@ _kept_schedules, _kept_programs = _Kept(), _Kept()
 
 
 def _schedule(setting: Setting, layout: Layout, candidate: Candidate) -> Schedule:
-    names = families.options(candidate.family)
-    balance = tuple((name, value) for name, value in setting.balance.items() if name in names)
-    key = (candidate.family, candidate.options, layout.mesh.pp, layout.microbatches, balance, setting.shape)
+    decided = decided_by(setting, candidate.family, dict(candidate.options))
+    key = (candidate.family, candidate.options, layout.mesh.pp, layout.microbatches, decided, setting.shape)
     schedule: Schedule = _kept_schedules.get(
         key,
         lambda: setting.build(candidate.family, layout.mesh.pp, layout.microbatches, **dict(candidate.options)),

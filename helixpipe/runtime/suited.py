@@ -13,6 +13,7 @@ from helixpipe.parts.part import Part, vocabulary_shards
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Batch, Lengths
 from helixpipe.schedule.schedule import Schedule
+from helixpipe.schedule.vocabulary import check_words
 
 
 def check_segments(model: Model, schedule: Schedule, lengths: tuple[int, ...] | None) -> None:
@@ -46,10 +47,7 @@ def check_vocabulary(model: Model, schedule: Schedule) -> None:
             f"schedule.vocabulary: spread, and {kind.__name__} hands out parts of its own, of which head and embedding would be left "
             "out; use last, or set spreads_vocabulary to true in a model that knows their shards"
         )
-    if shards > model.shape.vocabulary:
-        raise ConfigError(
-            f"schedule.vocabulary: spread over {shards} ranks, and model.vocabulary is {model.shape.vocabulary}; use last, or fewer ranks"
-        )
+    check_words(shards, model.shape.vocabulary)
 
 
 def check_attention(modules: Mapping[Part, nn.Module], segments: int) -> None:

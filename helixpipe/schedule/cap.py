@@ -25,6 +25,14 @@ SLACK = 1 + 1e-9
 """Sums of floats that are equal may differ by so much."""
 
 
+class NoRoom(ConfigError):
+    """A cap that holds no micro-batch; `least` would, in the cap's unit."""
+
+    def __init__(self, told: str, least: float) -> None:
+        super().__init__(told)
+        self.least = least
+
+
 @dataclass(frozen=True)
 class Cap:
     """`limits[r]` is what rank r may keep; `adds` what each action of a graph keeps more (less, below 0); the same unit."""
@@ -63,13 +71,14 @@ class Cap:
         return replace(self, adds=adds, graph=self.graph.backwards, reverse=not self.reverse)
 
     def check(self, told: Callable[[float], str] = "{:.4g}".format) -> None:
-        """Raise ConfigError where a rank cannot hold one micro-batch, with the rank that misses most. `told`: an amount in words."""
+        """Raise NoRoom where a rank cannot hold one micro-batch, with the rank that misses most. `told`: an amount in words."""
         least = [max(whole, default=0.0) for whole in self.whole]
         rank = max(range(len(least)), key=lambda r: least[r] - self.limits[r])
         if least[rank] > self.limits[rank] * SLACK:
-            raise ConfigError(
+            raise NoRoom(
                 f"schedule.memory: {told(self.limits[rank])}, and rank {rank} keeps {told(least[rank])} of one micro-batch before its "
-                f"first backward; give at least {told(least[rank])}, or more ranks"
+                f"first backward; give at least {told(least[rank])}, or more ranks",
+                least[rank],
             )
 
 

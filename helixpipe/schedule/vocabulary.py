@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from helixpipe.errors import ConfigError
 from helixpipe.parts.part import Part, chain, ends
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.construct import Built, list_schedule, schedule_of
@@ -57,6 +58,14 @@ def spread(schedule: Schedule, prices: Prices = unit_durations) -> Schedule:
         more = _kept(known, built, len(schedule.stages)) / _kept(known, best, len(schedule.stages)) - 1
         best = built if 1 - built.makespan / best.makespan >= PAYS * more else best
     return schedule_of(draft, known, best)
+
+
+def check_words(shards: int, words: int) -> None:
+    """Raise ConfigError where a shard would have no word."""
+    if shards > words:
+        raise ConfigError(
+            f"schedule.vocabulary: spread over {shards} ranks, and model.vocabulary is {words}; use last, or fewer ranks"
+        )
 
 
 def _kept(known: Graph, built: Built, own: int) -> int:

@@ -154,7 +154,7 @@ def test_numbers_as_people_write_them(capsys: pytest.CaptureFixture[str]) -> Non
         (f"{TINY} --per-node 0", "--per-node: 0; give at least 1"),
         (TINY.replace("--accelerators 4", "--accelerators 0"), "--accelerators: 0; give at least 1"),
         (f"{TINY} --tp 0", "--tp: 0; give at least 1"),
-        (f"{TINY} --tp 3", "--accelerators: no layout of 4 can be: "),
+        (f"{TINY} --tp 3", "--accelerators: no layout of 4 can be: tp 3 does not divide them"),
         (f"{TINY} --context-method rings", "--context-method: 'rings' is not known; known: ring, ulysses"),
         (f"{TINY} --memory 0.001", "--memory: no plan fits 1.0 MiB; the nearest is "),
         (f"{TINY} --heads 3", "--heads: 3 heads do not divide hidden size 128"),

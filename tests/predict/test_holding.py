@@ -28,6 +28,14 @@ def test_a_head_on_one_rank_is_named() -> None:
     assert held.busy_s > 1.02 * held.others_s
 
 
+def test_shards_of_the_vocabulary_are_told_in_words() -> None:
+    """It said `the joined`."""
+    small = replace(SETTING, shape=replace(LLAMA, hidden=512, ffn=1024, heads=8, kv_heads=8), sequence_length=4096)
+    held = holding(estimate_family(small, "1f1b", 8, 8, vocabulary="spread"))
+    assert held is not None
+    assert held.what == "summing up the embedding's shards"
+
+
 def test_a_rank_with_more_layers_is_named() -> None:
     few = replace(SETTING, shape=replace(LLAMA, layers=7, vocabulary=64))
     held = holding(estimate_family(few, "1f1b", 3, 4))

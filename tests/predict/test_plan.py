@@ -91,6 +91,15 @@ def test_policies_share_no_order_that_is_built_from_costs(family: str) -> None:
     assert len(made.schedules) == 2
 
 
+def test_what_fits_only_with_the_vocabulary_on_all_ranks_is_found() -> None:
+    """A whole head left no room on one rank, and nothing else was tried."""
+    setting = replace(SETTING, shape=replace(SHAPE, vocabulary=65536), sequence_length=2048)
+    found = plan(setting, 4, 4, 0.75 * 2.0**30, only=("1f1b",))
+    assert dict(found.best.candidate.options) == {"vocabulary": "spread"}
+    pipelines = [choice.candidate for choice in (*found.fits, *found.misses) if choice.is_pipeline]
+    assert len(set(pipelines)) == len(pipelines) > 3
+
+
 def test_nothing_beats_the_front_in_both(found: Plan) -> None:
     front = found.front
     assert front[0] is found.best

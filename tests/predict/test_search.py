@@ -13,12 +13,13 @@ from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Keeping
 from helixpipe.predict import search as module
 from helixpipe.predict.bounds import Costs, PolicyBound, makespan_of_order, peak_of_order
-from helixpipe.predict.candidates import RECOMPUTE, chunk_sizes, setting_of, together
+from helixpipe.predict.candidates import CONSTRUCTED, RECOMPUTE, Candidate, chunk_sizes, setting_of, together
 from helixpipe.predict.cost import action_seconds
 from helixpipe.predict.estimate import Setting, priced
 from helixpipe.predict.hardware import Link, named_accelerator
 from helixpipe.predict.layouts import Asked, layouts
 from helixpipe.predict.nodes import Nodes
+from helixpipe.predict.refine import Task, estimate_row, refine
 from helixpipe.predict.search import Row, placed, schedules_of, search
 from helixpipe.predict.steps import figures
 from helixpipe.schedule import families
@@ -128,6 +129,27 @@ def test_a_model_whose_layers_differ_keeps_its_bounds(monkeypatch: pytest.Monkey
             assert bound.peak_bytes <= found.peak_bytes
 
 
+def test_a_row_is_what_its_estimate_says() -> None:
+    """An order that is built from costs was shared among policies, whose costs differ: training would build another one."""
+    asked = replace(ASKED, sequences=16, pp=4)
+    [layout] = layouts(asked).layouts
+    for recompute in ("none", "full"):
+        candidate = Candidate("1f1b", (("vocabulary", "spread"),), recompute=recompute)
+        row = refine(Task(asked, layout, candidate, math.inf)).row
+        assert row is not None
+        assert row.step_s == estimate_row(asked, row).step_s
+
+
+def test_an_order_that_may_put_weight_gradients_off_is_bounded_as_if_it_did() -> None:
+    """Of few micro-batches whole backwards may be shorter, and of many they may not."""
+    asked = replace(ASKED, pp=4)
+    [layout] = layouts(asked).layouts
+    candidate = Candidate(CONSTRUCTED, (), recompute="full")
+    small = placed(setting_of(layout.setting(asked), candidate), layout, candidate)
+    assert small.splits
+    assert not replace(small, may_split=False).splits
+
+
 def test_processes_find_the_same() -> None:
     asked = replace(ASKED, families=("1f1b",))
     assert search(asked, 3, processes=2).rows == search(asked, 3).rows
@@ -167,7 +189,8 @@ def test_when_nothing_fits_the_nearest_is_told() -> None:
         ({"accelerators": 0}, "accelerators: 0; give at least 1"),
         ({"sequences": 0}, "sequences: 0; give at least 1"),
         ({"tp": 0}, "tp: 0; give at least 1"),
-        ({"tp": 3}, "accelerators: no layout of 4 can be: "),
+        ({"tp": 3}, "accelerators: no layout of 4 can be: cp 1 x tp 3 does not divide them"),
+        ({"pp": 2, "dp": 1, "tp": 1}, "accelerators: no layout of 4 can be: pp 2 x dp 1 x cp 1 x tp 1 are 2"),
         ({"families": ("1f2b",)}, "schedule.family: '1f2b' is not known; did you mean '1f1b'?"),
         ({"accelerators": 5, "pp": 1, "cp": 1, "tp": 1}, "accelerators: no layout of 5 can be: batch: 2 sequences do not divide over dp 5"),
     ],

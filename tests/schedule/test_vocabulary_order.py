@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from helixpipe.errors import ConfigError
 from helixpipe.parts.part import Part, chain
+from helixpipe.parts.shape import ModelShape
 from helixpipe.predict.peak import peak_kept
 from helixpipe.predict.simulate import simulate_schedule
 from helixpipe.schedule import vocabulary
@@ -137,3 +138,10 @@ def test_what_cannot_be_spread_is_refused_by_name() -> None:
     with pytest.raises(ConfigError) as error:
         build_schedule("1f1b", **sizes, vocabulary="first")
     assert str(error.value) == "schedule.vocabulary: 'first' is not known; known: last, spread"
+    few = ModelShape(layers=4, hidden=8, heads=2, ffn=8, vocabulary=1)
+    with pytest.raises(ConfigError) as error:
+        build_schedule("1f1b", ranks=2, microbatches=2, model=few, vocabulary="spread")
+    assert (
+        str(error.value)
+        == "schedule.vocabulary: spread over 2 ranks, and model.vocabulary is 1; use last, or fewer ranks"
+    )

@@ -31,7 +31,7 @@ from helixpipe.schedule.families.zb_h2 import zb_h2
 from helixpipe.schedule.families.zb_v import zb_v
 from helixpipe.schedule.problem import Kept
 from helixpipe.schedule.schedule import Schedule
-from helixpipe.schedule.vocabulary import VOCABULARIES, Prices, spread
+from helixpipe.schedule.vocabulary import VOCABULARIES, Prices, check_words, spread
 
 FAMILIES: dict[str, Callable[..., Schedule]] = {
     "gpipe": gpipe,
@@ -105,6 +105,8 @@ def build_schedule(
         layers = shape.layers
         if shape.opaque:
             given = {"opaque": shape.opaque, **given}
+        if vocabulary == "spread":
+            check_words(ranks, shape.vocabulary)
     if given.get("opaque") is True:
         given["opaque"] = tuple(range(layers))
     if given.get("opaque") and "opaque" not in known:

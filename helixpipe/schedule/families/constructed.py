@@ -27,6 +27,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 from helixpipe.errors import ConfigError
 from helixpipe.schedule.action import Action, Pass
+from helixpipe.schedule.cap import NoRoom
 from helixpipe.schedule.construct import Built
 from helixpipe.schedule.durations import unit_durations
 from helixpipe.schedule.families.beginnings import modes, ranks_of_stages, wishes
@@ -70,13 +71,15 @@ def constructed(
     Layers that differ are cut by `layer_costs`; where a rank could not keep its stages so, into as many each.
     """
     check_segments(segments, opaque)
-    if not 0 <= delay < math.inf or tries < 0:
-        raise ConfigError(f"schedule.delay, schedule.tries: {delay:g} and {tries}; give none below 0")
+    if not 0 <= delay < math.inf:
+        raise ConfigError(f"schedule.delay: {delay:g}; give 0 or more")
+    if tries < 0:
+        raise ConfigError(f"schedule.tries: {tries}; give how many, or 0 to have it chosen")
     of_stage = ranks_of_stages(placement, ranks, stages_per_rank)
     check_filled(ranks, layers, stages_per_rank, ends)
     by_cost = cut_by_cost(layer_costs or (1.0,) * layers, ends, of_stage)
     by_number = [layers * (s + 1) // len(of_stage) - layers * s // len(of_stage) for s in range(len(of_stage))]
-    missed: list[ConfigError] = []
+    missed: list[NoRoom] = []
     for counts in [layers_per_stage] if layers_per_stage else [by_cost, by_number]:
         stages = cut_layers(layers, counts, len(of_stage), opaque)
         found: list[tuple[Problem, Built]] = []
@@ -84,7 +87,7 @@ def constructed(
             draft, unit = Schedule(stages, actions), found[0][0].known.unit if found else 0.0
             try:
                 problems = _problems(draft, vocabulary, prices, delay, unit, memory, kept)
-            except ConfigError as error:  # what waits for a W may be more than what waits for a B
+            except NoRoom as error:  # what waits for a W may be more than what waits for a B
                 missed.append(error)
                 continue
             wished = list(wishes(actions, ranks, segments))
@@ -92,13 +95,13 @@ def constructed(
         if found:
             problem, built = shortest(found)
             return problem.schedule(built)
-    raise missed[0]
+    raise min(missed, key=lambda error: error.least)
 
 
 def _problems(
     draft: Schedule, vocabulary: str, prices: Prices, delay: float, unit: float, memory: str, kept: Kept | None
 ) -> list[Problem]:
-    """One for each order in which micro-batches may be taken. Raises ConfigError where the memory holds none."""
+    """One for each order in which micro-batches may be taken. Raises NoRoom where the memory holds none."""
     found: list[Problem] = []
     for numbers in _numbers(draft, prices):
         problem = Problem.of(draft, vocabulary, prices, delay, numbers, unit)
@@ -155,12 +158,19 @@ def _capped(problem: Problem, memory: str, kept: Kept | None) -> Problem:
     limit = float(match[1]) * (2.0**30 if match[2] else one)
 
     def told(amount: float) -> str:
-        return f"{amount / 2**30:.3g}GiB" if match[2] else f"{amount / one:.3g}"
+        return f"{_rounded_up(amount / 2**30)}GiB" if match[2] else _rounded_up(amount / one)
 
     capped = problem.capped((limit,) * len(problem.draft.ranks), keeps, puts_off)
     assert capped.cap is not None
     capped.cap.check(told)
     return capped
+
+
+def _rounded_up(amount: float) -> str:
+    """In three digits, as an option takes it: what is at least an amount is enough."""
+    digits = max(0, min(9, 2 - math.floor(math.log10(amount)))) if amount else 0
+    text = f"{math.ceil(amount * 10**digits - 1e-6) / 10**digits:.{digits}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def _shares(problem: Problem) -> tuple[Callable[[Action], float], Callable[[Action], float]]:

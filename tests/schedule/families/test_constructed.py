@@ -240,7 +240,12 @@ def test_a_cap_on_a_spread_vocabulary() -> None:
             {"memory": "0.75"},
             "schedule.memory: 0.75, and rank 0 keeps 1 of one micro-batch before its first backward; give at least 1, or more ranks",
         ),
-        ({"delay": -1.0}, "schedule.delay, schedule.tries: -1 and 0; give none below 0"),
+        (
+            {"memory": "0.75", "ends": (0, 2)},  # cut by cost a rank has three layers, and by number none has
+            "schedule.memory: 0.75, and rank 0 keeps 1 of one micro-batch before its first backward; give at least 1, or more ranks",
+        ),
+        ({"delay": -1.0}, "schedule.delay: -1; give 0 or more"),
+        ({"tries": -1}, "schedule.tries: -1; give how many, or 0 to have it chosen"),
         (
             {"stages_per_rank": 4},
             "schedule.stages_per_rank: 4 layers cannot fill 2 ranks of 4 stages each; use at most 2",
@@ -251,6 +256,14 @@ def test_what_cannot_be_is_named(given: dict[str, object], told: str) -> None:
     with pytest.raises(ConfigError) as error:
         build_schedule("constructed", ranks=2, layers=4, microbatches=2, **given)
     assert str(error.value) == told
+
+
+def test_the_memory_that_is_told_is_enough() -> None:
+    """Two of six layers on a rank are 4/3 of a quarter, and 1.33 is less."""
+    sizes: dict[str, int] = {"ranks": 4, "layers": 6, "microbatches": 2}
+    with pytest.raises(ConfigError, match=r"schedule.memory: 1, .* give at least 1\.34, or more ranks"):
+        build_schedule("constructed", memory="1", **sizes)
+    assert build_schedule("constructed", memory="1.34", **sizes)
 
 
 def test_layers_that_differ_share_the_work_of_ranks() -> None:
@@ -275,5 +288,5 @@ def test_layers_are_cut_by_number_where_their_cost_leaves_no_room() -> None:
 
     assert counts("1.7") == [1, 4]
     assert counts("1.3") == [2, 3]
-    with pytest.raises(ConfigError, match=r"^schedule.memory: 1, and rank 1 keeps 1.6 of one micro-batch"):
+    with pytest.raises(ConfigError, match=r"^schedule.memory: 1, and rank 1 keeps 1.2 of one micro-batch"):
         counts("1")
