@@ -27,7 +27,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = Run(tmp_path_factory.mktemp("reference"), "small.toml", "--run.profile_step", "3")
     assert run.wait() == 0, run.err
     assert run.out.startswith(f"trained to step {STEPS} in 0:")
-    (said,) = [line for line in run.err.splitlines() if "helixpipe:" in line]
+    said_of_us = [line for line in run.err.splitlines() if "helixpipe:" in line]
+    (said,) = [line for line in said_of_us if "times their own median" not in line]  # of a busy machine
     assert said.startswith("helixpipe: step 3 is traced in ")
     assert f"step 1/{STEPS}  loss 5." in run.err
     assert f"step {STEPS}/{STEPS}  held-out loss " in run.err
