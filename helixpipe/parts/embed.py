@@ -9,6 +9,20 @@ from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Work
 
 
+def rows_saved(part: Part, work: Work) -> Kept:
+    """What the norm behind the rows reads, which is nobody else's."""
+    if not work.shape.embed_norm:
+        return {}
+    return {f"{part}.rows": work.shape.hidden * work.unit} | norm_saved(work, f"{part}.norm")
+
+
+def rows_workspace(work: Work, graph: bool) -> int:
+    """Bytes of that norm's forward; without a graph the rows are among them."""
+    if not work.shape.embed_norm:
+        return 0
+    return norm_forward(work) + (0 if graph else work.shape.hidden * work.unit)
+
+
 @register
 class EmbedKind(Kind):
     name = "embed"
@@ -38,15 +52,10 @@ class EmbedKind(Kind):
         return 1
 
     def saved(self, part: Part, work: Work) -> Kept:
-        """What the norm reads, which is nobody else's."""
-        if not work.shape.embed_norm:
-            return {}
-        return {f"{part}.rows": work.shape.hidden * work.unit} | norm_saved(work, f"{part}.norm")
+        return rows_saved(part, work)
 
     def forward_workspace(self, part: Part, work: Work, graph: bool) -> int:
-        if not work.shape.embed_norm:
-            return 0
-        return norm_forward(work) + (0 if graph else work.shape.hidden * work.unit)
+        return rows_workspace(work, graph)
 
     def backward_workspace(self, part: Part, work: Work, unread: bool = False) -> int:
         """The rows' gradient, where it is not that of x, and the table's."""

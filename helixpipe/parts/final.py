@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from helixpipe.parts.kind import Kept, Kind, Shapes, linear, register
-from helixpipe.parts.norm import norm_backward, norm_forward, norm_parameters, norm_saved
+from helixpipe.parts.head import before_logits
+from helixpipe.parts.kind import Kept, Kind, Shapes, register
+from helixpipe.parts.norm import norm_backward, norm_forward, norm_saved
 from helixpipe.parts.part import LAST, Part
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Work
@@ -19,10 +20,7 @@ class FinalKind(Kind):
     splits = True
 
     def parameters(self, shape: ModelShape) -> Shapes:
-        h, found = shape.hidden, norm_parameters(shape, "norm.")
-        if shape.head_transform:
-            found |= linear("dense", h, h, shape.bias) | norm_parameters(shape, "dense_norm.")
-        return found
+        return before_logits(shape)
 
     def parameter_name(self, part: Part, name: str, shape: ModelShape) -> str:
         return f"{LAST}.{name}"

@@ -15,6 +15,14 @@ IGNORED = -100
 """A target that counts for nothing, as in torch's cross entropy."""
 
 
+def before_logits(shape: ModelShape) -> Shapes:
+    """The parameters of the final norm, and of the transform where a model has one."""
+    h, found = shape.hidden, norm_parameters(shape, "norm.")
+    if shape.head_transform:
+        found |= linear("dense", h, h, shape.bias) | norm_parameters(shape, "dense_norm.")
+    return found
+
+
 @register
 class HeadKind(Kind):
     name = "head"
@@ -27,10 +35,7 @@ class HeadKind(Kind):
 
     def parameters(self, shape: ModelShape) -> Shapes:
         """A tied head lists its table too: see `parameter_name`."""
-        h, found = shape.hidden, norm_parameters(shape, "norm.")
-        if shape.head_transform:
-            found |= linear("dense", h, h, shape.bias) | norm_parameters(shape, "dense_norm.")
-        return found | linear("output", shape.vocabulary, h, shape.head_transform)
+        return before_logits(shape) | linear("output", shape.vocabulary, shape.hidden, shape.head_transform)
 
     def parameter_name(self, part: Part, name: str, shape: ModelShape) -> str:
         if name == "output.weight" and shape.tied:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from helixpipe.parts.embed import rows_saved, rows_workspace
 from helixpipe.parts.kind import Kept, Kind, Shapes, register
-from helixpipe.parts.norm import norm_backward, norm_forward, norm_parameters, norm_saved
+from helixpipe.parts.norm import norm_backward, norm_parameters
 from helixpipe.parts.part import FIRST, Part
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Work
@@ -42,15 +43,10 @@ class JoinedKind(Kind):
         return ((FIRST, float(part.shards)),)
 
     def saved(self, part: Part, work: Work) -> Kept:
-        """What the norm reads."""
-        if not work.shape.embed_norm:
-            return {}
-        return {f"{part}.rows": work.shape.hidden * work.unit} | norm_saved(work, f"{part}.norm")
+        return rows_saved(part, work)
 
     def forward_workspace(self, part: Part, work: Work, graph: bool) -> int:
-        if not work.shape.embed_norm:
-            return 0
-        return norm_forward(work) + (0 if graph else work.shape.hidden * work.unit)
+        return rows_workspace(work, graph)
 
     def backward_workspace(self, part: Part, work: Work, unread: bool = False) -> int:
         """The gradient of the sum, where it is not that of x, and that of learned positions."""

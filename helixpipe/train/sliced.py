@@ -36,6 +36,7 @@ class _Pieces(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """Refuses: a checkpoint asks for pieces, and nobody may compute with a whole that is not here."""
         raise NotImplementedError(f"{func} of a tensor of which some rows alone are here")
 
     def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:

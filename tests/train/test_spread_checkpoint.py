@@ -24,6 +24,7 @@ from helixpipe.train import manifest
 from helixpipe.train.checkpoint import Checkpoints
 from helixpipe.train.optimizer import Optimizer
 from helixpipe.train.saver import DefaultStager, StagingOptions  # as `Saver` copies a state
+from helixpipe.train.sliced import under_whole_names
 
 State = dict[str, torch.Tensor]
 
@@ -141,3 +142,10 @@ def _initial(layout: Layout) -> State:
     assert run is not None
     run[0].close()
     return {name: parameter.data for name, parameter in run[0].parameters.items()}
+
+
+def test_nobody_computes_with_some_rows_of_a_whole() -> None:
+    whole = under_whole_names({"head.output.weight[0:1/2]": torch.ones(1, 3)})["head.output.weight"]
+    assert whole.shape == (2, 3)
+    with pytest.raises(NotImplementedError, match="of a tensor of which some rows alone are here"):
+        whole + 1
