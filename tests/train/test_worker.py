@@ -108,7 +108,7 @@ def test_a_rank_whose_launcher_is_gone_does_not_wait_for_its_store(monkeypatch: 
         for name, value in told.items():
             monkeypatch.setenv(name, str(value))
         monkeypatch.setattr(worker, "CONNECT", timedelta(seconds=0.5))
-        with pytest.raises(RankError, match=r"^rank 1 did not meet the others: .*timed out") as caught:
+        with pytest.raises(RankError, match=r"^rank 1 did not meet the others: .*timed out after 500ms") as caught:
             worker.join([], pytest.fail, prepare)
     assert "\n" not in str(caught.value)
 
