@@ -39,7 +39,10 @@ def test_json_is_a_ranked_list(capsys: pytest.CaptureFixture[str]) -> None:
         assert {"busy_s", "idle_s", "peak_activation_bytes", "peak_bytes"} <= each["ranks"][0].keys()
 
 
-def test_the_table_has_the_best_the_front_and_what_is_no_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_has_the_best_the_front_and_what_is_no_pipeline(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     assert main(f"plan {SMALL} --families 1f1b,seq1f1b --top 3".split()) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
@@ -52,7 +55,25 @@ def test_the_table_has_the_best_the_front_and_what_is_no_pipeline(capsys: pytest
     assert sum(line.startswith("not a pipeline: ") for line in lines) == 2
 
 
-def test_what_is_no_pipeline_says_that_it_runs_in_chunks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_fits_the_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes on in another line stands under the schedule that it is of."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(f"plan {SMALL} --families seq1f1b_interleaved --top 4".split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    at = next(i for i, line in enumerate(lines) if line.startswith("  1*"))
+    assert re.match(r" {45}\S", lines[at + 1])
+    monkeypatch.setenv("COLUMNS", "160")
+    assert main(f"plan {SMALL} --families seq1f1b_interleaved --top 4".split()) == 0
+    wide = capsys.readouterr().out.splitlines()
+    assert max(map(len, wide)) <= 160
+    assert len(wide) < len(lines)
+
+
+def test_what_is_no_pipeline_says_that_it_runs_in_chunks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     given = SMALL.replace("--sequence-length 1024", "--sequence-length 8192")
     assert main(f"plan {given} --families 1f1b --memory 0.12".split()) == 0
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not a pipeline: fsdp ")]
@@ -107,8 +128,9 @@ def test_bad_input_is_one_line(line: str, message: str, capsys: pytest.CaptureFi
 
 
 def test_an_alternative_is_the_answer_where_no_pipeline_fits(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
     line = f"{TINY} --families gpipe"
     assert main(["plan", *line.split(), "--json"]) == 0
     least = {True: math.inf, False: math.inf}
@@ -130,7 +152,10 @@ def test_an_alternative_is_the_answer_where_no_pipeline_fits(
     assert not (tmp_path / "a.toml").exists()
 
 
-def test_what_was_refused_is_counted_with_its_commonest_reason(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_refused_is_counted_with_its_commonest_reason(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
     assert main(f"plan {TINY} --families 1f1b,seq1f1b --cp 2 --segment-multiple 1".split()) == 0
     told = capsys.readouterr().out.splitlines()[2]
     assert re.fullmatch(r"refused: \d+; the commonest reason, \d+ times: schedule.segment_multiple: .*", told)
