@@ -401,6 +401,9 @@ def priced(program: Program, setting: Setting) -> Estimate:
     def travel(message: Message) -> float:
         return travels[message.number]
 
+    def host(message: Message) -> float:
+        return sizes[message.number] * setting.link.host_s_per_byte
+
     timeline = simulate_program(
         program,
         seconds,
@@ -409,6 +412,7 @@ def priced(program: Program, setting: Setting) -> Estimate:
         keeping,
         setting.share,
         setting.link.communicators,
+        host if setting.link.host_s_per_byte else None,
     )
     timeline = per_accelerator(timeline, setting.group)
     shards = setting.data_parallel * setting.context_parallel if setting.optimizer == "sharded" else 1
