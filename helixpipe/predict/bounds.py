@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
+from helixpipe.parts.kind import Kept
 from helixpipe.parts.part import Part, chain
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Batch, Keeping, Work
