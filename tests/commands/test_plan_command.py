@@ -49,7 +49,9 @@ def test_the_table_has_the_best_the_front_and_what_is_no_pipeline(
     assert lines[0] == (
         "tiny, 4 micro-batches of 1 x 1,024 tokens on 2 ranks; laptop-core, 7.4 GiB each, link loopback"
     )
-    assert re.match(r"the fastest 3 that fit; \d+ more are slower or do not fit, most of them by a bound alone; ", lines[1])
+    assert re.match(
+        r"the fastest 3 that fit; \d+ more are slower or do not fit, most of them by a bound alone; ", lines[1]
+    )
     rows = [line for line in lines[3:] if line[:3].strip().isdigit()]
     assert [int(line[:3]) for line in rows] == [1, 2, 3]  # as many as are asked for
     assert rows[0][3] == "*"
