@@ -26,9 +26,10 @@ from helixpipe.parts.rotary import Rotary
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.shapes import named_shape
 from helixpipe.parts.work import Batch
+from helixpipe.predict.choices import Choice
 from helixpipe.predict.estimate import Estimate, Setting, estimate, simulate
 from helixpipe.predict.hardware import Accelerator, Link
-from helixpipe.predict.plan import Choice, Plan, plan
+from helixpipe.predict.plan import Plan, plan
 from helixpipe.predict.simulate import simulate_program, simulate_schedule
 from helixpipe.predict.timeline import Timeline
 from helixpipe.schedule.action import Action, Pass

@@ -97,13 +97,14 @@ def main() -> None:
     parser.add_argument("--only", default="", help="words that are all in a question, as 'llama3-8b h100 64'")
     parser.add_argument("--minutes", type=float, default=0.0, help="ask nothing more after so many; 0: all")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds that one answer may take")
+    parser.add_argument("--table", action="store_true", help="ask nothing, and print what the record has")
     parser.add_argument("--processes", type=int, default=0, help="that plan; 0: one a core")
     args = parser.parse_args()
     known = [json.loads(line) for line in args.record.read_text().splitlines()] if args.record.exists() else []
     keys = ("model", "length", "accelerators", "hardware")
     done = {tuple(each[key] for key in keys) for each in known}
     begun = time.monotonic()
-    for question in questions():
+    for question in questions() if not args.table else ():
         words = {str(value) for value in question.values()}
         if tuple(question.values()) in done or not set(args.only.split()) <= words:
             continue

@@ -30,10 +30,11 @@ from helixpipe.errors import ConfigError
 from helixpipe.files import json_text, write_text
 from helixpipe.flags import Parser, amount, corpus, decimal, flag, number
 from helixpipe.parts.work import Lengths
+from helixpipe.predict.choices import Choice, estimate_candidate
 from helixpipe.predict.estimate import Setting
 from helixpipe.predict.holding import holding
 from helixpipe.predict.layouts import Layout
-from helixpipe.predict.plan import Choice, Plan, estimate_candidate
+from helixpipe.predict.plan import Plan
 from helixpipe.predict.plan import plan as search
 from helixpipe.view.front import picture
 
@@ -43,7 +44,8 @@ The best plans for a model, a sequence length, a cluster and its memory. With --
 one mesh, and every family is priced with its options."""
 EPILOG = """\
 Each schedule is lowered to the program that training would run, and simulated: step time, and every rank's bytes of weights,
-gradients, optimizer, activations and messages. fsdp and context_parallel are priced on the same accelerators beside them.
+gradients, optimizer, activations and messages. The table takes schedules in the order of what bounds say, until none can be among
+its rows; --json and --svg have every one, and take minutes. fsdp and context_parallel are priced on the same accelerators beside them.
 What a CUDA context, libraries' buffers, passing gradients and fragmentation take is not in these bytes: without --memory,
 8% of the hardware's is kept free for them.
 With --data all schedules are priced as if every micro-batch were the one of mean work; the fastest that fit, and those that
@@ -71,7 +73,8 @@ def plan(given: list[str]) -> int:
         read = data_from(args, STEPS)
         steps = () if read is None else _steps(setting, args.ranks, args.microbatches, read)
         begun = time.monotonic()
-        found = search(setting, args.ranks, args.microbatches, memory_bytes, only, processes, _progress, steps)
+        top = None if args.json or args.svg else args.top  # these have all that there are
+        found = search(setting, args.ranks, args.microbatches, memory_bytes, only, processes, _progress, steps, top)
         taken_s = time.monotonic() - begun
         if not found.is_answer:
             _ = found.best  # raises, and says why
@@ -181,7 +184,7 @@ def _table(
     lines = [
         f"{args.model}, {args.microbatches} micro-batches of {args.microbatch_size} x {args.sequence_length:,} tokens on "
         f"{args.ranks} ranks{group}; {setting.machine}, {memory}, link {setting.link.name}",
-        f"{len(found.fits)} of {len(found.fits) + len(found.misses)} fit; priced in {taken_s:.0f} s",
+        _counted(found, taken_s),
         *_refused(found),
         *data,
         *([ONLY_RATIOS] if setting.only_ratios else []),
@@ -201,6 +204,17 @@ def _table(
         )
         lines += wrapped([str(choice)], first)
     return [*lines, *wrapped(["", "* no pipeline that fits is better in both time and memory", *_not_pipelines(found)])]
+
+
+def _counted(found: Plan, taken_s: float) -> str:
+    """How many there are, and how many of them were priced."""
+    if not found.slower:
+        return f"{len(found.fits)} of {len(found.fits) + len(found.misses)} fit; priced in {taken_s:.0f} s"
+    best = sum(choice.is_pipeline for choice in found.fits)
+    return (
+        f"the fastest {best} that fit; {found.slower} more are slower or do not fit, most of them by a bound alone; "
+        f"planned in {taken_s:.0f} s"
+    )
 
 
 def _held_back(found: Plan, setting: Setting, args: argparse.Namespace) -> list[str]:

@@ -1,11 +1,12 @@
 """Beside: what a plan on one mesh tries once its named families are priced: the vocabulary on all ranks, and orders built from costs.
 
 Both take longer to build, so what a bound says cannot be the fastest is not tried; where nothing fits, those that need least are.
+Of named families too a bound says which are not among the fastest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from helixpipe.errors import ConfigError, ScheduleError
 from helixpipe.parts.work import Keeping
@@ -37,30 +38,32 @@ def beside(
     memory_bytes: float,
 ) -> list[Candidate]:
     """Of these candidates those that could be the fastest with the vocabulary on all ranks."""
-    bounds = _bounds(setting, ranks, microbatches, asked)
-    return [each for each, bound in bounds if bound.step_s <= fastest_s and bound.peak_bytes <= memory_bytes]
+    bounds = bounded(setting, ranks, microbatches, map(spread, asked))
+    return [each for each, bound in bounds if bound and bound.step_s <= fastest_s and bound.peak_bytes <= memory_bytes]
 
 
 def leanest(
     setting: Setting, ranks: int, microbatches: int, asked: Sequence[Candidate], memory_bytes: float
 ) -> list[Candidate]:
     """Those that need least with the vocabulary on all ranks, where a whole one leaves no room: one rank has all of a head then."""
-    bounds = sorted(_bounds(setting, ranks, microbatches, asked), key=lambda each: each[1].peak_bytes)
-    return [each for each, bound in bounds if bound.peak_bytes <= memory_bytes][:MOST_LEAN]
+    bounds = bounded(setting, ranks, microbatches, map(spread, asked))
+    fitting = [(bound.peak_bytes, each) for each, bound in bounds if bound and bound.peak_bytes <= memory_bytes]
+    return [each for _, each in sorted(fitting, key=lambda each: each[0])][:MOST_LEAN]
 
 
-def _bounds(
-    setting: Setting, ranks: int, microbatches: int, asked: Sequence[Candidate]
-) -> Iterator[tuple[Candidate, Bound]]:
-    """Each with the vocabulary on all ranks, but those that cannot be."""
+def bounded(
+    setting: Setting, ranks: int, microbatches: int, asked: Iterable[Candidate]
+) -> Iterator[tuple[Candidate, Bound | None]]:
+    """Each of these candidates with its bound; None where it cannot be."""
     layout = Layout(setting.mesh, setting.optimizer, microbatches, setting.microbatch_size)
     policies: dict[Keeping, PolicyBound] = {}
-    for candidate in map(spread, asked):
+    for candidate in asked:
         mine = setting_of(setting, candidate)
         try:
             small = placed(mine, layout, candidate, ranks)
             batch = mine.batch(dict(candidate.options).get("segments", 1))
         except (ConfigError, ScheduleError):
+            yield candidate, None
             continue
         policy = policies.setdefault(mine.keeping, PolicyBound(mine, ranks, microbatches))
         yield candidate, policy.of_placement(small, batch, together(candidate, ranks, microbatches))

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
+from helixpipe.parts.kind import Kept
 from helixpipe.parts.part import Part, chain
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Batch, Keeping, Work
@@ -30,7 +31,7 @@ from helixpipe.predict.placement import Placement, optimizer_shards
 from helixpipe.predict.standing import trained
 from helixpipe.predict.sums import Costs, Prices
 from helixpipe.schedule.action import BACKWARD, Action, Pass
-from helixpipe.schedule.order import times
+from helixpipe.schedule.order import makespan
 from helixpipe.schedule.schedule import Schedule
 
 ROUNDING = 1 - 1e-9
@@ -148,7 +149,7 @@ class PolicyBound:
 def _one_of_each(shape: ModelShape, vocabulary_shards: int) -> tuple[tuple[Part, int], ...]:
     """A part of each sort, all of which cost the same, and how many there are."""
     one: dict[Hashable, Part] = {}
-    counts: Counter[Hashable] = Counter()
+    counts: Counter[Part] = Counter()
     for part in chain(shape.layers, shape.opaque, vocabulary_shards):
         counts[one.setdefault(shape.alike(part), part)] += 1
     return tuple(counts.items())
@@ -157,7 +158,8 @@ def _one_of_each(shape: ModelShape, vocabulary_shards: int) -> tuple[tuple[Part,
 @lru_cache(maxsize=1024)
 def _kept_of_layers(shape: ModelShape, whole: Batch, keeping: Keeping) -> int:
     """Bytes that one micro-batch's forwards keep of all layers, each tensor once."""
-    work, found = Work(shape, whole, 0, keeping), {}  # type: Work, Kept
+    work = Work(shape, whole, 0, keeping)
+    found: Kept = {}
     for part in shape.chain()[1:-1] if keeping.recompute != "full" else ():
         found |= work.saved(part) if keeping.recompute == "none" else work.kept(part)
     return sum(found.values())
@@ -190,4 +192,4 @@ def peak_of_order(
 
 def makespan_of_order(schedule: Schedule, seconds: Callable[[Action], float]) -> float:
     """With messages that take no time."""
-    return times(schedule, seconds).makespan * ROUNDING
+    return makespan(schedule, seconds) * ROUNDING

@@ -34,8 +34,11 @@ def decided_by(setting: Setting, family: str, options: Mapping[str, Any]) -> tup
     cut = setting.layer_costs
     if family != "constructed" and options.get("vocabulary") != "spread":
         return balance, cut
-    segments = setting.segment_lengths(options.get("segments", 1))  # the order too, by what actions cost and keep
-    return balance, cut, setting.keeping, setting.microbatch_size, segments
+    keeping, lengths = setting.keeping, setting.segment_lengths(options.get("segments", 1))
+    if family == "constructed":  # the order too, by what actions cost and keep
+        return balance, cut, keeping, setting.microbatch_size, lengths
+    sliced = tuple(0 < chunk < length for chunk in (keeping.mlp_chunk, keeping.head_chunk) for length in lengths)
+    return balance, cut, keeping.recompute, sliced, setting.microbatch_size, lengths  # by what actions cost
 
 
 def prices(

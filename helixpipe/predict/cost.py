@@ -149,6 +149,11 @@ def action_seconds(
     """
     recomputes = keeping.recomputes
     cut = [chunks(stage, whole=not recomputes) for stage in schedule.stages]
+    sorts: dict[tuple[Hashable, ...], int] = {}  # stages whose parts are alike take as long: the first one is priced
+    first = [
+        sorts.setdefault(tuple((part.kind, shape.alike(part)) for part in stage.parts), s)
+        for s, stage in enumerate(schedule.stages)
+    ]
     each = of_each(schedule, batches)
     alike = first_alike(each)
     known: dict[tuple[Hashable, str, int, int], float] = {}
@@ -201,7 +206,7 @@ def action_seconds(
 
     def of(action: Action) -> float:
         ahead = has_recompute and action.sibling(Pass.R) in placed
-        return seconds(action.stage, action.kind, alike[action.microbatch], action.segment, ahead)
+        return seconds(first[action.stage], action.kind, alike[action.microbatch], action.segment, ahead)
 
     return of
 

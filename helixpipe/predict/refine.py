@@ -6,21 +6,27 @@ A process keeps the last schedules and programs that it made: layouts that diffe
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from helixpipe.errors import ConfigError, ScheduleError
 from helixpipe.parts.work import Batch
 from helixpipe.predict.bounds import Bound, PolicyBound, makespan_of_order, peak_of_order
 from helixpipe.predict.building import decided_by
-from helixpipe.predict.candidates import CONSTRUCTED, Candidate, setting_of
+from helixpipe.predict.candidates import CONSTRUCTED, SPREAD, Candidate, setting_of
 from helixpipe.predict.cost import action_seconds
 from helixpipe.predict.estimate import Estimate, Setting, priced
 from helixpipe.predict.layouts import Asked, Layout
 from helixpipe.predict.placement import Placement
 from helixpipe.predict.steps import Figures, figures
+from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
 from helixpipe.schedule.program import Program
 from helixpipe.schedule.schedule import Schedule
+from helixpipe.schedule.vocabulary import check_words, with_shards
+
+MOST_KEPT = 150_000
+"""Actions of the schedules, and of the programs, that a worker keeps."""
 
 
 class Row(NamedTuple):
@@ -69,19 +75,28 @@ _placements: dict[Any, Placement] = {}
 
 
 def placed(setting: Setting, layout: Layout, candidate: Candidate, ranks: int = 0) -> Placement:
-    """The stages of a candidate, from the smallest schedule that its family makes; refused as the whole one would be."""
+    """The stages of a candidate, from the smallest schedule that its family makes; refused as the whole one would be.
+
+    Where a vocabulary is on all ranks they need no order that is built for its costs.
+    """
     options = {name: 1 if name == "segments" else value for name, value in candidate.options}
     ranks, m = ranks or layout.mesh.pp, layout.microbatches
-    decided = decided_by(setting, candidate.family, options)
-    key = (setting.shape, candidate.family, tuple(options.items()), ranks, m >= 2 * ranks, decided)
+    family, is_spread = candidate.family, SPREAD in candidate.options and candidate.family != CONSTRUCTED
+    if is_spread:
+        del options[SPREAD[0]]
+        check_words(ranks, setting.shape.vocabulary)
+    decided = decided_by(setting, family, options)
+    key = (setting.shape, family, tuple(options.items()), ranks, m >= 2 * ranks, decided, is_spread)
     if key not in _placements:
+        given = setting.known(family, SPREAD[1] if SPREAD in candidate.options else "last") | options
+        small = partial(build_schedule, family, ranks=ranks, model=setting.shape, **given)
         try:  # two micro-batches show whether each has ranks of its own
-            schedule = setting.build(candidate.family, ranks, min(m, 2), **options)
+            schedule = small(microbatches=min(m, 2))
         except ConfigError:
-            schedule = setting.build(candidate.family, ranks, min(m, 2 * ranks), **options)
-        made = Placement(
-            schedule, setting.shape, candidate.family == CONSTRUCTED
-        )  # which decides it by what is shorter
+            schedule = small(microbatches=min(m, 2 * ranks))
+        if is_spread:
+            schedule, _ = with_shards(schedule)
+        made = Placement(schedule, setting.shape, family == CONSTRUCTED)  # which decides it by what is shorter
         # families with the same stages on the same ranks are one
         same = (setting.shape, schedule.stages, schedule.ranks_of, made.splits)
         _placements[key] = _placements.setdefault(same, made)
@@ -119,20 +134,27 @@ def estimate_row(asked: Asked, row: Row) -> Estimate:
 
 
 class _Kept:
-    """The last few schedules and programs that a worker made: layouts share them."""
+    """The last schedules and programs that a worker made, of so many actions together: layouts share them."""
 
     def __init__(self) -> None:
-        self.known: dict[Any, Any] = {}
+        self.known: dict[Any, tuple[Any, int]] = {}
 
-    def get(self, key: Any, make: Callable[[], Any]) -> Any:
+    def get(self, key: Any, make: Callable[[], Any], actions: Callable[[Any], int]) -> Any:
         found = self.known.pop(key, None)
-        self.known[key] = make() if found is None else found
-        while len(self.known) > 6:
+        if found is None:
+            made = make()
+            found = made, actions(made)
+        self.known[key] = found
+        while len(self.known) > 1 and sum(size for _, size in self.known.values()) > MOST_KEPT:
             del self.known[next(iter(self.known))]
-        return self.known[key]
+        return found[0]
 
 
 _kept_schedules, _kept_programs = _Kept(), _Kept()
+
+
+def _actions(schedule: Schedule) -> int:
+    return sum(map(len, schedule.ranks))
 
 
 def _schedule(setting: Setting, layout: Layout, candidate: Candidate) -> Schedule:
@@ -141,12 +163,15 @@ def _schedule(setting: Setting, layout: Layout, candidate: Candidate) -> Schedul
     schedule: Schedule = _kept_schedules.get(
         key,
         lambda: setting.build(candidate.family, layout.mesh.pp, layout.microbatches, **dict(candidate.options)),
+        _actions,
     )
     return schedule
 
 
 def _program(schedule: Schedule, setting: Setting, batch: Batch) -> Program:
-    program: Program = _kept_programs.get((id(schedule), batch), lambda: lower(schedule, setting.shape, batch))
+    program: Program = _kept_programs.get(
+        (id(schedule), batch), lambda: lower(schedule, setting.shape, batch), lambda program: _actions(program.schedule)
+    )
     if program.schedule is not schedule:  # another one had its place in memory
         return lower(schedule, setting.shape, batch)
     return program

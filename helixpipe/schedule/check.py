@@ -6,12 +6,16 @@ stage on several ranks has one home; every order can be carried out (else the cy
 
 from __future__ import annotations
 
+import itertools
+
 from helixpipe.errors import ScheduleError
 from helixpipe.parts.part import chain, vocabulary_shards
 from helixpipe.schedule.action import BACKWARD, Action, Pass
 from helixpipe.schedule.order import Stuck, times
 from helixpipe.schedule.schedule import Schedule
 
+WHOLE = ({Pass.F, Pass.B}, {Pass.F, Pass.I, Pass.W})
+"""All passes of a segment where nothing is recomputed ahead."""
 Place = dict[Action, tuple[int, int]]  # action -> (rank, position)
 
 
@@ -82,10 +86,14 @@ def _check_once(schedule: Schedule) -> Place:
 
 
 def _check_all_there(schedule: Schedule, places: Place, forward_only: bool) -> None:
-    for stage in range(len(schedule.stages)):
-        for mb in range(schedule.microbatches):
-            for seg in range(schedule.segments):
-                _check_passes(schedule, places, Action(stage, Pass.F, mb, seg), forward_only)
+    has: dict[tuple[int, int, int], set[Pass]] = {}
+    for stage, kind, mb, seg in places:
+        has.setdefault((stage, mb, seg), set()).add(kind)
+    whole = ({Pass.F},) if forward_only else WHOLE
+    for unit in itertools.product(range(len(schedule.stages)), range(schedule.microbatches), range(schedule.segments)):
+        if has.get(unit) not in whole:
+            stage, mb, seg = unit
+            _check_passes(schedule, places, Action(stage, Pass.F, mb, seg), forward_only)
 
 
 def _check_passes(schedule: Schedule, places: Place, forward: Action, forward_only: bool) -> None:
@@ -145,7 +153,8 @@ def _check_homes(schedule: Schedule) -> None:
 
 
 def _check_order(schedule: Schedule, places: Place) -> None:
-    for rank, order in enumerate(schedule.ranks):
+    recomputes = any(action.kind is Pass.R for action in places)
+    for rank, order in enumerate(schedule.ranks if recomputes else ()):
         for position, action in enumerate(order):
             if action.kind in BACKWARD and (again := action.sibling(Pass.R)) in places and places[again][1] > position:
                 raise ScheduleError(

@@ -103,16 +103,14 @@ def graph(
     """
     actions = tuple(action for order in schedule.ranks for action in order)
     rank = tuple(r for r, order in enumerate(schedule.ranks) for _ in order)
-    number = {action: i for i, action in enumerate(actions)}
     taken = list(map(costs, actions))
     unit = unit or math.fsum(taken) / (GRAIN * len(taken)) or 1.0
     followers: list[list[tuple[int, int]]] = [[] for _ in actions]
-    dependencies = schedule.dependencies
-    for i, action in enumerate(actions):
-        for needed in dependencies(action):
-            j = number[needed]
-            travels = round(travel(needed, action) / unit) if travel and rank[j] != rank[i] else 0
+    for i, needs in enumerate(schedule.needs):
+        for j in needs:
+            travels = round(travel(actions[j], actions[i]) / unit) if travel and rank[j] != rank[i] else 0
             followers[j].append((i, travels))
+    number = {action: i for i, action in enumerate(actions)} if after else {}
     for action, first in (after or {}).items():
         followers[number[first]].append((number[action], 0))
     takes = tuple(max(1, round(each / unit)) for each in taken)

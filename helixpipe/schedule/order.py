@@ -8,7 +8,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from helixpipe.schedule.action import Action
@@ -37,32 +38,52 @@ class Stuck(Exception):
 
 def times(schedule: Schedule, duration: Callable[[Action], float]) -> Times:
     """Run the schedule against a clock of our own; linear in the number of actions. Raises Stuck."""
-    start: dict[Action, float] = {}
-    end: dict[Action, float] = {}
-    place: dict[Action, int] = {}
-    dependencies = schedule.dependencies
-    positions = [0] * len(schedule.ranks)
+    actions = [action for order in schedule.ranks for action in order]
+    start, end, places = _run(schedule, list(map(duration, actions)))
+    return Times(
+        dict(zip(actions, start, strict=True)),
+        dict(zip(actions, end, strict=True)),
+        {actions[i]: place for place, i in enumerate(places)},
+    )
+
+
+def makespan(schedule: Schedule, duration: Callable[[Action], float]) -> float:
+    """When the last action would end. Raises Stuck."""
+    return max(_run(schedule, [duration(action) for order in schedule.ranks for action in order])[1], default=0.0)
+
+
+def _run(schedule: Schedule, takes: Sequence[float]) -> tuple[list[float], list[float], list[int]]:
+    """Start and end of each action, rank by rank, and their numbers in an order in which all could run one by one."""
+    needs, ends = schedule.needs, list(itertools.accumulate(map(len, schedule.ranks)))
+    at = [0, *ends[:-1]]  # of each rank the number of its next action
+    begun = list(at)
+    start, end = [0.0] * len(takes), [-1.0] * len(takes)
+    places: list[int] = []
     clock = [0.0] * len(schedule.ranks)
-    waiting: dict[Action, list[int]] = {}  # action -> the ranks that stand still until it ends
+    waiting: dict[int, list[int]] = {}  # action -> the ranks that stand still until it ends
     ready = list(range(len(schedule.ranks)))
     while ready:
         rank = ready.pop()
-        order = schedule.ranks[rank]
-        while positions[rank] < len(order):
-            action = order[positions[rank]]
-            begin = clock[rank]
-            for needed in dependencies(action):
-                if needed not in end:
+        i, now = at[rank], clock[rank]
+        while i < ends[rank]:
+            begin = now
+            for needed in needs[i]:
+                when = end[needed] if needed >= 0 else -1.0
+                if when < 0:
                     waiting.setdefault(needed, []).append(rank)
                     break
-                begin = max(begin, end[needed])
+                if when > begin:
+                    begin = when
             else:
-                start[action], place[action] = begin, len(place)
-                clock[rank] = end[action] = begin + duration(action)
-                positions[rank] += 1
-                ready += waiting.pop(action, ())
+                start[i] = begin
+                end[i] = now = begin + takes[i]
+                places.append(i)
+                if i in waiting:
+                    ready += waiting.pop(i)
+                i += 1
                 continue
             break
-    if any(at < len(order) for at, order in zip(positions, schedule.ranks, strict=True)):
-        raise Stuck(positions)
-    return Times(start, end, place)
+        at[rank], clock[rank] = i, now
+    if len(places) < len(takes):
+        raise Stuck([i - first for i, first in zip(at, begun, strict=True)])
+    return start, end, places

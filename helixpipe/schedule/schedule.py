@@ -115,6 +115,39 @@ class Schedule:
         return [*found, self.backward_of(stage, mb, seg + 1)] if waits else found
 
     @cached_property
+    def needs(self) -> tuple[tuple[int, ...], ...]:
+        """`dependencies` of every action, all by number: rank by rank, as they stand. One that is in no order is -1."""
+        units, segments = self.microbatches * self.segments, self.segments
+        number = {kind: [[-1] * units for _ in self.stages] for kind in Pass}
+        actions = [action for order in self.ranks for action in order]
+        for i, (stage, kind, mb, seg) in enumerate(actions):
+            number[kind][stage][mb * segments + seg] = i
+        forward, inputs = number[Pass.F], number[Pass.I]
+        backward = [
+            [b if i < 0 else i for b, i in zip(*both, strict=True)] for both in zip(number[Pass.B], inputs, strict=True)
+        ]
+        makers = [[forward[edge.producer] for edge in edges] for edges in self.edges_into]
+        readers = [[backward[edge.consumer] for edge in edges] for edges in self.edges_out_of]
+        last, apart = segments - 1, self._in_any_order
+        found: list[tuple[int, ...]] = []
+        for stage, kind, mb, seg in actions:
+            unit = mb * segments + seg
+            if kind is Pass.F:
+                needed = [each[unit] for each in makers[stage]]
+                if seg and stage not in apart:
+                    needed.append(forward[stage][unit - 1])
+            elif kind is Pass.W:
+                needed = [inputs[stage][unit]]
+            else:
+                needed = [forward[stage][unit]]
+                if kind is not Pass.R:
+                    needed += [each[unit] for each in readers[stage]]
+                    if seg < last and stage not in apart:
+                        needed.append(backward[stage][unit + 1])
+            found.append(tuple(needed))
+        return tuple(found)
+
+    @cached_property
     def _in_any_order(self) -> frozenset[int]:
         return frozenset(s for s, stage in enumerate(self.stages) if stage.in_any_order)
 

@@ -16,6 +16,7 @@ the family's forwards are taken earlier, some more of them before each backward,
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -23,7 +24,8 @@ from dataclasses import replace
 from helixpipe.errors import ConfigError
 from helixpipe.parts.part import Part, chain, ends
 from helixpipe.schedule.action import Action, Pass
-from helixpipe.schedule.construct import Built, list_schedule, schedule_of
+from helixpipe.schedule.chains import in_chains
+from helixpipe.schedule.construct import Built, schedule_of
 from helixpipe.schedule.durations import unit_durations
 from helixpipe.schedule.graph import Graph, graph
 from helixpipe.schedule.order import Stuck
@@ -54,9 +56,12 @@ def spread(schedule: Schedule, prices: Prices = unit_durations) -> Schedule:
     known = graph(draft, costs, delay(draft, costs, len(schedule.stages)), paced)
     tries = deeper(known, schedule.ranks, lambda built: True)
     best = next(tries)  # the family's own order can always be run
+    counts = [_counted(action, len(schedule.stages)) for action in known.actions]
+    kept = _kept(counts, best)
     for built in tries:
-        more = _kept(known, built, len(schedule.stages)) / _kept(known, best, len(schedule.stages)) - 1
-        best = built if 1 - built.makespan / best.makespan >= PAYS * more else best
+        more = _kept(counts, built)
+        if 1 - built.makespan / best.makespan >= PAYS * (more / kept - 1):
+            best, kept = built, more
     return schedule_of(draft, known, best)
 
 
@@ -68,17 +73,16 @@ def check_words(shards: int, words: int) -> None:
         )
 
 
-def _kept(known: Graph, built: Built, own: int) -> int:
-    """The most forwards of the first `own` stages that a rank keeps at one time."""
-    most = 0
-    for order in built.orders:
-        live = 0
-        for i in order:
-            stage, kind, *_ = known.actions[i]
-            if stage < own:
-                live += 1 if kind is Pass.F else -(kind in (Pass.B, Pass.W))
-                most = max(most, live)
-    return most
+def _counted(action: Action, own: int) -> int:
+    """How many forwards of the first `own` stages are kept more when an action has run."""
+    if action.stage >= own:
+        return 0
+    return 1 if action.kind is Pass.F else -(action.kind in (Pass.B, Pass.W))
+
+
+def _kept(counts: Sequence[int], built: Built) -> int:
+    """The most forwards that a rank keeps at one time."""
+    return max(max(itertools.accumulate(map(counts.__getitem__, order)), default=0) for order in built.orders)
 
 
 def delay(
@@ -133,7 +137,7 @@ def deeper(known: Graph, orders: Sequence[Sequence[Action]], fits: Callable[[Bui
     for more in MORE:
         chains = [[known.number[action] for action in ahead(order, more)] for order in orders]
         try:
-            built = list_schedule(known, range(len(known.actions)), chains=chains)
+            built = in_chains(known, chains)
         except Stuck:  # so many forwards wait for backwards that come behind them
             return
         if not fits(built):

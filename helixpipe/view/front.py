@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from html import escape
 
 from helixpipe.errors import ConfigError
-from helixpipe.predict.plan import Choice, Plan
+from helixpipe.predict.choices import Choice
+from helixpipe.predict.plan import Plan
 from helixpipe.view.palette import oklch
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1240, 640, 84, 440, 64, 64

@@ -11,6 +11,7 @@ import pytest
 
 from helixpipe.cli import main
 from helixpipe.commands.planned import launch_line, slurm_script
+from helixpipe.flags import amount, corpus
 
 ROOT = Path(__file__).parents[2]
 TINY = "--model tiny --sequence-length 1k --accelerators 4 --batch 8 --families 1f1b,seq1f1b --processes 1"
@@ -30,7 +31,7 @@ def test_the_answer(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
     monkeypatch.setenv("COLUMNS", "80")
     lines = told(capsys, f"{H100} --top 3 --tokens 1B")
     assert max(map(len, lines)) <= 80
-    assert lines[0] == "tiny, 853k parameters; a step of 8 sequences of 1,024 tokens"
+    assert lines[0] == "tiny, 853k parameters; a step of 8 sequences of 1,024 tokens, 8,192 in all"
     assert lines[1] == "4 x h100, 68.5 GiB each; nvlink among 4 of a node"
     assert lines[2].startswith("attention: FlashAttention 2 0.34 of the peak forward and 0.33 backward")
     assert [line[:3] for line in lines if re.match(r" +\d+ ", line)] == ["  1", "  2", "  3"]
@@ -135,6 +136,9 @@ def test_numbers_as_people_write_them(capsys: pytest.CaptureFixture[str]) -> Non
     assert told(capsys, f"{TINY} {ONE}")[0] == plain[0]
     tokens = TINY.replace("--batch 8", "--batch-tokens 8k")
     assert told(capsys, f"{tokens} {ONE}")[0] == plain[0]
+    assert plain[0].endswith("a step of 8 sequences of 1,024 tokens, 8,192 in all")
+    assert amount("4M") == 4 * 2**20  # lengths and batches are powers of two, a corpus is counted in tens
+    assert (corpus("500M"), corpus("1.5k"), corpus("100B")) == (500_000_000, 1500, 100_000_000_000)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +161,22 @@ def test_numbers_as_people_write_them(capsys: pytest.CaptureFixture[str]) -> Non
         (f"{TINY} --tp 3", "--accelerators: no layout of 4 can be: tp 3 does not divide them"),
         (f"{TINY} --context-method rings", "--context-method: 'rings' is not known; known: ring, ulysses"),
         (f"{TINY} --memory 0.001", "--memory: no plan fits 1.0 MiB; the nearest is "),
+        (f"{TINY} --memory 0", "--memory: 0 GiB; give more than 0"),
+        (f"{TINY} --memory nan", "--memory: 'nan' is not a number"),
+        (f"{TINY} --ranks -2", "--ranks: -2; give at least 1"),
+        (f"{TINY} --ranks 1.5", "--ranks: '1.5' is not a whole number below a billion"),
+        (f"{TINY} --ranks 2 --dp 2 --cp 2 --tp 2", "--accelerators: no layout of 4 can be: pp 2 x dp 2 x cp 2 x tp 2 does not divide them"),
+        (f"{TINY} --ranks 2 --dp 1 --cp 1 --tp 1", "--accelerators: no layout of 4 can be: pp 2 x dp 1 x cp 1 x tp 1 are 2"),
+        (f"{TINY} --microbatch-size 3", "--accelerators: no layout of 4 can be: batch: 8 sequences do not divide over dp "),
+        (f"{TINY} --microbatch-size 0", "--microbatch-size: 0; give at least 1"),
+        (TINY.replace("--batch 8", "--batch 0"), "--batch: 0; give at least one sequence"),
+        (TINY.replace("--batch 8", "--batch 2.5"), "--batch: '2.5' is not a whole number, such as 4096, 128k, 4M or 100B"),
+        (TINY.replace("--batch 8", "--batch -1"), "--batch: '-1' is not a whole number"),
+        (TINY.replace("--accelerators 4", "--accelerators 1000003 --per-node 1"), "--accelerators: no layout of 1000003 can be: pp 1000003: the model has 4 layers"),
+        (TINY.replace("--accelerators 4", "--accelerators 1000000000000"), "--accelerators: '1000000000000' is not a whole number below a billion"),
+        (TINY.replace("1k", "0"), "--sequence-length: 0; give at least 1"),
+        (f"{TINY} --optimizer divided", "--optimizer: 'divided' is not known; known: replicated, sharded"),
+        (f"{TINY} --profile a", "--profile: it is measured on one device alone; leave it out, or --accelerators"),
         (f"{TINY} --heads 3", "--heads: 3 heads do not divide hidden size 128"),
         (TINY.replace("1f1b,seq1f1b", "1f2b"), "--families: '1f2b' is not known; did you mean '1f1b'?"),
         (TINY.replace("tiny", "llama3-70b"), "--model: 'llama3-70b' is not known; did you mean 'llama3.1-70b'?"),

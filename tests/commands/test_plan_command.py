@@ -13,8 +13,9 @@ from helixpipe.cli import main
 from helixpipe.config import Config
 from helixpipe.config_text import build_config, read_toml
 from helixpipe.parts.shapes import SHAPES
+from helixpipe.predict.choices import estimate_candidate
 from helixpipe.predict.estimate import Setting
-from helixpipe.predict.plan import estimate_candidate, plan
+from helixpipe.predict.plan import plan
 from helixpipe.schedule.families import FAMILIES
 
 TINY = "--ranks 4 --microbatches 4 --model tiny --sequence-length 1024 --processes 1"
@@ -39,20 +40,43 @@ def test_json_is_a_ranked_list(capsys: pytest.CaptureFixture[str]) -> None:
         assert {"busy_s", "idle_s", "peak_activation_bytes", "peak_bytes"} <= each["ranks"][0].keys()
 
 
-def test_the_table_has_the_best_the_front_and_what_is_no_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_has_the_best_the_front_and_what_is_no_pipeline(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     assert main(f"plan {SMALL} --families 1f1b,seq1f1b --top 3".split()) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
         "tiny, 4 micro-batches of 1 x 1,024 tokens on 2 ranks; laptop-core, 7.4 GiB each, link loopback"
     )
-    assert " fit; priced in " in lines[1]
+    assert re.match(
+        r"the fastest 3 that fit; \d+ more are slower or do not fit, most of them by a bound alone; ", lines[1]
+    )
     rows = [line for line in lines[3:] if line[:3].strip().isdigit()]
     assert [int(line[:3]) for line in rows] == [1, 2, 3]  # as many as are asked for
     assert rows[0][3] == "*"
     assert sum(line.startswith("not a pipeline: ") for line in lines) == 2
 
 
-def test_what_is_no_pipeline_says_that_it_runs_in_chunks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_fits_the_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes on in another line stands under the schedule that it is of."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(f"plan {SMALL} --families seq1f1b_interleaved --top 4".split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    at = next(i for i, line in enumerate(lines) if line.startswith("  1*"))
+    assert re.match(r" {45}\S", lines[at + 1])
+    monkeypatch.setenv("COLUMNS", "160")
+    assert main(f"plan {SMALL} --families seq1f1b_interleaved --top 4".split()) == 0
+    wide = capsys.readouterr().out.splitlines()
+    assert max(map(len, wide)) <= 160
+    assert len(wide) < len(lines)
+
+
+def test_what_is_no_pipeline_says_that_it_runs_in_chunks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     given = SMALL.replace("--sequence-length 1024", "--sequence-length 8192")
     assert main(f"plan {given} --families 1f1b --memory 0.12".split()) == 0
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not a pipeline: fsdp ")]
@@ -107,8 +131,9 @@ def test_bad_input_is_one_line(line: str, message: str, capsys: pytest.CaptureFi
 
 
 def test_an_alternative_is_the_answer_where_no_pipeline_fits(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
     line = f"{TINY} --families gpipe"
     assert main(["plan", *line.split(), "--json"]) == 0
     least = {True: math.inf, False: math.inf}
@@ -130,7 +155,10 @@ def test_an_alternative_is_the_answer_where_no_pipeline_fits(
     assert not (tmp_path / "a.toml").exists()
 
 
-def test_what_was_refused_is_counted_with_its_commonest_reason(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_refused_is_counted_with_its_commonest_reason(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
     assert main(f"plan {TINY} --families 1f1b,seq1f1b --cp 2 --segment-multiple 1".split()) == 0
     told = capsys.readouterr().out.splitlines()[2]
     assert re.fullmatch(r"refused: \d+; the commonest reason, \d+ times: schedule.segment_multiple: .*", told)
@@ -139,7 +167,7 @@ def test_what_was_refused_is_counted_with_its_commonest_reason(capsys: pytest.Ca
 def test_what_no_candidate_can_have_is_refused_before_the_search(
     profile: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("helixpipe.predict.plan._spread", lambda work, processes: pytest.fail("it searched"))
+    monkeypatch.setattr("helixpipe.predict.plan._runner", lambda processes: pytest.fail("it searched"))
     assert main(f"plan {TINY} --profile {profile} --tp 2".split()) == 2
     assert "--profile: measured on one device alone; leave tp and cp at 1" in capsys.readouterr().err
     assert main(f"plan {TINY} --model gpt2 --sequence-length 4096".split()) == 2

@@ -10,7 +10,8 @@ from real_data import LENGTH, SIZES, asked, documents_of, setting
 
 from helixpipe.config_text import build_config, read_toml
 from helixpipe.parts.work import Batch
-from helixpipe.predict.plan import candidates, plan
+from helixpipe.predict.candidates import candidates
+from helixpipe.predict.plan import plan
 from helixpipe.predict.steps import step_batches, typical
 from helixpipe.train.data import open_corpus
 

@@ -14,9 +14,11 @@ from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.shapes import SHAPES
 from helixpipe.parts.work import Keeping
 from helixpipe.predict.alternatives import alternatives
+from helixpipe.predict.candidates import Candidate, candidates
+from helixpipe.predict.choices import Made, estimate_candidate
 from helixpipe.predict.estimate import Setting
 from helixpipe.predict.hardware import Link, named_accelerator, named_link
-from helixpipe.predict.plan import Candidate, Made, Plan, candidates, estimate_candidate, plan
+from helixpipe.predict.plan import Plan, plan
 from helixpipe.schedule.families import FAMILIES
 from helixpipe.view.front import picture
 
@@ -98,6 +100,27 @@ def test_what_fits_only_with_the_vocabulary_on_all_ranks_is_found() -> None:
     assert dict(found.best.candidate.options) == {"vocabulary": "spread"}
     pipelines = [choice.candidate for choice in (*found.fits, *found.misses) if choice.is_pipeline]
     assert len(set(pipelines)) == len(pipelines) > 3
+
+
+@pytest.mark.parametrize("memory_bytes", [math.inf, 0.3 * 2.0**30])
+def test_the_fastest_alone_are_those_of_all(memory_bytes: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("helixpipe.predict.plan.PRICED_AT_ONCE", 4)
+    only = ("1f1b", "zb_v", "helix", "seq1f1b")
+    whole = plan(SETTING, 4, 8, memory_bytes, only)
+    fast = plan(SETTING, 4, 8, memory_bytes, only, top=3)
+    pipelines = [choice for choice in whole.fits if choice.is_pipeline]
+    assert [choice for choice in fast.fits if choice.is_pipeline] == pipelines[:3]
+    others = [[choice for choice in each.fits if not choice.is_pipeline] for each in (whole, fast)]
+    assert others[0] == others[1]
+    assert fast.slower > len(pipelines) - 12
+
+
+def test_the_fastest_alone_of_nothing_that_fits_name_the_nearest_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("helixpipe.predict.plan.PRICED_AT_ONCE", 1)
+    only = ("1f1b", "gpipe")
+    whole, fast = plan(SETTING, 2, 4, 1e6, only), plan(SETTING, 2, 4, 1e6, only, top=3)
+    assert fast.nothing == whole.nothing
+    assert fast.slower > 0
 
 
 def test_nothing_beats_the_front_in_both(found: Plan) -> None:

@@ -117,6 +117,32 @@ def test_a_model_whose_layers_differ_keeps_its_bounds(monkeypatch: pytest.Monkey
             assert bound.peak_bytes <= found.peak_bytes
 
 
+@pytest.mark.parametrize("family", [name for name in families.FAMILIES if name != CONSTRUCTED])
+def test_stages_of_a_vocabulary_on_all_ranks_are_known_without_its_order(family: str) -> None:
+    """Though it weighs nothing at the ends of a pipeline there, so that layers are cut otherwise than with a whole head."""
+    asked = replace(ASKED, sequences=8, pp=2, tp=2, setting=replace(SETTING, shape=replace(SHAPE, vocabulary=65536)))
+    [layout] = layouts(asked).layouts
+    v = (("stages_per_rank", 2),) if "stages_per_rank" in families.options(family) else ()
+    candidate = Candidate(family, (*v, ("vocabulary", "spread")), recompute="none")
+    setting = setting_of(layout.setting(asked), candidate)
+    small = placed(setting, layout, candidate).schedule
+    whole = setting.build(family, 2, layout.microbatches, **dict(candidate.options))
+    assert (small.stages, small.ranks_of) == (whole.stages, whole.ranks_of)
+
+
+def test_layouts_of_any_number_are_found_at_once() -> None:
+    """All ways to write a number as four factors may be millions, and its divisors take as long to find as it is large."""
+    for accelerators in (1_000_003, 735_134_400, 10**12):
+        found = layouts(replace(ASKED, accelerators=accelerators, cp=None))
+        assert not found.layouts
+        assert found.why.startswith(("pp ", "batch: 2 sequences do not divide over dp ", "mesh.tp: "))
+    for sizes, why in (
+        ({"tp": 3}, "cp 1 x tp 3 does not divide them"), ({"pp": 2, "dp": 1, "tp": 1}, "pp 2 x dp 1 x cp 1 x tp 1 are 2"),
+        ({"pp": 1, "dp": 4}, "batch: 2 sequences do not divide over dp 4"), ({"tp": 4}, "mesh.tp: 4 ranks do not divide model.kv_heads 2"),
+    ):  # fmt: skip
+        assert layouts(replace(ASKED, **sizes)).why.startswith(why)
+
+
 def test_a_row_is_what_its_estimate_says() -> None:
     """An order that is built from costs was shared among policies, whose costs differ: training would build another one."""
     asked = replace(ASKED, sequences=16, pp=4)

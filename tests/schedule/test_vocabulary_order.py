@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,10 +15,14 @@ from helixpipe.predict.peak import peak_kept
 from helixpipe.predict.simulate import simulate_schedule
 from helixpipe.schedule import vocabulary
 from helixpipe.schedule.action import Action, Pass
+from helixpipe.schedule.chains import in_chains
 from helixpipe.schedule.check import check
+from helixpipe.schedule.construct import list_schedule
 from helixpipe.schedule.families import FAMILIES, build_schedule, options
+from helixpipe.schedule.graph import graph
 from helixpipe.schedule.schedule import Schedule
 from helixpipe.schedule.text import from_csv, from_json, to_csv, to_json
+from helixpipe.schedule.vocabulary import ahead, with_shards
 from helixpipe.view.text import staircase
 
 
@@ -145,3 +151,16 @@ def test_what_cannot_be_spread_is_refused_by_name() -> None:
         str(error.value)
         == "schedule.vocabulary: spread over 2 ranks, and model.vocabulary is 1; use last, or fewer ranks"
     )
+
+
+@pytest.mark.parametrize("family", ["1f1b", "zb_h1", "seq1f1b_interleaved", "helix"])
+def test_chains_are_what_list_scheduling_finds_by_number(family: str) -> None:
+    """The fast way is another program for the same order."""
+    schedule = build_schedule(family, ranks=3, layers=6, microbatches=6)
+    draft, paced = with_shards(schedule)
+    draw = random.Random(0)
+    costs = {action: draw.randint(1, 9) for action in sorted(draft.placed)}
+    known = graph(draft, costs.__getitem__, lambda made, read: costs[made] / 2, paced)
+    for more in (0, 2):
+        chains = [[known.number[action] for action in ahead(order, more)] for order in schedule.ranks]
+        assert in_chains(known, chains) == list_schedule(known, range(len(known.actions)), chains=chains)

@@ -49,6 +49,15 @@ DRAWN = {
 }
 
 
+@pytest.mark.parametrize("vocabulary", ["last", "spread"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_numbers_of_what_is_needed_are_those_of_dependencies(family: str, vocabulary: str) -> None:
+    pieces = {"segments": 3} if "segments" in options(family) else {}
+    made = build_schedule(family, ranks=2, layers=8, microbatches=4, vocabulary=vocabulary, **pieces)
+    actions = [action for order in made.ranks for action in order]
+    assert [[actions[i] for i in needs] for needs in made.needs] == list(map(made.dependencies, actions))
+
+
 @pytest.mark.parametrize("family", DRAWN)
 def test_the_docstring_draws_what_the_family_makes(family: str) -> None:
     ranks, layers, microbatches, given = DRAWN[family]
