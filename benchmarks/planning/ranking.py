@@ -19,6 +19,7 @@ import gc
 import json
 import statistics
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,6 +46,7 @@ from helixpipe.predict.profile import Profile, Timing
 from helixpipe.runtime.mesh import make_device_mesh
 from helixpipe.runtime.pipeline import Pipeline
 from helixpipe.runtime.profiling import Parts, default_cuts, measure_link, measure_sums
+from helixpipe.schedule.action import Pass
 from helixpipe.schedule.lower import lower
 from helixpipe.schedule.schedule import Schedule
 from helixpipe.train.optimizer import Optimizer
@@ -62,7 +64,7 @@ class Model:
     shape: ModelShape = field(
         default_factory=lambda: ModelShape(layers=8, hidden=256, heads=8, kv_heads=4, ffn=1024, vocabulary=4096)
     )
-    length: int = 1024
+    length: int = 512
     sequences: int = 4
 
 
@@ -93,7 +95,7 @@ class Planned:
         mesh, keeping = self.mesh, Keeping("none", 4)
         bare = Setting(
             model.shape, model.length, named_accelerator("laptop-core"), keeping=keeping, tensor_parallel=mesh.tp,
-            context_parallel=mesh.cp, data_parallel=mesh.dp, context_method=mesh.context_method, optimizer=self.optimizer,
+            context_parallel=mesh.cp, data_parallel=mesh.dp, context_method=mesh.context_method, optimizer=self.optimizer, segment_multiple=32,
         )  # fmt: skip
         return setting_of(replace(bare, **measured), self.candidate)
 
@@ -172,6 +174,8 @@ class Record:
     """Of messages, and of sums of gradients."""
     steps: dict[str, list[float]] = field(default_factory=dict)
     """By the plan's name, seconds."""
+    updates: dict[str, list[float]] = field(default_factory=dict)
+    """Of these the update's, on rank 0."""
     heap_bytes: dict[str, list[int]] = field(default_factory=dict)
     """Of the fullest rank."""
 
@@ -180,9 +184,11 @@ class Record:
         if not path.exists():
             return Record()
         found = json.loads(path.read_text())
-        timings = {Kind(*k): [Timing(*row) for row in rows] for k, rows in found["timings"]}
+        timings = {
+            Kind(*k): [Timing(kind, Pass(run), *more) for kind, run, *more in rows] for k, rows in found["timings"]
+        }
         links = {Kind(*k): [(Link(**a), Link(**b)) for a, b in rows] for k, rows in found["links"]}
-        return Record(found["machine"], timings, links, found["steps"], found["heap_bytes"])
+        return Record(found["machine"], timings, links, found["steps"], found["updates"], found["heap_bytes"])
 
     def save(self, path: Path) -> None:
         def listed(kind: Kind) -> list[Any]:
@@ -224,13 +230,17 @@ class Contender:
         self.optimizer = Optimizer(self.pipeline.parameters, TrainConfig(), shards=shards)
         draw = torch.Generator().manual_seed(0)
         size = model.sequences, model.length
+        self.update_s = 0.0
+        """Of the last step's update."""
         self.batch = [torch.randint(model.shape.vocabulary, size, generator=draw) for _ in range(2)]
 
     def step(self) -> None:
         """One of training's."""
         self.pipeline.zero_gradients()
         self.pipeline.step(*self.batch, clip_norm=1.0)
+        begun = time.perf_counter()
         self.optimizer.step(0)
+        self.update_s = time.perf_counter() - begun
 
 
 def measure(rank: int, ranks: int, model: Model, rounds: int, path: Path) -> None:
@@ -240,6 +250,10 @@ def measure(rank: int, ranks: int, model: Model, rounds: int, path: Path) -> Non
     profilers = {kind: Parts(model.shape, "cpu", torch.float32, kind.mesh) for kind in kinds}
     cuts = default_cuts(model.shape, model.length)
     contenders, heaps = [], []
+    first = Contender(plans[0], model)
+    first.step()  # what a process makes once is nobody's
+    first.pipeline.close()
+    del first
     for plan in plans:
         gc.collect()
         before = heap.now_bytes()
@@ -252,7 +266,7 @@ def measure(rank: int, ranks: int, model: Model, rounds: int, path: Path) -> Non
         heaps.append(stands + heap.over_before(contender.step))
         contenders.append(contender)
         _say(rank, f"{plan.name}: {heaps[-1] / 2**20:.1f} MiB on rank 0")
-    steps: list[list[float]] = [[] for _ in plans]
+    steps, updates = ([[] for _ in plans], [[] for _ in plans])
     timings: dict[Kind, list[Timing]] = {kind: [] for kind in kinds}
     for turn in range(-1, rounds):  # the first is a warm-up
         for kind, parts in profilers.items():
@@ -263,7 +277,9 @@ def measure(rank: int, ranks: int, model: Model, rounds: int, path: Path) -> Non
         order = [(turn + place) % len(plans) for place in range(len(plans))]
         for place in order:
             took = timed(contenders[place].step)
-            steps[place] += [took] if turn >= 0 else []
+            if turn >= 0:
+                steps[place].append(took)
+                updates[place].append(contenders[place].update_s)
         _say(rank, f"round {turn + 1} of {rounds}")
     links = measure_link("cpu"), measure_sums("cpu")
     everyone: list[Any] = [None] * ranks
@@ -276,6 +292,7 @@ def measure(rank: int, ranks: int, model: Model, rounds: int, path: Path) -> Non
             record.links.setdefault(kind, []).append(links)
         for place, plan in enumerate(plans):
             record.steps.setdefault(plan.name, []).extend(steps[place])
+            record.updates.setdefault(plan.name, []).extend(updates[place])
             record.heap_bytes.setdefault(plan.name, []).append(max(found[place] for found, _ in everyone))
         record.save(path)
     for contender in contenders:

@@ -174,7 +174,7 @@ class Parts:
 
     def _feeds(self, cut: Cut) -> dict[tuple[int, int], Feed]:
         generator = torch.Generator().manual_seed(0)
-        size = self.shared.dp, sum(cut)
+        size = 1 if self.shares is None else self.shared.dp, sum(cut)
         tokens = torch.randint(self.shape.vocabulary, size, generator=generator).to(self.device)
         if self.shares is not None:
             return self.shares.feeds(tokens, tokens, [Batch(1, cut)])

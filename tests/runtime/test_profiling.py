@@ -84,6 +84,12 @@ def test_the_parts_are_run_as_a_schedule_that_can_be() -> None:
     assert all(master.grad is not None and master.grad.abs().sum() > 0 for master in parts.weights.masters.values())
 
 
+def test_ranks_beside_each_other_time_one_sequence_each() -> None:
+    """Of replicas that share no part: a sequence is a sequence, however many measure at once."""
+    parts = Parts(TINY, "cpu", torch.float32, MeshShape(dp=2))
+    assert {tuple(feed.tokens.shape) for feed in parts._feeds((8, 16)).values()} == {(1, 8), (1, 16)}
+
+
 def test_sequences_measured() -> None:
     assert default_cuts(TINY, 256) == ((32,), (64,), (128,), (256,), (128, 128), (64,) * 4, (32,) * 8)
     assert default_cuts(replace(TINY, causal=False), 256) == ((32,), (64,), (128,), (256,))
