@@ -20,7 +20,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ class Planned:
     def kind(self) -> Kind:
         """Of the profile that prices it."""
         mesh = self.mesh
-        return Kind(max(CORES, mesh.cp * mesh.tp), mesh.tp, mesh.cp, mesh.context_method if mesh.cp > 1 else "ring")
+        return Kind(mesh.size, mesh.tp, mesh.cp, mesh.context_method if mesh.cp > 1 else "ring")
 
     def setting(self, model: Model, **measured: Any) -> Setting:
         mesh, keeping = self.mesh, Keeping("none", 4)
@@ -203,16 +203,22 @@ class Record:
         write_text(path, json.dumps(found))
 
     def profile(self, kind: Kind, model: Model) -> Profile:
-        """Medians of all rounds of all runs; links are those of the run whose messages were quickest."""
+        """Medians of all rounds of all runs; of ranks that share cores means, since a median has not the turns of others."""
         seconds: dict[Any, list[float]] = {}
         for timing in self.timings[kind]:
             seconds.setdefault(timing[:4], []).append(timing.seconds)
-        timings = tuple(Timing(*which, statistics.median(each)) for which, each in seconds.items())
-        link, sums = min(self.links[kind], key=lambda each: each[0].seconds(2**20))
+        middle = statistics.median if kind.ranks <= CORES else statistics.mean
+        timings = tuple(Timing(*which, middle(each)) for which, each in seconds.items())
+        link, sums = map(_middle, zip(*self.links[kind], strict=True))
         return Profile(
             model.shape, self.machine, "float32", 1, kind.ranks, torch.__version__.split("+")[0], timings, link, "cpu", sums,
             kind.tp, kind.cp, kind.context_method,
         )  # fmt: skip
+
+
+def _middle(links: Sequence[Link]) -> Link:
+    """Of several measurements of one link that which is neither the quickest nor the slowest."""
+    return sorted(links, key=lambda link: link.seconds(2**20))[len(links) // 2]
 
 
 class Contender:

@@ -25,7 +25,7 @@ from helixpipe.predict.hardware import Accelerator, Link, named_accelerator, nam
 from helixpipe.predict.nodes import Links, Nodes
 from helixpipe.predict.profile import Profile
 from helixpipe.predict.simulate import simulate_program
-from helixpipe.predict.standing import Elements, dealt, owned_and_visiting, standing_bytes, trained
+from helixpipe.predict.standing import Elements, dealt, owned_and_visiting, standing_bytes, summed_bytes, trained
 from helixpipe.predict.timeline import MemoryPoint, Timeline
 from helixpipe.schedule import families
 from helixpipe.schedule.action import Action
@@ -83,7 +83,7 @@ class Setting:
     pipeline_ranks: int = 1
     """Of nodes: how many pipeline ranks there are, from which follows who is in one."""
     sums: Link | None = None
-    """Around which replicas sum gradients, where that was measured too; None is what joins them."""
+    """Around which replicas sum gradients, where that was measured, by as many ranks; None is what joins them."""
     cores: int = 0
     """Of a machine whose local ranks share them, rank r on core r mod cores; 0: each rank has what it computes on for itself."""
 
@@ -387,7 +387,7 @@ def reduction_of(wholes: Sequence[Elements], shares: Sequence[Elements], setting
         updates = dealt(share, replicas) if setting.optimizer == "sharded" and replicas > 1 else []
         sums_s += math.fsum(among.seconds(size * wide) for size in updates if size)
         slowest = max(slowest, sums_s)
-    return slowest * setting.turns
+    return slowest
 
 
 def estimate(schedule: Schedule, setting: Setting, batches: Batch | Sequence[Batch] | None = None) -> Estimate:
@@ -433,7 +433,27 @@ def priced(program: Program, setting: Setting) -> Estimate:
     timeline = per_accelerator(timeline, setting.group)
     shards = setting.data_parallel * setting.context_parallel if setting.optimizer == "sharded" else 1
     standing = standing_bytes(schedule, setting.share, keeping, shards)
-    return Estimate(setting, schedule, program, seconds, travel, replace(timeline, standing=standing))
+    timeline = with_sums(replace(timeline, standing=standing), schedule, setting)
+    return Estimate(setting, schedule, program, seconds, travel, timeline)
+
+
+def with_sums(timeline: Timeline, schedule: Schedule, setting: Setting) -> Timeline:
+    """With what sums of gradients hold at the step's end beside these, of ranks that never hold as much of activations."""
+    held = zip(timeline.standing, timeline.peak_activation_bytes, strict=True)
+    replicas = setting.data_parallel * setting.context_parallel
+    if replicas * setting.tensor_parallel == 1 or all(stands.gradients_bytes <= most for stands, most in held):
+        return timeline
+    wholes, shares = (
+        [trained(owned, shape) for owned in owned_and_visiting(schedule, shape)[0]]
+        for shape in (setting.shape, setting.share)
+    )
+    end_s = max(timeline.makespan_s, timeline.settled_s)
+    memory = []
+    each = zip(timeline.memory, timeline.peak_activation_bytes, wholes, shares, strict=True)
+    for points, most, whole, share in each:
+        nbytes = summed_bytes(whole, share, replicas, setting.tensor_parallel, setting.keeping.wide_bytes)
+        memory.append((*points, MemoryPoint(end_s, 0, nbytes)) if nbytes > most else points)
+    return replace(timeline, memory=tuple(memory))
 
 
 def _all_reduce_s(nbytes: float, ranks: int, link: Link | None) -> float:

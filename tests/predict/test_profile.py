@@ -366,6 +366,8 @@ def test_local_ranks_share_cores(mesh: dict[str, int], turns: float, cores: tupl
     assert (setting.turns, setting.cores_of(4)) == (turns, cores)
     assert replace(setting, cores=0).cores_of(4) is None
     assert replace(setting, cores=0).turns == 1
+    by_four = replace(setting, profile=replace(PROFILE, ranks=4))
+    assert by_four.turns == turns / 2  # in whose seconds there are two ranks to a core
     one, other = (estimate_family(replace(setting, cores=n), "1f1b", 1, 2) for n in (0, 2))
     assert other.timeline.makespan_s == pytest.approx(turns * one.timeline.makespan_s)
 
