@@ -371,12 +371,11 @@ def reduction_s(schedule: Schedule, setting: Setting) -> float:
 def reduction_of(wholes: Sequence[Elements], shares: Sequence[Elements], setting: Setting) -> float:
     """The same of what each rank owns of the model, and of what one accelerator of it holds of that."""
     replicas, wide = setting.data_parallel * setting.context_parallel, setting.keeping.wide_bytes
+    among, between = setting.link, setting.link if replicas > 1 else setting.tensor_link
     if setting.links is not None:
         among, between = setting.links.replicas, setting.links.copies
     elif setting.sums is not None:
-        among, between = setting.sums, setting.sums
-    else:
-        among, between = setting.link, setting.link if replicas > 1 else setting.tensor_link
+        among = between = setting.sums
     slowest = 0.0
     for whole, held in zip(wholes, shares, strict=True):
         share = trained(held, setting.share)

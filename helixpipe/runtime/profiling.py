@@ -126,8 +126,9 @@ class Parts:
         self.weights = Weights(Modules(Decoder(self.shape), self._schedule(1), 0, device, dtype, tensor))
         self.here = self.shape if tensor is None else tensor.local
         self.shares = None if mesh is None else Shares(mesh, context, 1, lambda length, documents: (length,), device)
-        for part, module in self.weights.modules.items() if context is not None else ():
-            context.join(part, module)
+        if context is not None:
+            for part, module in self.weights.modules.items():
+                context.join(part, module)
         self.ledger = self.weights.ledger
         outputs = self._schedule(1).outputs
         self.tapes = {

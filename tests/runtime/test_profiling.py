@@ -144,9 +144,9 @@ def test_ranks_that_share_parts_time_their_shares(shared: MeshShape, four_ranks:
 
 def test_ranks_measure_at_once_and_leave_no_process() -> None:
     before = set(active_children())
-    asked = Asked(TINY, "cpu", "float32", ((16,), (32,)), 1, 1)
+    asked = Asked(TINY, "cpu", "float32", ((16,), (32,)), 1, 1, shared=MeshShape(tp=2))
     found = measure_machine(asked, 2)
-    assert found.ranks == 2
+    assert (found.ranks, found.tensor_parallel) == (2, 2)
     assert found.link is not None
     assert found.sums is not None
     assert found.sums.source == "sums over 2 ranks of this machine over gloo"
