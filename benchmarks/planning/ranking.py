@@ -209,7 +209,8 @@ class Record:
             seconds.setdefault(timing[:4], []).append(timing.seconds)
         middle = statistics.median if kind.ranks <= CORES else statistics.mean
         timings = tuple(Timing(*which, middle(each)) for which, each in seconds.items())
-        link, sums = map(_middle, zip(*self.links[kind], strict=True))
+        link = _middle([link for link, _ in self.links[Kind(min(kind.ranks, CORES))]])  # of ranks with a core each
+        sums = _middle([sums for _, sums in self.links[kind]])
         return Profile(
             model.shape, self.machine, "float32", 1, kind.ranks, torch.__version__.split("+")[0], timings, link, "cpu", sums,
             kind.tp, kind.cp, kind.context_method,

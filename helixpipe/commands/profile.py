@@ -18,6 +18,7 @@ from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.shapes import SHAPES
 
 if TYPE_CHECKING:
+    from helixpipe.predict.hardware import Link
     from helixpipe.predict.profile import Profile
     from helixpipe.runtime.profiling import Asked
 
@@ -178,6 +179,9 @@ def _words(found: Profile) -> list[str]:
     if found.link is None:
         return [*lines, "link: not measured, with one device; name one where a prediction asks for it"]
     links = (("link", found.link), ("sums of gradients, around a ring", found.sums))
-    return lines + [
-        f"{name}: {at.bytes_per_s / 1e9:.2f} GB/s, latency {at.latency_s * 1e6:.0f} us" for name, at in links if at
-    ]
+    return lines + [f"{name}: {_told(link)}" for name, link in links if link]
+
+
+def _told(link: Link) -> str:
+    taken = f", and {1e9 * link.host_s_per_byte:.2f} s of each rank's computing a GB" if link.host_s_per_byte else ""
+    return f"{link.bytes_per_s / 1e9:.2f} GB/s, latency {link.latency_s * 1e6:.0f} us{taken}"

@@ -217,7 +217,7 @@ class Profile:
         given["shape"] = ModelShape(**_checked(older | given["shape"], "shape.", known))
         for name in links:
             if given[name] is not None:
-                given[name] = Link(**_checked(given[name], f"{name}.", _kinds(Link)))
+                given[name] = Link(**_checked({"host_s_per_byte": 0.0} | given[name], f"{name}.", _kinds(Link)))
                 if not given[name].bytes_per_s:
                     raise ConfigError(f"{name}.bytes_per_s: 0 is not a rate; measure again, or set {name} to null")
         given["timings"] = tuple(_timing(row, f"timings[{at}]") for at, row in enumerate(given["timings"]))

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
@@ -64,6 +64,8 @@ SHORTEST = 16
 WARMUP = 2
 PING_BYTES = (2**12, 2**16, 2**19, 2**21, 2**23)
 PINGS = 9
+CARRIED_BYTES, COMPUTED_S = 2**23, 0.03
+"""Of each message that travels beside computing, and how long a rank computes at least."""
 SUM_BYTES = (2**14, 2**18, 2**21, 2**23, 2**24)
 SUMS = 7
 ALONE = MeshShape()
@@ -214,7 +216,43 @@ def measure_link(device: torch.device | str) -> Link:
     dist.broadcast(found, 0)
     latency_s, byte_s = found.tolist()
     source = f"ping-pong between two ranks of this machine over {dist.get_backend()}"
-    return Link("measured", 1 / byte_s if byte_s else float(sys.maxsize), latency_s, source)
+    host_s = _host_s_per_byte(max(COMPUTED_S, 6 * CARRIED_BYTES * byte_s)) if wire.type == "cpu" else 0.0
+    return Link("measured", 1 / byte_s if byte_s else float(sys.maxsize), latency_s, source, host_s_per_byte=host_s)
+
+
+def _host_s_per_byte(computed_s: float) -> float:
+    """What computing loses to a byte that ranks 0 and 1 send or receive meanwhile, the mean of both; collective.
+
+    Nothing, where other cores than those that compute carry messages. `computed_s`: longer than the messages travel.
+    """
+    rank, lost = dist.get_rank(), torch.zeros(1, dtype=torch.float64)
+    matrix = torch.ones(256, 256)
+    times = max(1, round(computed_s / min(_computing_s(matrix, 1) for _ in range(PINGS))))
+    found = []
+    for _ in range(PINGS):
+        dist.barrier()
+        alone_s = _computing_s(matrix, times)
+        dist.barrier()
+        if rank < 2:
+            out, into = (torch.zeros(CARRIED_BYTES, dtype=torch.uint8) for _ in range(2))
+            begun = time.perf_counter()
+            works = [dist.isend(out, 1 - rank), dist.irecv(into, 1 - rank)]
+            _computing_s(matrix, times)
+            for work in works:
+                if work is not None:
+                    work.wait()
+            found.append((time.perf_counter() - begun - alone_s) / (2 * CARRIED_BYTES))
+    if rank < 2:
+        lost += max(0.0, statistics.median(found)) / 2
+    dist.all_reduce(lost)
+    return float(lost)
+
+
+def _computing_s(matrix: Tensor, times: int) -> float:
+    begun = time.perf_counter()
+    for _ in range(times):
+        torch.mm(matrix, matrix)
+    return time.perf_counter() - begun
 
 
 def measure_sums(device: torch.device | str) -> Link:
