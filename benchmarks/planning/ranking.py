@@ -274,16 +274,18 @@ def measure(rank: int, ranks: int, model: Model, rounds: int, path: Path) -> Non
         _say(rank, f"{plan.name}: {heaps[-1] / 2**20:.1f} MiB on rank 0")
     steps, updates = ([[] for _ in plans], [[] for _ in plans])
     timings: dict[Kind, list[Timing]] = {kind: [] for kind in kinds}
-    for turn in range(-1, rounds):  # the first warms parts up, as plans are by now
+    for turn in range(-1, rounds):  # the first is a warm-up: memory that a process takes for the first time costs
         for kind, parts in profilers.items():
             for cut in cuts:
                 dist.barrier()
                 found = list(parts.run(cut))
                 timings[kind] += found if turn >= 0 else []
         order = [(turn + place) % len(plans) for place in range(len(plans))]
-        for place in order if turn >= 0 else ():
-            steps[place].append(timed(contenders[place].step))
-            updates[place].append(contenders[place].update_s)
+        for place in order:
+            took = timed(contenders[place].step)
+            if turn >= 0:
+                steps[place].append(took)
+                updates[place].append(contenders[place].update_s)
         _say(rank, f"round {turn + 1} of {rounds}")
     links = measure_link("cpu"), measure_sums("cpu")
     everyone: list[Any] = [None] * ranks

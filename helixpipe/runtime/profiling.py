@@ -30,7 +30,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from helixpipe.errors import ConfigError, HelixpipeError, RankError
-from helixpipe.mesh import MeshShape
+from helixpipe.mesh import BUCKET_BYTES, MeshShape
 from helixpipe.model.decoder import Decoder
 from helixpipe.parts.part import chain
 from helixpipe.parts.shape import ModelShape
@@ -66,7 +66,7 @@ PING_BYTES = (2**12, 2**16, 2**19, 2**21, 2**23)
 PINGS = 9
 CARRIED_BYTES, COMPUTED_S = 2**23, 0.03
 """Of each message that travels beside computing, and how long a rank computes at least."""
-SUM_BYTES = (2**14, 2**18, 2**21, 2**23, 2**24)
+SUM_BYTES = (2**16, 2**19, 2**21, 2**23, BUCKET_BYTES)
 SUMS = 7
 ALONE = MeshShape()
 TIMEOUT_S = 600.0
