@@ -11,8 +11,9 @@ What does not divide is refused here, before any rank is started, with what woul
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from helixpipe.errors import ConfigError
 from helixpipe.parts.shape import TENSOR_DIVIDED, ModelShape
@@ -20,6 +21,8 @@ from helixpipe.parts.shape import TENSOR_DIVIDED, ModelShape
 AXES = ("pp", "dp", "cp", "tp")
 METHODS = ("ring", "ulysses")
 LAYOUTS = ("zigzag", "striped", "plain")
+BUCKET_BYTES = 2**25
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,20 @@ def deal(sizes: Mapping[str, int], replicas: int) -> list[list[str]]:
         shares[least].append(name)
         held[least] += sizes[name]
     return shares
+
+
+def buckets(items: Iterable[T], nbytes: Callable[[T], int]) -> Iterator[list[T]]:
+    """Runs of about BUCKET_BYTES, which are sent as one tensor."""
+    bucket: list[T] = []
+    held = 0
+    for item in items:
+        bucket.append(item)
+        held += nbytes(item)
+        if held >= BUCKET_BYTES:
+            yield bucket
+            bucket, held = [], 0
+    if bucket:
+        yield bucket
 
 
 def _divisors(number: int) -> list[int]:

@@ -100,7 +100,7 @@ _OF_ACCELERATORS = {
 }  # fmt: skip
 _OF_RANKS = {
     "microbatches": "they follow from --batch and the mesh", "data": "documents are priced on one mesh",
-    "svg": "it is drawn of one mesh", "profile": "it is measured on one device alone",
+    "svg": "it is drawn of one mesh", "profile": "it is of one tp and cp",
 }  # fmt: skip
 _DEFAULTS = {
     "data_parallel": 1, "context_parallel": 1, "tensor_parallel": 1, "context_method": "ring", "microbatch_size": 1,

@@ -8,14 +8,17 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helixpipe.commands.setting import as_flags
 from helixpipe.commands.shape_flags import TIMED_KEYS, add_shape_flags, shape_from
 from helixpipe.errors import ConfigError
 from helixpipe.files import fault, json_text
 from helixpipe.flags import Parser, number
+from helixpipe.mesh import MeshShape
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.shapes import SHAPES
 
 if TYPE_CHECKING:
+    from helixpipe.predict.hardware import Link
     from helixpipe.predict.profile import Profile
     from helixpipe.runtime.profiling import Asked
 
@@ -24,6 +27,9 @@ EPILOG = """\
 Parts are timed by the runtime that trains, on sequences of an eighth of N tokens up to N, whole and cut into segments, by
 as many processes at once as --ranks says, since ranks of one machine slow each other down. A curve is fitted to each
 part and pass; the worst error is its largest distance from a timing. Longer sequences are extrapolated.
+
+With --tp and --cp ranks share parts as they do in a run, and their exchanges are in what parts take: a prediction with the
+same --tp and --cp is priced by it.
 """
 DTYPES = ("float32", "bfloat16", "float64")
 DEVICES = ("auto", "cpu", "cuda")
@@ -81,6 +87,11 @@ def _parser() -> Parser:
         metavar="P",
         help="processes that measure at once [2 where there are two cores or devices]",
     )
+    parser.add_argument("--tp", type=number, default=1, metavar="T", help="ranks that share matrices [1]")
+    parser.add_argument("--cp", type=number, default=1, metavar="C", help="such groups that share sequences [1]")
+    parser.add_argument(
+        "--context-method", default="ring", metavar="M", help="how these attend: ring or ulysses [ring]"
+    )
     parser.add_argument("--rounds", type=number, default=5, metavar="N", help="times are medians of so many [5]")
     parser.add_argument("--out", default="profile.json", metavar="FILE", help="where the profile goes [profile.json]")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -92,12 +103,19 @@ def _check(args: Namespace) -> None:
     for name, known in (("dtype", DTYPES), ("device", DEVICES)):
         if getattr(args, name) not in known:
             raise ConfigError(f"--{name}: '{getattr(args, name)}' is not known; known: {', '.join(known)}")
-    for name in ("threads", "rounds", "ranks"):
+    for name in ("threads", "rounds", "ranks", "tp", "cp"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name}: {value}; give at least 1")
     if (args.ranks or 1) > MOST_RANKS:
         raise ConfigError(f"--ranks: {args.ranks} processes at once are more than {MOST_RANKS}; two tell as much")
+    group = args.tp * args.cp
+    if group > MOST_RANKS:
+        raise ConfigError(f"--tp, --cp: {args.tp} x {args.cp} are more than {MOST_RANKS} processes")
+    if args.ranks and args.ranks % group:
+        raise ConfigError(
+            f"--ranks: {args.ranks}, and groups of tp {args.tp} x cp {args.cp} share parts; give a multiple of {group}"
+        )
     out = Path(args.out)
     if why := fault(out):  # said now rather than after minutes
         raise ConfigError(f"--out: {args.out} cannot be written: {why}")
@@ -118,10 +136,15 @@ def _asked(args: Namespace, shape: ModelShape) -> tuple[Asked, int]:
     places = torch.cuda.device_count() if device == "cuda" else max(1, (os.cpu_count() or 1) // args.threads)
     if not places:
         raise ConfigError("--device: 'cuda', and torch sees none here; use 'auto' or 'cpu'")
-    ranks = args.ranks or min(2, places)
+    group = args.tp * args.cp
+    ranks = args.ranks or (group if group > 1 else min(2, places))
     if device == "cuda" and ranks > places:
         raise ConfigError(f"--ranks: {ranks} ranks, and {places} CUDA devices here; give at most {places}")
-    return Asked(shape, device, args.dtype, cuts, args.rounds, args.threads, told=True), ranks
+    with as_flags():
+        shared = MeshShape(1, ranks // group, args.cp, args.tp, args.context_method)
+        for cut in cuts:
+            shared.check(shape, cut)
+    return Asked(shape, device, args.dtype, cuts, args.rounds, args.threads, told=True, shared=shared), ranks
 
 
 def _table(found: Profile, length: int) -> list[str]:
@@ -144,7 +167,10 @@ def _words(found: Profile) -> list[str]:
         f"torch {found.torch}",
         f"{found.threads} thread{'s' * (found.threads > 1)} a rank",
     ]
-    lines = ["", f"{', '.join(facts)}; ranks that measured at once: {found.ranks}"]
+    among = [f"tp {found.tensor_parallel}"] if found.tensor_parallel > 1 else []
+    among += [f"cp {found.context_parallel} ({found.context_method})"] if found.context_parallel > 1 else []
+    shared = f", which shared parts: {', '.join(among)}" if among else ""
+    lines = ["", f"{', '.join(facts)}; ranks that measured at once: {found.ranks}{shared}"]
     if found.worst_error > SCATTERED:
         lines.append(
             f"timings are up to {found.worst_error:.0%} off their curves: other work on this machine, or parts too small to time; "
@@ -152,6 +178,10 @@ def _words(found: Profile) -> list[str]:
         )
     if found.link is None:
         return [*lines, "link: not measured, with one device; name one where a prediction asks for it"]
-    link = found.link
+    links = (("link", found.link), ("sums of gradients, around a ring", found.sums))
+    return lines + [f"{name}: {_told(link)}" for name, link in links if link]
+
+
+def _told(link: Link) -> str:
     taken = f", and {1e9 * link.host_s_per_byte:.2f} s of each rank's computing a GB" if link.host_s_per_byte else ""
-    return [*lines, f"link: {link.bytes_per_s / 1e9:.2f} GB/s, latency {link.latency_s * 1e6:.0f} us{taken}"]
+    return f"{link.bytes_per_s / 1e9:.2f} GB/s, latency {link.latency_s * 1e6:.0f} us{taken}"

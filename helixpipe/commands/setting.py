@@ -151,6 +151,7 @@ def setting_from(args: argparse.Namespace) -> Setting:
         segment_multiple=args.segment_multiple,
         optimizer=args.optimizer,
         context_method=args.context_method,
+        sums=profile.sums if profile is not None and not args.link else None,
     )
     if args.per_node is None:
         return found

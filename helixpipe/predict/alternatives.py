@@ -42,7 +42,8 @@ class Alternative:
 
 def alternatives(setting: Setting, ranks: int, microbatches: int | Sequence[Batch]) -> tuple[Alternative, ...]:
     """Those that this many sequences and tokens allow. `microbatches`: how many, or of each its batch, not cut."""
-    if ranks == 1:
+    measured = getattr(setting.profile, "context_parallel", 1) > 1  # of other shares of a sequence than these have
+    if ranks == 1 or measured:
         return ()
     batches = [setting.whole] * microbatches if isinstance(microbatches, int) else list(microbatches)
     found = [_sharded(setting, ranks, batches)]

@@ -23,8 +23,10 @@ from helixpipe.predict import building
 from helixpipe.predict.cost import Analytic, PartCosts, accelerator_bytes, action_seconds
 from helixpipe.predict.hardware import Accelerator, Link, named_accelerator, named_link
 from helixpipe.predict.nodes import Links, Nodes
+from helixpipe.predict.profile import Profile
+from helixpipe.predict.reduction import reduction_s, with_sums
 from helixpipe.predict.simulate import simulate_program
-from helixpipe.predict.standing import Elements, dealt, owned_and_visiting, standing_bytes, trained
+from helixpipe.predict.standing import standing_bytes
 from helixpipe.predict.timeline import MemoryPoint, Timeline
 from helixpipe.schedule import families
 from helixpipe.schedule.action import Action
@@ -64,7 +66,7 @@ class Setting:
     data_parallel: int = 1
     """Pipelines side by side, each with micro-batches of its own; gradients are summed once a step, over `link`."""
     profile: PartCosts | None = None
-    """Measured costs, in place of the accelerator's rates."""
+    """Measured costs, in place of the accelerator's rates; of parts that are shared as here."""
     partition: str = "auto"
     """computation_wise, even, or auto: the family's own (`of_family`), computation_wise where none is known."""
     evenness: float = 0.0
@@ -81,6 +83,10 @@ class Setting:
     """Where accelerators stand; it says all links then, those of tensor and context parallelism too."""
     pipeline_ranks: int = 1
     """Of nodes: how many pipeline ranks there are, from which follows who is in one."""
+    sums: Link | None = None
+    """Around which replicas sum gradients, where that was measured, by as many ranks; None is what joins them."""
+    cores: int = 0
+    """Of a machine whose local ranks share them, rank r on core r mod cores; 0: each rank has what it computes on for itself."""
 
     def __post_init__(self) -> None:
         divides = 1 if self.megatron else self.tensor_parallel
@@ -94,7 +100,9 @@ class Setting:
     @cached_property
     def costs(self) -> PartCosts:
         if self.profile is not None:
-            if self.group > 1:
+            if isinstance(self.profile, Profile):
+                self.profile.check_shared(self.tensor_parallel, self.context_parallel, self.context_method)
+            elif self.group > 1:
                 raise ConfigError("profile: measured on one device alone; leave tp and cp at 1")
             if self.shape.opaque and isinstance(getattr(self.profile, "shape", None), ModelShape):
                 raise ConfigError(
@@ -147,6 +155,27 @@ class Setting:
     def group(self) -> int:
         """Accelerators that are one rank together."""
         return self.tensor_parallel * self.context_parallel
+
+    @property
+    def turns(self) -> float:
+        """How much longer all takes a rank because others of its pipeline rank, replicas too, have the same core, and work when
+        it does; beside those of a profile, in whose seconds they are."""
+        if not self.cores:
+            return 1.0
+        measured = math.ceil(getattr(self.profile, "ranks", 1) / self.cores)
+        return math.ceil(self.group * self.data_parallel / self.cores) / measured
+
+    def cores_of(self, ranks: int) -> tuple[int, ...] | None:
+        """Of each pipeline rank the core, or the set of cores, that it has; None where each has its own."""
+        if not self.cores:
+            return None
+        block = self.group * self.data_parallel
+        if self.cores % block and block % self.cores:
+            raise ConfigError(
+                f"cores: {self.cores}, over which {block} ranks of a pipeline rank are not even; give another number"
+            )
+        sets = max(1, self.cores // block)
+        return tuple(rank % sets for rank in range(ranks))
 
     @cached_property
     def share(self) -> ModelShape:
@@ -346,33 +375,6 @@ class Estimate:
         return max(self.timeline.peak_bytes)
 
 
-def reduction_s(schedule: Schedule, setting: Setting) -> float:
-    """See `Estimate.reduction_s`: of the rank that takes longest. It follows from the placement alone."""
-    wholes, _ = owned_and_visiting(schedule, setting.shape)
-    shares, _ = owned_and_visiting(schedule, setting.share)
-    return reduction_of(wholes, shares, setting)
-
-
-def reduction_of(wholes: Sequence[Elements], shares: Sequence[Elements], setting: Setting) -> float:
-    """The same of what each rank owns of the model, and of what one accelerator of it holds of that."""
-    replicas, wide = setting.data_parallel * setting.context_parallel, setting.keeping.wide_bytes
-    if setting.links is None:
-        among, between = setting.link, setting.link if replicas > 1 else setting.tensor_link
-    else:
-        among, between = setting.links.replicas, setting.links.copies
-    slowest = 0.0
-    for whole, held in zip(wholes, shares, strict=True):
-        share = trained(held, setting.share)
-        divided = sum(size for name, size in share.items() if size < whole[name])
-        undivided = sum(share.values()) - divided
-        sums_s = _all_reduce_s(divided * wide, replicas, among)
-        sums_s += _all_reduce_s(undivided * wide, replicas * setting.tensor_parallel, between)
-        updates = dealt(share, replicas) if setting.optimizer == "sharded" and replicas > 1 else []
-        sums_s += math.fsum(among.seconds(size * wide) for size in updates if size)
-        slowest = max(slowest, sums_s)
-    return slowest
-
-
 def estimate(schedule: Schedule, setting: Setting, batches: Batch | Sequence[Batch] | None = None) -> Estimate:
     """Price a schedule; `batches`: of each micro-batch its own (`Setting.batch`), and None is the same for all.
 
@@ -392,7 +394,9 @@ def estimate_family(setting: Setting, family: str, ranks: int, microbatches: int
 def priced(program: Program, setting: Setting) -> Estimate:
     """A program under a setting: that of its schedule and batches."""
     keeping, schedule = setting.keeping, program.schedule
-    seconds = action_seconds(schedule, setting.shape, program.batches, setting.costs, keeping)
+    alone = action_seconds(schedule, setting.shape, program.batches, setting.costs, keeping)
+    turns = setting.turns
+    seconds = alone if turns == 1 else lambda action: turns * alone(action)
     sizes = accelerator_bytes(program, keeping, setting.share, setting.group)
     travels = [
         setting.link_between(m.src, m.dst).seconds(size) for m, size in zip(program.messages, sizes, strict=True)
@@ -413,16 +417,13 @@ def priced(program: Program, setting: Setting) -> Estimate:
         setting.share,
         setting.link.communicators,
         host if setting.link.host_s_per_byte else None,
+        setting.cores_of(len(schedule.ranks)),
     )
     timeline = per_accelerator(timeline, setting.group)
     shards = setting.data_parallel * setting.context_parallel if setting.optimizer == "sharded" else 1
     standing = standing_bytes(schedule, setting.share, keeping, shards)
-    return Estimate(setting, schedule, program, seconds, travel, replace(timeline, standing=standing))
-
-
-def _all_reduce_s(nbytes: float, ranks: int, link: Link | None) -> float:
-    """Around a ring; None is free."""
-    return 2 * (ranks - 1) * link.seconds(nbytes / ranks) if link and ranks > 1 and nbytes else 0.0
+    timeline = with_sums(replace(timeline, standing=standing), schedule, setting)
+    return Estimate(setting, schedule, program, seconds, travel, timeline)
 
 
 def per_accelerator(timeline: Timeline, group: int) -> Timeline:

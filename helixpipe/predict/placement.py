@@ -12,8 +12,9 @@ from typing import Any
 from helixpipe.parts.part import Part
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Batch, Keeping, Work
-from helixpipe.predict.estimate import Setting, reduction_of
+from helixpipe.predict.estimate import Setting
 from helixpipe.predict.keeping import kept
+from helixpipe.predict.reduction import reduction_of
 from helixpipe.predict.standing import Elements, owned_and_visiting, standing_of
 from helixpipe.schedule.action import Pass
 from helixpipe.schedule.chunks import chunks

@@ -44,6 +44,8 @@ SIZES = (
     "qk_norm", "causal", "norms", "o_bias", "qk_norm_over", "window", "softcap", "head_transform",
 )  # fmt: skip
 
+SHARED = ("tensor_parallel", "context_parallel", "context_method")
+
 _LATER = (
     "norm_offset", "norm_bias", "norms", "embed_norm", "embed_scale", "rotary_share", "window_rope_base", "o_bias",
     "qk_norm_over", "attention_scale", "softcap", "window", "head_softcap", "head_transform",
@@ -78,6 +80,13 @@ class Profile:
     """Between two ranks of this machine; None where there is only one device."""
     device_type: str = "cpu"
     """cpu or cuda."""
+    sums: Link | None = None
+    """Around which gradients are summed, over ranks of this machine; None where there is only one device."""
+    tensor_parallel: int = 1
+    """Ranks that shared the matrices of what was timed; what they exchange is in its time."""
+    context_parallel: int = 1
+    """The same of its tokens."""
+    context_method: str = "ring"
 
     def __post_init__(self) -> None:
         for kind, name in CURVES:
@@ -147,18 +156,36 @@ class Profile:
         if told:
             raise ConfigError(f"profile: measured with {told}; measure this one: {self.command(shape, dtype)}")
 
-    def command(self, shape: ModelShape | None = None, dtype: str | None = None, sequence_length: int = 0) -> str:
+    def check_shared(self, tensor_parallel: int, context_parallel: int, context_method: str) -> None:
+        """Raise ConfigError when this was measured of parts that are shared among other ranks."""
+        asked = _shared(tensor_parallel, context_parallel, context_method)
+        if (mine := _shared(self.tensor_parallel, self.context_parallel, self.context_method)) != asked:
+            told = self.command(shared=asked)
+            raise ConfigError(
+                f"profile: measured with {_told(mine)} where {_told(asked)} is asked for; measure this one: {told}"
+            )
+
+    def command(
+        self,
+        shape: ModelShape | None = None,
+        dtype: str | None = None,
+        sequence_length: int = 0,
+        shared: dict[str, Any] | None = None,
+    ) -> str:
         """The command that measures a shape (this one when not given)."""
         length = sequence_length or (self.longest if self.timings else 0)
         flags = [_shape_flags(of_one_window(shape or self.shape)), f"--dtype {dtype or self.dtype}"]
         flags += [f"--sequence-length {length}"] if length else []
+        among = _shared(self.tensor_parallel, self.context_parallel, self.context_method) if shared is None else shared
+        flags += [f"--{key} {value}" for key, value in among.items() if value not in (1, "ring")]
         return f"helixpipe profile {' '.join(flags)}"
 
     def to_json(self) -> str:
         """JSON, a line for each timing."""
         facts: dict[str, Any] = {"format": FORMAT, "shape": _fields(self.shape)}
         facts |= {name: getattr(self, name) for name in ("device", "device_type", "dtype", "threads", "ranks", "torch")}
-        facts["link"] = self.link and _fields(self.link)
+        facts |= {name: getattr(self, name) for name in SHARED}
+        facts |= {name: link and _fields(link) for name, link in (("link", self.link), ("sums", self.sums))}
         lines = [f"  {json.dumps(name)}: {json_text(value)},\n" for name, value in facts.items()]
         rows = ",\n".join(f"    {json_text(timing)}" for timing in self.timings)
         return f'{{\n{"".join(lines)}  "timings": [\n{rows}\n  ]\n}}\n'
@@ -172,17 +199,27 @@ class Profile:
             raise ConfigError(f"not JSON ({error}); helixpipe profile writes these files") from None
         if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
             raise ConfigError(f'not a profile: no "format": "{FORMAT}"; helixpipe profile writes these files')
-        found.setdefault("device_type", "cpu")  # a file from before it was told
+        # a file from before they were told
+        found = {
+            "device_type": "cpu",
+            "sums": None,
+            "tensor_parallel": 1,
+            "context_parallel": 1,
+            "context_method": "ring",
+        } | found
         kinds = {"device": str, "device_type": str, "dtype": str, "torch": str, "threads": int, "ranks": int}
-        given = _checked(found, "", {"shape": dict, "link": dict, "timings": list} | kinds, may_be_null=("link",))
+        kinds |= {"tensor_parallel": int, "context_parallel": int, "context_method": str}
+        links = {"link": dict, "sums": dict}
+        given = _checked(found, "", {"shape": dict, "timings": list} | links | kinds, may_be_null=tuple(links))
         defaults = {field.name: field.default for field in dataclasses.fields(ModelShape)}
         known = _kinds(ModelShape)
         older = {name: defaults[name] for name in known if name in _LATER}  # a file from before there were such models
         given["shape"] = ModelShape(**_checked(older | given["shape"], "shape.", known))
-        if given["link"] is not None:
-            given["link"] = Link(**_checked({"host_s_per_byte": 0.0} | given["link"], "link.", _kinds(Link)))
-            if not given["link"].bytes_per_s:
-                raise ConfigError("link.bytes_per_s: 0 is not a rate; measure again, or set link to null")
+        for name in links:
+            if given[name] is not None:
+                given[name] = Link(**_checked({"host_s_per_byte": 0.0} | given[name], f"{name}.", _kinds(Link)))
+                if not given[name].bytes_per_s:
+                    raise ConfigError(f"{name}.bytes_per_s: 0 is not a rate; measure again, or set {name} to null")
         given["timings"] = tuple(_timing(row, f"timings[{at}]") for at, row in enumerate(given["timings"]))
         return Profile(**given)
 
@@ -240,6 +277,16 @@ def of_one_window(shape: ModelShape) -> ModelShape:
             "leave it away, and name an accelerator"
         )
     return dataclasses.replace(shape, window=shape.windows[0], window_pattern=()) if shape.window_pattern else shape
+
+
+def _shared(tensor_parallel: int, context_parallel: int, context_method: str) -> dict[str, Any]:
+    """By flag; with one context-parallel rank there is no method."""
+    found = {"tp": tensor_parallel, "cp": context_parallel}
+    return found | ({"context-method": context_method} if context_parallel > 1 else {})
+
+
+def _told(shared: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in shared.items())
 
 
 def _shape_flags(shape: ModelShape) -> str:

@@ -14,7 +14,7 @@ into a wait is free.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from helixpipe.parts.shape import ModelShape
@@ -23,6 +23,7 @@ from helixpipe.predict.hardware import Communicators
 from helixpipe.predict.memory import Held, held_bytes
 from helixpipe.predict.readers import one_tensor
 from helixpipe.predict.timeline import MemoryPoint, Span, Timeline
+from helixpipe.predict.turns import Turns
 from helixpipe.schedule.action import Action
 from helixpipe.schedule.order import times
 from helixpipe.schedule.program import Accumulate, Message, Program, Receive, Run, Send
@@ -44,6 +45,7 @@ def simulate_program(
     share: ModelShape | None = None,
     communicators: Communicators = "direction",
     host_seconds: Callable[[Message], float] | None = None,
+    cores: Sequence[int] | None = None,
 ) -> Timeline:
     """A program, messages and all: linear in its instructions.
 
@@ -52,10 +54,17 @@ def simulate_program(
     activations, and `message_bytes` of what is under way (from a send's posting to its end, from a receive's posting
     until the action that reads it). `share` is what one accelerator of a rank holds of the parameters, see `held_bytes`.
     `communicators`: whether messages of two ranks in both directions travel at once, or take turns. `host_seconds`: what a
-    message takes of each end's own processor while it travels; None is nothing.
+    message takes of each end's own processor while it travels; None is nothing. `cores`: what each rank computes on; ranks of
+    one core that compute at one time have equal shares of it (None: each has its own).
     """
-    run = _Run(program, message_seconds, message_bytes, keeping is not None, communicators == "pair", host_seconds)
-    while run.ready:
+    turns = Turns(cores or ())
+    run = _Run(
+        program, message_seconds, message_bytes, keeping is not None, communicators == "pair", host_seconds, turns
+    )
+    while run.ready or run.turns.ends:
+        if run.turns.ends and (not run.ready or run.turns.ends[0][0] <= run.ready[0][0]):
+            run.end(*run.turns.end())
+            continue
         clock, rank = heapq.heappop(run.ready)
         run.go_on(rank, clock, seconds)
     for rank, instructions in enumerate(program.ranks):
@@ -80,6 +89,7 @@ class _Run:
     counts: bool
     takes_turns: bool
     host_seconds: Callable[[Message], float] | None
+    turns: Turns
     positions: list[int] = field(init=False)
     spans: list[list[Span]] = field(init=False)
     buffers: list[list[tuple[float, int]]] = field(init=False)
@@ -98,6 +108,7 @@ class _Run:
         self._pair: dict[tuple[int, int], float] = {}  # and each pair's communicator, where messages take turns
         self._free = [0.0] * ranks  # when each rank's last action ended
         self._stalled: list[Message | None] = [None] * ranks  # what an Accumulate waited for since then
+        self._under_way: dict[int, Span] = {}  # of ranks that share cores, what they compute
         self._posted: set[int] = set()  # numbers of messages that one side has posted
         self._arrived: dict[int, float] = {}
         self._waiting: dict[int, int] = {}  # number of a message -> the rank that waits for it
@@ -125,6 +136,11 @@ class _Run:
                 if when > self._free[rank] and (last is None or when > arrived[last.number]):
                     last = message
             start = clock if last is None else max(clock, arrived[last.number])
+            if (
+                self.turns.shared and start > clock and isinstance(instruction, Run)
+            ):  # others of its core go on until then
+                heapq.heappush(self.ready, (start, rank))
+                return
             for message in waits:
                 self._holds(rank, start, -1, message)
             self.positions[rank] += 1
@@ -137,17 +153,30 @@ class _Run:
                 continue
             last, self._stalled[rank] = self._later(last, self._stalled[rank]), None
             end = start + seconds(instruction.action) + self._taken_s(rank, start)
-            self._free[rank] = end
-            self.spans[rank].append(Span(instruction.action, start, end, "" if last is None else str(last)))
-            heapq.heappush(self.ready, (end, rank))
+            span = Span(instruction.action, start, end, "" if last is None else str(last))
+            if self.turns.shared:
+                self._under_way[rank] = span
+                self.turns.begin(rank, start, end - start)
+            else:
+                self._ended(rank, span)
             return
 
+    def end(self, end_s: float, rank: int) -> None:
+        """Of an action that shared its core."""
+        self._ended(rank, self._under_way.pop(rank)._replace(end_s=end_s))
+
+    def _ended(self, rank: int, span: Span) -> None:
+        self._free[rank] = span.end_s
+        self.spans[rank].append(span)
+        heapq.heappush(self.ready, (span.end_s, rank))
+
     def _taken_s(self, rank: int, start: float) -> float:
-        """What messages took of a rank's processor since its last action began; not in the wait before this one, which is free."""
+        """What messages took of a rank's processor since its last action began; not in the wait before this one, which is free,
+        unless others of its core compute then."""
         carries, free = self._carries[rank], self._free[rank]
         taken_s = 0.0
         for leaves, arrives, host_s in carries:
-            waited_s = min(arrives, start) - max(leaves, free)
+            waited_s = 0.0 if self.turns.shared else min(arrives, start) - max(leaves, free)
             taken_s += host_s * (1 - max(0.0, waited_s) / (arrives - leaves))
         carries.clear()
         return taken_s

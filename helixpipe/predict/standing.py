@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from helixpipe.mesh import deal
+from helixpipe.mesh import buckets, deal
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Keeping
 from helixpipe.predict.timeline import Standing
@@ -49,6 +49,21 @@ def standing_of(
         weights = masters * (wide + copy) + (sum(owned.values()) - masters) * narrow
         found.append(Standing(weights, masters * wide, max(dealt(updated, optimizer_shards)) * 2 * wide))
     return tuple(found)
+
+
+def summed_bytes(whole: Elements, held: Elements, replicas: int, tensor_parallel: int, wide_bytes: int) -> int:
+    """The most gradients that are put together for one sum over ranks (`runtime.reduction`), at the end of a step.
+
+    `whole`, `held`: parameters that a rank owns, and what one of its accelerators has of them.
+    """
+    if replicas * tensor_parallel == 1:
+        return 0
+    shared: dict[int, list[int]] = {}
+    for name in sorted(held):
+        among = replicas * (tensor_parallel if held[name] == whole[name] else 1)
+        shared.setdefault(among, []).append(held[name] * wide_bytes)
+    each = (bucket for among, sizes in shared.items() if among > 1 for bucket in buckets(sizes, int))
+    return max(map(sum, each), default=0)
 
 
 def trained(elements: Elements, shape: ModelShape) -> Elements:

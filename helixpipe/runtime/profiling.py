@@ -6,7 +6,9 @@
     I, W   head ... embed                      of the last segment first    gradients of inputs; of linear layers' weights
 
 Sequences of several lengths, whole and cut, take turns; a part's time is its median over the rounds. Several
-ranks measure at once, since they slow each other down as in a run; two of them time messages between them.
+ranks measure at once, since they slow each other down as in a run; two of them time messages between them, and all of them
+sums of gradients. Where ranks share matrices (tp) or tokens (cp), each runs its share, and what they exchange is in the times
+of the parts that wait for it.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from helixpipe.errors import ConfigError, HelixpipeError, RankError
+from helixpipe.mesh import BUCKET_BYTES, MeshShape
 from helixpipe.model.decoder import Decoder
 from helixpipe.parts.part import chain
 from helixpipe.parts.shape import ModelShape
@@ -35,12 +38,17 @@ from helixpipe.parts.work import Batch
 from helixpipe.predict.curves import Size, fit
 from helixpipe.predict.hardware import Link
 from helixpipe.predict.profile import WITH_WEIGHTS, Profile, Timing, merged, of_one_window
+from helixpipe.runtime.context import Context
 from helixpipe.runtime.executor import execute
+from helixpipe.runtime.mesh import Mesh, make_device_mesh
 from helixpipe.runtime.modules import Modules
 from helixpipe.runtime.oom import out_of_memory
 from helixpipe.runtime.recorder import Recorder
+from helixpipe.runtime.reduction import Reduction
+from helixpipe.runtime.shares import Shares
 from helixpipe.runtime.stages import Stages
 from helixpipe.runtime.tape import Feed, Tape
+from helixpipe.runtime.tensor import TensorParallel
 from helixpipe.runtime.transport import Transport
 from helixpipe.runtime.watch import Watch
 from helixpipe.runtime.weights import Weights
@@ -58,6 +66,9 @@ PING_BYTES = (2**12, 2**16, 2**19, 2**21, 2**23)
 PINGS = 9
 CARRIED_BYTES, COMPUTED_S = 2**23, 0.03
 """Of each message that travels beside computing, and how long a rank computes at least."""
+SUM_BYTES = (2**16, 2**19, 2**21, 2**23, BUCKET_BYTES)
+SUMS = 7
+ALONE = MeshShape()
 TIMEOUT_S = 600.0
 
 
@@ -81,12 +92,14 @@ def measure(
     cuts: Sequence[Cut],
     rounds: int = 5,
     before: Callable[[], object] = lambda: None,
+    shared: MeshShape = ALONE,
 ) -> Profile:
-    """Time the parts of a shape here; seconds are medians over the rounds. No process group is needed.
+    """Time the parts of a shape here; seconds are medians over the rounds. No process group is needed, but where parts
+    are `shared`.
 
     `before` is called before every sequence: a barrier, where ranks are to measure at once.
     """
-    parts = Parts(shape, device, dtype)
+    parts = Parts(shape, device, dtype, shared)
     found: list[Timing] = []
     for turn in range(-WARMUP, rounds):
         for cut in (*cuts[turn % len(cuts) :], *cuts[: turn % len(cuts)]):
@@ -96,16 +109,28 @@ def measure(
 
 
 class Parts:
-    """One layer, embed and head on this device, part by part."""
+    """One layer, embed and head on this device, part by part; or, where they are shared, this rank's share of each."""
 
-    def __init__(self, shape: ModelShape, device: torch.device | str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, shape: ModelShape, device: torch.device | str, dtype: torch.dtype, shared: MeshShape = ALONE
+    ) -> None:
+        """`shared`: of all ranks of the process group, whose cp and tp share parts; pp is 1. Collective then."""
         device, shape = torch.device(device), replace(of_one_window(shape), frozen=(), lora=None)  # every pass is timed
         self.asked, self.device, self.dtype = shape, device, dtype
         self.shape = replace(
             shape, layers=1, embed_norm=False
         )  # a norm is timed as that of the layer, which has one then
         self.stages = tuple(Stage((part,)) for part in chain(1))
-        self.weights = Weights(Modules(Decoder(self.shape), self._schedule(1), 0, device, dtype))
+        self.shared, mesh = shared, _mesh(shared, device)
+        cp, tp = (None, None) if mesh is None else (mesh.group("cp"), mesh.group("tp"))
+        tensor = None if tp is None else TensorParallel(tp, self.shape)
+        context = None if cp is None else Context(cp, shared.context_method, shared.layout)
+        self.weights = Weights(Modules(Decoder(self.shape), self._schedule(1), 0, device, dtype, tensor))
+        self.here = self.shape if tensor is None else tensor.local
+        self.shares = None if mesh is None else Shares(mesh, context, 1, lambda length, documents: (length,), device)
+        if context is not None:
+            for part, module in self.weights.modules.items():
+                context.join(part, module)
         self.ledger = self.weights.ledger
         outputs = self._schedule(1).outputs
         self.tapes = {
@@ -116,7 +141,8 @@ class Parts:
 
     def run(self, cut: Cut) -> Iterator[Timing]:
         """One sequence forward and backward: a timing of every action."""
-        program = lower(self._schedule(len(cut)), self.shape, Batch(1, cut))
+        batch = Batch(1, cut)
+        program = lower(self._schedule(len(cut)), self.here, batch if self.shares is None else self.shares.local(batch))
         stages = Stages(program, self.tapes, self.weights, self.ledger, self._feeds(cut), 1.0, training=True)
         execute(program.ranks[0], stages, self.weights, self.transport, self.recorder, self.watch)
         for span in self.recorder.spans():
@@ -136,7 +162,10 @@ class Parts:
         name, version = str(self.dtype).removeprefix("torch."), torch.__version__.split("+")[0]
         threads = torch.get_num_threads()
         device = device_name(self.device)
-        return Profile(self.asked, device, name, threads, 1, version, timings, device_type=self.device.type)
+        return Profile(
+            self.asked, device, name, threads, 1, version, timings, device_type=self.device.type,
+            tensor_parallel=self.shared.tp, context_parallel=self.shared.cp, context_method=self.shared.context_method,
+        )  # fmt: skip
 
     def _schedule(self, segments: int) -> Schedule:
         stages = range(len(self.stages))
@@ -148,9 +177,19 @@ class Parts:
 
     def _feeds(self, cut: Cut) -> dict[tuple[int, int], Feed]:
         generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(self.shape.vocabulary, (1, sum(cut)), generator=generator).to(self.device)
+        size = 1 if self.shares is None else self.shared.dp, sum(cut)
+        tokens = torch.randint(self.shape.vocabulary, size, generator=generator).to(self.device)
+        if self.shares is not None:
+            return self.shares.feeds(tokens, tokens, [Batch(1, cut)])
         pieces = tokens.split(cut, 1)
         return {(0, i): Feed(piece, piece, sum(cut[:i]), i, sequence_length=sum(cut)) for i, piece in enumerate(pieces)}
+
+
+def _mesh(shared: MeshShape, device: torch.device) -> Mesh | None:
+    """None where a rank shares nothing."""
+    if shared.cp * shared.tp == 1:
+        return None
+    return Mesh(make_device_mesh(shared, device, TIMEOUT_S), TIMEOUT_S, device)
 
 
 def measure_link(device: torch.device | str) -> Link:
@@ -217,6 +256,35 @@ def _computing_s(matrix: Tensor, times: int) -> float:
     return time.perf_counter() - begun
 
 
+def measure_sums(device: torch.device | str) -> Link:
+    """Time sums of gradients over all ranks of the process group, as a step ends with them; collective, and the same on all.
+
+    The link of a ring: around it, a sum of so many bytes over n ranks takes 2 (n - 1) messages of 1/n of them.
+    """
+    ranks, device = dist.get_world_size(), torch.device(device)
+    mesh, watch = Mesh(make_device_mesh(MeshShape(dp=ranks), device, TIMEOUT_S), TIMEOUT_S, device), Watch(None, 0, 1)
+    points = []
+    for nbytes in SUM_BYTES:
+        master = nn.Parameter(torch.zeros(nbytes // 4, device=device))
+        master.grad = torch.zeros_like(master)
+        reduction, seconds = Reduction({"sum": master}, (), mesh, watch), []
+        for _ in range(SUMS):
+            dist.barrier()
+            begun = time.perf_counter()
+            reduction.finish()
+            _synchronise(device)
+            seconds.append(time.perf_counter() - begun)
+        points.append((Size(1, nbytes), statistics.median(seconds)))
+    prices, hops = fit(points, ("start", "tokens")).prices_s, 2 * (ranks - 1)  # a token of it is a byte
+    wire = wire_of(dist.group.WORLD, device)
+    found = torch.tensor(
+        [prices.get("start", 0.0) / hops, prices["tokens"] * ranks / hops], dtype=torch.float64, device=wire
+    )
+    dist.broadcast(found, 0)
+    latency_s, byte_s = found.tolist()
+    return Link("measured", 1 / byte_s, latency_s, f"sums over {ranks} ranks of this machine over {dist.get_backend()}")
+
+
 @dataclass(frozen=True)
 class Asked:
     """What `measure_machine` is to measure."""
@@ -230,6 +298,8 @@ class Asked:
     threads: int
     told: bool = False
     """Whether rank 0 tells its progress on standard error."""
+    shared: MeshShape = ALONE
+    """All ranks that measure, and which of them share parts; not read of one rank."""
 
 
 def measure_machine(asked: Asked, ranks: int) -> Profile:
@@ -269,8 +339,8 @@ def _rank(rank: int, ranks: int, port: int, asked: Asked) -> None:
     except HelixpipeError as error:
         store.set("fault", str(error))
         raise
-    link = measure_link(_device(asked.device, rank))
-    store.set(f"profile/{rank}", replace(profile, link=link).to_json())
+    link, sums = measure_link(_device(asked.device, rank)), measure_sums(_device(asked.device, rank))
+    store.set(f"profile/{rank}", replace(profile, link=link, sums=sums).to_json())
     dist.barrier()
     dist.destroy_process_group()
 
@@ -287,7 +357,7 @@ def _measure_as_asked(asked: Asked, rank: int, together: Callable[[], Any]) -> P
 
     try:
         dtype = getattr(torch, asked.dtype)
-        return measure(asked.shape, _device(asked.device, rank), dtype, asked.cuts, asked.rounds, before)
+        return measure(asked.shape, _device(asked.device, rank), dtype, asked.cuts, asked.rounds, before, asked.shared)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise

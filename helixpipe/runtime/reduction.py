@@ -8,19 +8,17 @@ masters' precision, after the last action, and every rank gets the same sums bit
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import TypeVar
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from helixpipe.errors import RankError
+from helixpipe.mesh import buckets
 from helixpipe.runtime.mesh import Group, Mesh
 from helixpipe.runtime.watch import Watch
 from helixpipe.sequence.wire import wire_of
-
-BUCKET_BYTES = 2**25
 
 
 class Reduction:
@@ -55,7 +53,7 @@ class Reduction:
         """
         self._watch.doing = "the sum of gradients"
         for group, parameters in self._shares:
-            for bucket in buckets(parameters):
+            for bucket in buckets(parameters, nbytes):
                 self._sum(bucket, group)
         for parameter, before in self._before.items():
             parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
@@ -79,16 +77,5 @@ class Reduction:
                 parameter.grad = gradient.copy_(total.view_as(gradient))
 
 
-T = TypeVar("T", bound=Tensor)
-
-
-def buckets(tensors: Iterable[T]) -> Iterator[list[T]]:
-    """Runs of tensors of about BUCKET_BYTES."""
-    bucket: list[T] = []
-    for tensor in tensors:
-        bucket.append(tensor)
-        if sum(t.nbytes for t in bucket) >= BUCKET_BYTES:
-            yield bucket
-            bucket = []
-    if bucket:
-        yield bucket
+def nbytes(tensor: Tensor) -> int:
+    return tensor.nbytes

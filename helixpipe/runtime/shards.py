@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from helixpipe.errors import RankError
-from helixpipe.mesh import deal
+from helixpipe.mesh import buckets, deal
 from helixpipe.runtime.mesh import Mesh
-from helixpipe.runtime.reduction import buckets
+from helixpipe.runtime.reduction import nbytes
 from helixpipe.runtime.watch import Watch
 from helixpipe.sequence.wire import wire_of
 
@@ -42,7 +42,7 @@ class Shards:
             return
         self._watch.doing = "the sharing of updates"
         for owner, share in enumerate(self._shares):
-            for bucket in buckets(parameter.data for parameter in share.values()):
+            for bucket in buckets((parameter.data for parameter in share.values()), nbytes):
                 self._send(bucket, owner)
 
     def _send(self, tensors: list[Tensor], owner: int) -> None:

@@ -169,7 +169,10 @@ def test_what_no_candidate_can_have_is_refused_before_the_search(
 ) -> None:
     monkeypatch.setattr("helixpipe.predict.plan._runner", lambda processes: pytest.fail("it searched"))
     assert main(f"plan {TINY} --profile {profile} --tp 2".split()) == 2
-    assert "--profile: measured on one device alone; leave tp and cp at 1" in capsys.readouterr().err
+    assert (
+        "--profile: measured with tp 1, cp 1 where tp 2, cp 1 is asked for; measure this one: "
+        in capsys.readouterr().err
+    )
     assert main(f"plan {TINY} --model gpt2 --sequence-length 4096".split()) == 2
     assert "learned positions have room for 1024" in capsys.readouterr().err
 

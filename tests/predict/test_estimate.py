@@ -17,7 +17,7 @@ from helixpipe.predict.cost import PartCosts
 from helixpipe.predict.estimate import Setting, estimate, estimate_family
 from helixpipe.predict.hardware import Link, named_accelerator, named_link
 from helixpipe.predict.replay import replayed
-from helixpipe.predict.standing import owned_and_visiting, standing_bytes
+from helixpipe.predict.standing import owned_and_visiting, standing_bytes, summed_bytes
 from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
 from helixpipe.schedule.partition import even
@@ -314,3 +314,25 @@ def test_what_families_balance_by_is_counted_in_layers() -> None:
         forward, inputs, weights = setting.balance["costs"]
         assert forward == 1
         assert inputs > 1 > weights > 0
+
+
+def test_a_sum_of_gradients_holds_them_once_more() -> None:
+    """At the step's end, where activations were few: what is put together for one sum, a bucket at most."""
+    shape = ModelShape(layers=2, hidden=64, heads=4, ffn=128, vocabulary=256)
+    short = Setting(shape, 32, keeping=Keeping("none", 4), data_parallel=2)
+    found = estimate_family(short, "1f1b", 1, 1)
+    assert found.timeline.memory[0][-1][1:] == (0, 4 * shape.parameter_count, 0)
+    assert found.peak_bytes == sum(found.timeline.standing[0]) + 4 * shape.parameter_count
+    alone = estimate_family(replace(short, data_parallel=1), "1f1b", 1, 1)
+    assert alone.timeline.memory[0] == found.timeline.memory[0][:-1]
+    long = estimate_family(replace(short, sequence_length=4096), "1f1b", 1, 1)
+    assert long.timeline.memory[0][-1].transit_bytes == 0
+
+
+def test_the_largest_bucket_of_a_sum() -> None:
+    whole = {"a": 2**22, "b": 2**22, "c": 2**22, "d": 10}
+    assert summed_bytes(whole, whole, 2, 1, 4) == 2**25  # a and b
+    assert summed_bytes(whole, whole, 1, 1, 4) == 0
+    held = {"a": 2**21, "b": 2**21, "c": 2**21, "d": 10}
+    assert summed_bytes(whole, held, 1, 2, 4) == 40  # what tp divides is nobody else's
+    assert summed_bytes(whole, held, 2, 2, 4) == 3 * 2**23

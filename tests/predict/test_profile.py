@@ -18,6 +18,7 @@ from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Batch, Keeping
 from helixpipe.predict.cost import action_seconds
 from helixpipe.predict.curves import ATTENTION, LINEAR, TERMS, Size, fit
+from helixpipe.predict.estimate import Setting, estimate_family
 from helixpipe.predict.hardware import Link
 from helixpipe.predict.profile import CURVES, PROFILED, WITH_WEIGHTS, Profile, Timing, merged
 from helixpipe.schedule.action import Pass
@@ -324,3 +325,62 @@ def test_no_number_that_is_none() -> None:
     with pytest.raises(ConfigError, match=r"^link.bytes_per_s: Infinity is not a number from 0 up$"):
         Profile.from_json(text)
     assert math.isfinite(PROFILE.worst_error)
+
+
+def test_a_profile_of_a_group_prices_that_group_alone() -> None:
+    profile = replace(PROFILE, tensor_parallel=2, sums=Link("measured", 1e9, 1e-4, "sums"))
+    assert Profile.from_json(profile.to_json()) == profile
+    setting = Setting(SHAPE, 1024, profile=profile, tensor_parallel=2, keeping=Keeping("none", 4))
+    assert setting.costs is profile
+    for change, told in (
+        ({"tensor_parallel": 1}, "tp 1, cp 1"),
+        ({"context_parallel": 2}, "tp 2, cp 2, context-method ring"),
+    ):
+        flags = " --tp 2 --cp 2" if "context_parallel" in change else ""
+        with pytest.raises(ConfigError) as error:
+            _ = replace(setting, **change).costs
+        assert str(error.value) == (
+            f"profile: measured with tp 2, cp 1 where {told} is asked for; measure this one: helixpipe profile --model tiny "
+            f"--dtype float32 --sequence-length 2048{flags}"
+        )
+    assert profile.command().endswith(" --tp 2")
+
+
+def test_a_file_from_before_groups_is_of_none() -> None:
+    old = json.loads(PROFILE.to_json())
+    for name in ("sums", "tensor_parallel", "context_parallel", "context_method"):
+        del old[name]
+    assert Profile.from_json(json.dumps(old)) == PROFILE
+
+
+def test_sums_of_gradients_are_priced_as_measured() -> None:
+    """A ring's: 2 (n - 1) messages of 1/n."""
+    setting = Setting(
+        SHAPE, 1024, profile=PROFILE, data_parallel=2, keeping=Keeping("none", 4), sums=Link("measured", 1e9, 1e-3, "")
+    )
+    found = estimate_family(setting, "1f1b", 1, 2)
+    assert found.reduction_s == pytest.approx(2 * (1e-3 + 4 * SHAPE.parameter_count / 2 / 1e9))
+    assert replace(found, setting=replace(setting, sums=None, link=LINK)).reduction_s != found.reduction_s
+
+
+@pytest.mark.parametrize(
+    ("mesh", "turns", "cores"),
+    [({}, 1, (0, 1, 0, 1)), ({"data_parallel": 2}, 1, (0, 0, 0, 0)), ({"data_parallel": 4}, 2, (0, 0, 0, 0))],
+)
+def test_local_ranks_share_cores(mesh: dict[str, int], turns: float, cores: tuple[int, ...]) -> None:
+    """Of 2 cores, where a profile was measured by 2 ranks at once."""
+    setting = Setting(SHAPE, 1024, profile=PROFILE, keeping=Keeping("none", 4), cores=2, **mesh)
+    assert (setting.turns, setting.cores_of(4)) == (turns, cores)
+    assert replace(setting, cores=0).cores_of(4) is None
+    assert replace(setting, cores=0).turns == 1
+    by_four = replace(setting, profile=replace(PROFILE, ranks=4))
+    assert by_four.turns == turns / 2  # in whose seconds there are two ranks to a core
+    one, other = (estimate_family(replace(setting, cores=n), "1f1b", 1, 2) for n in (0, 2))
+    assert other.timeline.makespan_s == pytest.approx(turns * one.timeline.makespan_s)
+
+
+def test_cores_that_ranks_are_not_even_over() -> None:
+    setting = Setting(SHAPE, 1024, profile=PROFILE, keeping=Keeping("none", 4), cores=3, data_parallel=2)
+    with pytest.raises(ConfigError) as error:
+        setting.cores_of(2)
+    assert str(error.value) == "cores: 3, over which 2 ranks of a pipeline rank are not even; give another number"

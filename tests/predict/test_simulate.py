@@ -177,3 +177,32 @@ def test_a_processor_that_carries_nothing_changes_nothing() -> None:
     program = program_of(build_schedule("1f1b", ranks=3, layers=3, microbatches=4))
     costs = lambda action: 1.0, lambda message: 0.5
     assert simulate_program(program, *costs, host_seconds=lambda message: 0.0) == simulate_program(program, *costs)
+
+
+def test_ranks_of_one_core_take_turns() -> None:
+    """Nobody waits for a message, so that the one core always works: 4 ranks of 4 micro-batches take as long as one."""
+    program = program_of(build_schedule("1f1b", ranks=4, layers=4, microbatches=4))
+    timeline = simulate_program(program, lambda action: 1.0, cores=(0, 0, 0, 0))
+    assert timeline.makespan_s == pytest.approx(4 * 4 * 2)
+    assert timeline.order == program.schedule.ranks
+
+
+def test_half_of_a_core_takes_twice_as_long() -> None:
+    """Two ranks, a message takes 1. F of rank 0: 0 to 2; while rank 1 computes its own from 3 on, rank 0 has the second."""
+    program = program_of(build_schedule("gpipe", ranks=2, layers=2, microbatches=2))
+    timeline = simulate_program(program, lambda a: 2.0, lambda message: 1.0, cores=(0, 0))
+    first, second = ([(s.start_s, s.end_s) for s in spans[:2]] for spans in timeline.spans)
+    assert first == [(0, 2), (2, 5)]  # alone until 3, and then half of a core for the second half of it
+    assert second[0] == (3, 6)  # half of a core until 5: then it has half of its work left
+    assert [span.awaited != "" for span in timeline.spans[1][:2]] == [True, False]
+
+
+@pytest.mark.parametrize("family", ["1f1b", "helix", "zb_v"])
+def test_cores_of_their_own_change_nothing(family: str) -> None:
+    program = program_of(build_schedule(family, ranks=2, layers=4, microbatches=4))
+    seconds = {a: 1 + 0.1 * i for order in program.schedule.ranks for i, a in enumerate(order)}
+    alone = simulate_program(program, seconds.__getitem__, lambda message: 0.3)
+    assert simulate_program(program, seconds.__getitem__, lambda message: 0.3, cores=(1, 0)) == alone
+    shared = simulate_program(program, seconds.__getitem__, lambda message: 0.3, cores=(0, 0))
+    assert shared.order == alone.order
+    assert sum(seconds.values()) <= shared.makespan_s < 2 * alone.makespan_s

@@ -21,6 +21,7 @@ from ranks import Ranks
 from helixpipe.commands.profile import _parser, _words, profile
 from helixpipe.commands.shape_flags import shape_from
 from helixpipe.errors import ConfigError, HelixpipeError, RankError
+from helixpipe.mesh import MeshShape
 from helixpipe.parts.part import Part, chain
 from helixpipe.parts.rotary import Rotary
 from helixpipe.parts.shape import ModelShape
@@ -28,7 +29,7 @@ from helixpipe.parts.shapes import SHAPES
 from helixpipe.parts.work import Batch
 from helixpipe.predict.hardware import Link
 from helixpipe.predict.profile import PROFILED, SIZES, WITH_WEIGHTS, Profile, Timing
-from helixpipe.runtime.profiling import Asked, Parts, default_cuts, measure, measure_link, measure_machine
+from helixpipe.runtime.profiling import Asked, Parts, default_cuts, measure, measure_link, measure_machine, measure_sums
 from helixpipe.schedule.action import Pass
 from helixpipe.schedule.check import check
 
@@ -83,6 +84,12 @@ def test_the_parts_are_run_as_a_schedule_that_can_be() -> None:
     assert all(master.grad is not None and master.grad.abs().sum() > 0 for master in parts.weights.masters.values())
 
 
+def test_ranks_beside_each_other_time_one_sequence_each() -> None:
+    """Of replicas that share no part: a sequence is a sequence, however many measure at once."""
+    parts = Parts(TINY, "cpu", torch.float32, MeshShape(dp=2))
+    assert {tuple(feed.tokens.shape) for feed in parts._feeds((8, 16)).values()} == {(1, 8), (1, 16)}
+
+
 def test_sequences_measured() -> None:
     assert default_cuts(TINY, 256) == ((32,), (64,), (128,), (256,), (128, 128), (64,) * 4, (32,) * 8)
     assert default_cuts(replace(TINY, causal=False), 256) == ((32,), (64,), (128,), (256,))
@@ -108,12 +115,42 @@ def test_the_link_is_the_same_on_all_ranks(four_ranks: Ranks) -> None:
     assert found == [found[0]] * 4
 
 
+def in_a_group(shared: MeshShape) -> tuple[Profile, bool, Link]:
+    parts = Parts(TINY, "cpu", torch.float32, shared)
+    profile = parts.profile([timing for cut in ((16,), (32,), (16, 16)) for timing in parts.run(cut)])
+    made = all(master.grad is not None and master.grad.abs().sum() > 0 for master in parts.weights.masters.values())
+    return profile, made and parts.ledger.bytes == 0, measure_sums("cpu")
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [MeshShape(dp=2, tp=2), MeshShape(cp=4), MeshShape(cp=2, tp=2, context_method="ulysses")],
+    ids=lambda shared: f"dp{shared.dp}-cp{shared.cp}-tp{shared.tp}",
+)
+def test_ranks_that_share_parts_time_their_shares(shared: MeshShape, four_ranks: Ranks) -> None:
+    """Every pass of every part, whole sequences' lengths, in a group as in a run."""
+    found = four_ranks.run(in_a_group, shared)
+    for measured, is_whole, sums in found:
+        assert is_whole
+        assert measured.shape == TINY
+        assert (measured.tensor_parallel, measured.context_parallel) == (shared.tp, shared.cp)
+        assert measured.context_method == shared.context_method
+        assert {(t.length, t.context) for t in measured.timings} == {(16, 0), (32, 0), (16, 16)}
+        assert {(t.kind, t.run) for t in measured.timings} == {
+            (kind, run) for kind in PROFILED for run in (Pass.F, Pass.I, *([Pass.W] if kind in WITH_WEIGHTS else []))
+        }
+        assert sums == found[0][2]
+        assert sums.bytes_per_s > 0 <= sums.latency_s
+
+
 def test_ranks_measure_at_once_and_leave_no_process() -> None:
     before = set(active_children())
-    asked = Asked(TINY, "cpu", "float32", ((16,), (32,)), 1, 1)
+    asked = Asked(TINY, "cpu", "float32", ((16,), (32,)), 1, 1, shared=MeshShape(tp=2))
     found = measure_machine(asked, 2)
-    assert found.ranks == 2
+    assert (found.ranks, found.tensor_parallel) == (2, 2)
     assert found.link is not None
+    assert found.sums is not None
+    assert found.sums.source == "sums over 2 ranks of this machine over gloo"
     assert len([t for t in found.timings if t[:4] == ("mlp", Pass.F, 32, 0)]) == 2
     assert set(active_children()) <= before
     assert not dist.is_initialized()
@@ -186,6 +223,10 @@ REFUSED = [
     ("--device tpu", "--device: 'tpu' is not known; known: auto, cpu, cuda"),
     ("--rounds 0", "--rounds: 0; give at least 1"),
     ("--ranks 65", "--ranks: 65 processes at once are more than 64; two tell as much"),
+    ("--ranks 3 --tp 2", "--ranks: 3, and groups of tp 2 x cp 1 share parts; give a multiple of 2"),
+    ("--tp 16 --cp 8", "--tp, --cp: 16 x 8 are more than 64 processes"),
+    ("--tp 0", "--tp: 0; give at least 1"),
+    ("--tp 3 --device cpu", "--tp: 3 ranks do not divide model.heads 4; tp may be 1, 2 or 4"),
     ("--sequence-length 31", "--sequence-length: 31 tokens tell nothing; give at least 32"),
     (
         "--model gpt2",
@@ -206,6 +247,18 @@ def test_what_the_command_refuses(given: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         profile(given.split())
     assert str(error.value) == message
+
+
+def test_a_group_is_told() -> None:
+    link = Link("measured", 1e9, 1e-4, "")
+    found = replace(
+        measure_once(), ranks=4, tensor_parallel=2, context_parallel=2, link=link, sums=replace(link, latency_s=2e-4)
+    )
+    lines = _words(found)
+    assert lines[1].endswith("ranks that measured at once: 4, which shared parts: tp 2, cp 2 (ring)")
+    assert lines[-2:] == [
+        "link: 1.00 GB/s, latency 100 us", "sums of gradients, around a ring: 1.00 GB/s, latency 200 us",
+    ]  # fmt: skip
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
