@@ -18,6 +18,7 @@ from helixpipe.commands.setting import (
 from helixpipe.commands.simulated_steps import Steps, simulate_steps, steps_as_json, steps_table
 from helixpipe.files import json_text
 from helixpipe.flags import given_options
+from helixpipe.parts.part import vocabulary_shards
 from helixpipe.predict.estimate import Estimate
 from helixpipe.predict.explain import Reason, critical_path, idle_by_reason
 from helixpipe.predict.holding import holding
@@ -25,7 +26,8 @@ from helixpipe.predict.holding import holding
 ABOUT = "Predicted time, bubble and memory of a schedule, per rank, from the program that training would run."
 EPILOG = """\
 ideal is the step if ranks shared the work evenly, never waited and recomputed nothing. Idle time: warm-up before a rank's
-first action and drain after its last; imbalance, while another rank is at what it needs; message, while that travels.
+first layer and drain after its last one; imbalance, while another rank is at what it needs, shards where that is of a spread
+vocabulary; message, while that travels.
 With --data each of the first --steps steps of a run is priced with the very documents that training would read, and cut by
 them; a step lasts as long as its slowest --dp replica. The table and pictures are of the step nearest to the median.
 """
@@ -109,7 +111,8 @@ def table(estimate: Estimate) -> list[str]:
     """A row a rank; of many ranks the first and the last ones."""
     timeline = estimate.timeline
     reasons = idle_by_reason(estimate.program, timeline)
-    names = [reason for reason in Reason if reason is not Reason.RUNTIME]
+    spread = vocabulary_shards(part for stage in estimate.schedule.stages for part in stage.parts)
+    names = [reason for reason in Reason if reason is not Reason.RUNTIME and (spread or reason is not Reason.SHARDS)]
     head = f"{'rank':>4}  {'busy':>9}  {'idle':>9}  " + "  ".join(f"{name.replace('_', '-'):>9}" for name in names)
     lines = [head + f"  {'activations':>12}  {'all bytes':>10}"]
     many = timeline.ranks > MOST_ROWS

@@ -1,10 +1,10 @@
 """Explain a timeline: why each rank stood idle, and which chain of actions decided the step's length.
 
     rank 0  |....|F0|F1|..........|B0|..|B1|......|
-             warm  1       2    3         drain           warm-up: before a rank's first action; drain: after its last
+             warm  1       2    3         drain           warm-up: before a rank's first layer; drain: after its last one
 
-    between: 1 waits for another rank to make what it needs (imbalance), then 2 for the message that brings it;
-             3 what the runtime itself takes (measured timelines only)
+    between: 1 waits for another rank to make what it needs (imbalance; shards, where that is of a spread vocabulary), then
+             2 for the message that brings it; 3 what the runtime itself takes (measured timelines only)
 
 Works on predicted and on measured timelines alike: the program says who waits for what.
 """
@@ -18,6 +18,7 @@ from typing import NamedTuple
 from helixpipe.predict.timeline import Span, Timeline
 from helixpipe.schedule.action import Action
 from helixpipe.schedule.program import Accumulate, Message, Program, Run
+from helixpipe.schedule.stage import Stage
 
 
 class Reason(StrEnum):
@@ -26,6 +27,7 @@ class Reason(StrEnum):
     WARM_UP = "warm_up"
     DRAIN = "drain"
     IMBALANCE = "imbalance"  # another rank was still at what this one needs
+    SHARDS = "shards"  # the same, of a shard of the vocabulary, or of the loss that joins them
     MESSAGE = "message"  # it was made, and on its way
     RUNTIME = "runtime"  # neither: the time between two actions
 
@@ -56,7 +58,8 @@ class Step(NamedTuple):
 def idle(program: Program, timeline: Timeline) -> tuple[tuple[Idle, ...], ...]:
     """Per rank, every idle while, in order. Their sum is the rank's `idle_s`."""
     ends, waits = _ends(timeline), _Waits(program)
-    return tuple(tuple(_of_rank(rank, timeline, ends, waits)) for rank in range(timeline.ranks))
+    shards = frozenset(s for s, stage in enumerate(program.schedule.stages) if _is_shard(stage))
+    return tuple(tuple(_of_rank(rank, timeline, ends, waits, shards)) for rank in range(timeline.ranks))
 
 
 def idle_by_reason(program: Program, timeline: Timeline) -> tuple[dict[str, float], ...]:
@@ -114,26 +117,43 @@ class _Waits:
         return max(made, key=lambda m: ends[m.producer], default=next(iter(read), None))
 
 
-def _of_rank(rank: int, timeline: Timeline, ends: dict[Action, float], waits: _Waits) -> Iterator[Idle]:
-    at = 0.0
-    for i, span in enumerate(timeline.spans[rank]):
+def _is_shard(stage: Stage) -> bool:
+    """Whether it is of a spread vocabulary, and has nothing of a layer."""
+    return all(part.about.sharded or part.about.joins for part in stage.parts)
+
+
+def _of_rank(
+    rank: int, timeline: Timeline, ends: dict[Action, float], waits: _Waits, shards: frozenset[int]
+) -> Iterator[Idle]:
+    """Rows are looked up long before layers run, and their gradients come long after: neither warms up or drains a rank."""
+    spans, at = timeline.spans[rank], 0.0
+    layers = [i for i, span in enumerate(spans) if span.action.stage not in shards]
+    first, last = (layers[0], layers[-1]) if layers else (0, len(spans))
+    for i, span in enumerate(spans):
         if span.start_s > at:
-            if i == 0:
+            if i <= first:
                 yield Idle(rank, at, span.start_s, Reason.WARM_UP)
+            elif i > last:
+                yield Idle(rank, at, span.start_s, Reason.DRAIN)
             else:
-                yield from _gap(rank, at, span, waits.binding(span, ends), ends)
+                yield from _gap(rank, at, span, waits.binding(span, ends), ends, shards)
         at = max(at, span.end_s)
     if timeline.makespan_s > at:
         yield Idle(rank, at, timeline.makespan_s, Reason.DRAIN)
 
 
-def _gap(rank: int, at: float, span: Span, binding: Message | None, ends: dict[Action, float]) -> Iterator[Idle]:
+def _gap(
+    rank: int, at: float, span: Span, binding: Message | None, ends: dict[Action, float], shards: frozenset[int]
+) -> Iterator[Idle]:
     if binding is None:
         yield Idle(rank, at, span.start_s, Reason.RUNTIME)
         return
-    made = at if binding.producer is None else min(max(at, ends[binding.producer]), span.start_s)
+    made, source = at, Reason.IMBALANCE
+    if binding.producer is not None:
+        made = min(max(at, ends[binding.producer]), span.start_s)
+        source = Reason.SHARDS if binding.producer.stage in shards else Reason.IMBALANCE
     if made > at:
-        yield Idle(rank, at, made, Reason.IMBALANCE, binding.src, str(binding))
+        yield Idle(rank, at, made, source, binding.src, str(binding))
     if span.start_s > made:
         yield Idle(rank, made, span.start_s, Reason.MESSAGE, binding.src, str(binding))
 

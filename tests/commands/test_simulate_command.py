@@ -102,6 +102,13 @@ def test_the_table_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[-1] == "held back by the head, on rank 7: 58.69 s busy where the others have 55.12 s"
 
 
+def test_waiting_for_shards_of_the_vocabulary_has_its_column(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(f"simulate 1f1b {SMALL} --vocabulary spread".split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    head = next(line.split() for line in lines if line.split()[:1] == ["rank"])
+    assert head[3:8] == ["warm-up", "drain", "imbalance", "shards", "message"]
+
+
 def test_many_ranks_are_shown_by_the_first_and_the_last(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(["simulate", "1f1b", "--ranks", "32", "--microbatches", "8", "--model", "7b", "--sequence-length", "4096"])
