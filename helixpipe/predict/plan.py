@@ -135,9 +135,8 @@ def plan(
             found = _joined(found, _ranked(of_step, [each for _, each in more], memory_bytes, run, progress))
         tried = len(asked) + len(more)
         more = sorted(more, key=lambda each: each[0].step_s) if top is not None else []
-        while more := [
-            each for each in more if each[0].step_s <= _limit_s(found, 1)
-        ]:  # those that could be the fastest
+        while more:  # those that could be the fastest
+            more = [each for each in more if each[0].step_s <= _limit_s(found, 1)]
             some, more = [each for _, each in more[:BESIDE_AT_ONCE]], more[BESIDE_AT_ONCE:]
             found = _joined(found, _ranked(of_step, some, memory_bytes, run, progress, limit_s=_limit_s(found, 1)))
         if not any(steps):
@@ -216,9 +215,7 @@ def _beside(
     rank = fastest.ranks[fastest.fullest]
     room_bytes = min(found.memory_bytes, 2 * rank.peak_bytes) - (rank.peak_bytes - rank.peak_activation_bytes)
     built = built_like(fastest.candidate, of.microbatches, of.ranks, room_bytes, only)
-    return [(bound, each) for each, bound in {each: bound for bound, each in more}.items()] + [
-        (NO_BOUND, e) for e in built
-    ]
+    return [*more, *((NO_BOUND, each) for each in built if each not in {known for _, known in more})]
 
 
 def _joined(first: Plan, second: Plan) -> Plan:
