@@ -36,10 +36,14 @@ def beside(
     asked: Sequence[Candidate],
     fastest_s: float,
     memory_bytes: float,
-) -> list[Candidate]:
-    """Of these candidates those that could be the fastest with the vocabulary on all ranks."""
+) -> list[tuple[Bound, Candidate]]:
+    """Of these candidates those that could be the fastest with the vocabulary on all ranks, with their bounds."""
     bounds = bounded(setting, ranks, microbatches, map(spread, asked))
-    return [each for each, bound in bounds if bound and bound.step_s <= fastest_s and bound.peak_bytes <= memory_bytes]
+    return [
+        (bound, each)
+        for each, bound in bounds
+        if bound and bound.step_s <= fastest_s and bound.peak_bytes <= memory_bytes
+    ]
 
 
 def leanest(

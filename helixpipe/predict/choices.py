@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -12,9 +13,11 @@ from typing import Any, NamedTuple
 from helixpipe.errors import ConfigError
 from helixpipe.parts.work import Lengths, microbatches
 from helixpipe.predict.alternatives import alternatives
+from helixpipe.predict.bounds import ROUNDING, makespan_of_order
 from helixpipe.predict.building import decided_by
 from helixpipe.predict.candidates import RECOMPUTE, Candidate, chunk_sizes, setting_of, slices
-from helixpipe.predict.estimate import Estimate, Setting, check_actions
+from helixpipe.predict.cost import action_seconds
+from helixpipe.predict.estimate import Estimate, Setting, check_actions, reduction_s
 from helixpipe.predict.steps import Batches, RankFigures, figures, mean, price_step
 from helixpipe.schedule.lower import lower
 from helixpipe.schedule.program import Program
@@ -65,24 +68,25 @@ class Of(NamedTuple):
     steps: tuple[Lengths, ...]
 
 
-Work = tuple[Of, Sequence[Candidate]]
-"""Candidates of one schedule, and what they are priced for."""
+Work = tuple[Of, Sequence[Candidate], float]
+"""What candidates of one schedule are priced for; and seconds, beyond which nobody asks what one takes."""
 Priced = tuple[list[Choice], dict[str, str]]
 """Those that can be, and why others cannot."""
 
 
 def price(work: Work) -> Priced:
-    """All candidates of one schedule. Those that it, or the sequence, refuses are told why.
+    """All candidates of one schedule but those that are slower in its order. Those that it, or the sequence, refuses are told why.
 
     Chunks that no segment is longer than change nothing: such a candidate is another one.
     """
-    of, group = work
+    of, group, limit_s = work
     good, bad = [], {}
     made = Made()
     for candidate in group:
         try:
             check_actions(_actions(candidate, of.ranks, of.setting.shape.layers, of.microbatches))
-            if not candidate.chunk or candidate.chunk < _longest(of.setting, candidate):
+            is_another = bool(candidate.chunk) and candidate.chunk >= _longest(of.setting, candidate)
+            if not is_another and (math.isinf(limit_s) or _least_s(of, candidate, made) <= limit_s):
                 good.append(_choice(of, candidate, made))
         except ConfigError as error:
             bad[str(candidate)] = str(error)
@@ -101,9 +105,29 @@ def _longest(setting: Setting, candidate: Candidate) -> int:
     return max(setting_of(setting, candidate).segment_lengths(dict(candidate.options).get("segments", 1)))
 
 
+def _least_s(of: Of, candidate: Candidate, made: Made) -> float:
+    """What a step takes at least: with messages that take no time."""
+    setting = setting_of(of.setting, candidate)
+    schedule, _ = _schedule(setting, of.ranks, of.microbatches, candidate, made)
+    batch = setting.batch(schedule.segments)
+    seconds = action_seconds(schedule, setting.shape, batch, setting.costs, setting.keeping)
+    return makespan_of_order(schedule, seconds) + reduction_s(schedule, setting) * ROUNDING
+
+
 def _choice(of: Of, candidate: Candidate, made: Made) -> Choice:
     steps = [estimate_step(of.setting, of.ranks, of.microbatches, candidate, made, step) for step in of.steps]
     return Choice(candidate, *mean([figures(replicas) for replicas in steps]))
+
+
+def _schedule(
+    setting: Setting, ranks: int, microbatches: int, candidate: Candidate, made: Made
+) -> tuple[Schedule, tuple[Any, ...]]:
+    """And what decided it, by which others share it."""
+    options = dict(candidate.options)
+    decided = decided_by(setting, candidate.family, options)
+    if decided not in made.schedules:
+        made.schedules[decided] = setting.build(candidate.family, ranks, microbatches, **options)
+    return made.schedules[decided], decided
 
 
 def estimate_candidate(
@@ -118,12 +142,8 @@ def estimate_step(
 ) -> tuple[Estimate, ...]:
     """The same of a step of documents, for each replica, or a single one where all are alike."""
     setting = setting_of(setting, candidate)
-    options = dict(candidate.options)
     shared = Made() if made is None else made
-    decided = decided_by(setting, candidate.family, options)
-    if decided not in shared.schedules:
-        shared.schedules[decided] = setting.build(candidate.family, ranks, microbatches, **options)
-    schedule = shared.schedules[decided]
+    schedule, decided = _schedule(setting, ranks, microbatches, candidate, shared)
 
     def program(batches: Batches) -> Program:
         if (decided, batches) not in shared.programs:

@@ -32,8 +32,8 @@ from helixpipe.predict.steps import typical
 from helixpipe.schedule import families
 
 NO_BOUND = Bound(0.0, 0.0)
-PRICED_AT_ONCE = 32
-"""Candidates, in the order of their bounds, before it is asked again which could be among the fastest."""
+PRICED_AT_ONCE, BESIDE_AT_ONCE = 16, 4
+"""Candidates, in the order of their bounds, before it is asked again which could be among the fastest; and of those that take long."""
 Run = Callable[[list[Work]], Iterable[Priced]]
 """Prices, in other processes or here."""
 Progress = Callable[[int, int], None]
@@ -52,7 +52,7 @@ class Plan:
     refused: Mapping[str, str] = field(default_factory=dict)
     """Candidates that cannot be, and why."""
     slower: int = 0
-    """Candidates not priced: a bound says that all which are among the fits are faster, or that they do not fit."""
+    """Where the fastest alone were asked for: candidates that are slower or do not fit, which a bound says of most."""
     unpriced: int = 0
     """Of steps of documents: choices that fit where all micro-batches are the one of mean work, not priced on the steps."""
 
@@ -121,18 +121,26 @@ def plan(
     if not slices(shape):
         asked = [candidate for candidate in asked if not candidate.chunk]
     of_step = Of(setting, ranks, microbatches, (typical(setting, steps) * (microbatches * setting.data_parallel),))
+    top = None if any(steps) or shape.opaque else top
     with _runner(processes) as run:
-        if top is None or any(steps) or shape.opaque:
+        if top is None:
             found = _ranked(of_step, asked, memory_bytes, run, progress, no_pipelines(of_step))
         else:
             found = _fastest(of_step, asked, memory_bytes, run, progress, top)
         if not any(choice.is_pipeline for choice in found.fits) and ranks > 1 and not shape.opaque:
             lean = leanest(setting, ranks, microbatches, asked, memory_bytes)
             found = _joined(found, _ranked(of_step, lean, memory_bytes, run, progress))
-        if more := _beside(of_step, asked, found, only, bool(any(steps))):
-            found = _joined(found, _ranked(of_step, more, memory_bytes, run, progress))
+        more = _beside(of_step, asked, found, only, bool(any(steps)))
+        if top is None and more:
+            found = _joined(found, _ranked(of_step, [each for _, each in more], memory_bytes, run, progress))
+        tried = len(asked) + len(more)
+        more = sorted(more, key=lambda each: each[0].step_s) if top is not None else []
+        while more:  # those that could be the fastest
+            more = [each for each in more if each[0].step_s <= _limit_s(found, 1)]
+            some, more = [each for _, each in more[:BESIDE_AT_ONCE]], more[BESIDE_AT_ONCE:]
+            found = _joined(found, _ranked(of_step, some, memory_bytes, run, progress, limit_s=_limit_s(found, 1)))
         if not any(steps):
-            return found if top is None else _first(found, top)
+            return found if top is None else _first(found, top, tried)
         pipelines = [choice for choice in found.fits if choice.is_pipeline]
         again = dict.fromkeys(choice.candidate for choice in (*pipelines[:MOST_ON_STEPS], *found.front))
         on_steps = of_step._replace(steps=tuple(steps))
@@ -146,12 +154,12 @@ def plan(
     )
 
 
-def _first(found: Plan, top: int) -> Plan:
-    """With the fastest so many pipelines alone."""
+def _first(found: Plan, top: int, tried: int) -> Plan:
+    """With the fastest so many pipelines alone, of so many candidates."""
     pipelines = [choice for choice in found.fits if choice.is_pipeline]
     slower = set(map(id, pipelines[top:]))
     fits = tuple(choice for choice in found.fits if id(choice) not in slower)
-    return replace(found, fits=fits, slower=found.slower + len(slower))
+    return replace(found, fits=fits, slower=tried - len(pipelines[:top]) - len(found.refused))
 
 
 def _fastest(of: Of, asked: Sequence[Candidate], memory_bytes: float, run: Run, progress: Progress, top: int) -> Plan:
@@ -169,37 +177,45 @@ def _fastest(of: Of, asked: Sequence[Candidate], memory_bytes: float, run: Run, 
         else:
             by_schedule.setdefault(candidate[:3], []).append(each)
     left = sorted(by_schedule.values(), key=lambda group: -min(bound.step_s for bound, _ in group))
-    priced = 0
     while left:
-        times = [choice.makespan_s for choice in found.fits if choice.is_pipeline]
-        limit_s, some = times[top - 1] if len(times) >= top else math.inf, []  # type: float, list[Candidate]
+        limit_s, some = _limit_s(found, top), []  # type: float, list[Candidate]
         while left and len(some) < PRICED_AT_ONCE:
             some += [candidate for bound, candidate in left.pop() if bound.step_s <= limit_s]
-        found, priced = _joined(found, _ranked(of, some, memory_bytes, run, progress)), priced + len(some)
+        found = _joined(found, _ranked(of, some, memory_bytes, run, progress, limit_s=limit_s))
     too_large.sort(key=lambda each: -each[0].peak_bytes)
     while too_large and not any(choice.is_pipeline for choice in found.fits):
         nearest = next((choice.peak_bytes for choice in found.misses if choice.is_pipeline), math.inf)
         if too_large[-1][0].peak_bytes > nearest:
             break
         some = [too_large.pop()[1] for _ in range(min(len(too_large), PRICED_AT_ONCE))]
-        found, priced = _joined(found, _ranked(of, some, memory_bytes, run, progress)), priced + len(some)
-    return replace(found, slower=len(asked) - priced)
+        found = _joined(found, _ranked(of, some, memory_bytes, run, progress))
+    place = {candidate: i for i, candidate in enumerate(asked)}  # of equals the first one that is asked for comes first
+    fits = sorted(found.fits, key=lambda c: (c.makespan_s, c.peak_bytes, place.get(c.candidate, len(place))))
+    return replace(found, fits=tuple(fits))
 
 
-def _beside(of: Of, asked: Sequence[Candidate], found: Plan, only: Sequence[str], documents: bool) -> list[Candidate]:
+def _limit_s(found: Plan, top: int | None) -> float:
+    """What is slower is not among the fastest so many."""
+    times = [choice.makespan_s for choice in found.fits if choice.is_pipeline]
+    return times[top - 1] if top is not None and len(times) >= top else math.inf
+
+
+def _beside(
+    of: Of, asked: Sequence[Candidate], found: Plan, only: Sequence[str], documents: bool
+) -> list[tuple[Bound, Candidate]]:
     """What else could be the fastest. Bounds are of sequences of one document: of others it is tried where the rest is fastest."""
     pipelines = [choice for choice in found.fits if choice.is_pipeline]
     if of.ranks == 1 or of.setting.shape.opaque or not pipelines:
         return []
     fastest = pipelines[0]
     if documents:
-        more = [spread(choice.candidate) for choice in pipelines[:MOST_ON_STEPS]]
+        more = [(NO_BOUND, spread(choice.candidate)) for choice in pipelines[:MOST_ON_STEPS]]
     else:
         more = beside(of.setting, of.ranks, of.microbatches, asked, fastest.makespan_s, found.memory_bytes)
     rank = fastest.ranks[fastest.fullest]
     room_bytes = min(found.memory_bytes, 2 * rank.peak_bytes) - (rank.peak_bytes - rank.peak_activation_bytes)
-    more += built_like(fastest.candidate, of.microbatches, of.ranks, room_bytes, only)
-    return list(dict.fromkeys(more))
+    built = built_like(fastest.candidate, of.microbatches, of.ranks, room_bytes, only)
+    return [*more, *((NO_BOUND, each) for each in built if each not in {known for _, known in more})]
 
 
 def _joined(first: Plan, second: Plan) -> Plan:
@@ -216,16 +232,22 @@ def _joined(first: Plan, second: Plan) -> Plan:
 
 
 def _ranked(
-    of: Of, asked: Sequence[Candidate], memory_bytes: float, run: Run, progress: Progress, beside: Sequence[Choice] = ()
+    of: Of,
+    asked: Sequence[Candidate],
+    memory_bytes: float,
+    run: Run,
+    progress: Progress,
+    others: Sequence[Choice] = (),
+    limit_s: float = math.inf,
 ) -> Plan:
-    """These candidates priced, and these choices among them."""
+    """These candidates priced, but those that are slower than a limit in their order; and other choices among them."""
     # one schedule at a time, with all its policies: the program is shared
     by_schedule: dict[tuple[Any, ...], list[Candidate]] = {}
     for candidate in asked:
         by_schedule.setdefault(candidate[:3], []).append(candidate)
-    choices = list(beside)
+    choices = list(others)
     refused: dict[str, str] = {}
-    for done, (good, bad) in enumerate(run([(of, group) for group in by_schedule.values()]), start=1):
+    for done, (good, bad) in enumerate(run([(of, group, limit_s) for group in by_schedule.values()]), start=1):
         choices += good
         refused |= bad
         progress(done, len(by_schedule))

@@ -172,7 +172,7 @@ def test_numbers_as_people_write_them(capsys: pytest.CaptureFixture[str]) -> Non
         (TINY.replace("--batch 8", "--batch 0"), "--batch: 0; give at least one sequence"),
         (TINY.replace("--batch 8", "--batch 2.5"), "--batch: '2.5' is not a whole number, such as 4096, 128k, 4M or 100B"),
         (TINY.replace("--batch 8", "--batch -1"), "--batch: '-1' is not a whole number"),
-        (TINY.replace("--accelerators 4", "--accelerators 1000003 --per-node 1"), "--accelerators: no layout of 1000003 can be: pp 1000003: the model has 4 layers"),
+        (TINY.replace("--accelerators 4", "--accelerators 1000003 --per-node 1"), "--accelerators: no layout of 1000003 can be: mesh.tp: 1000003 ranks do not divide model.heads 4"),
         (TINY.replace("--accelerators 4", "--accelerators 1000000000000"), "--accelerators: '1000000000000' is not a whole number below a billion"),
         (TINY.replace("1k", "0"), "--sequence-length: 0; give at least 1"),
         (f"{TINY} --optimizer divided", "--optimizer: 'divided' is not known; known: replicated, sharded"),

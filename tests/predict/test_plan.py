@@ -109,7 +109,13 @@ def test_the_fastest_alone_are_those_of_all(memory_bytes: float, monkeypatch: py
     whole = plan(SETTING, 4, 8, memory_bytes, only)
     fast = plan(SETTING, 4, 8, memory_bytes, only, top=3)
     pipelines = [choice for choice in whole.fits if choice.is_pipeline]
-    assert [choice for choice in fast.fits if choice.is_pipeline] == pipelines[:3]
+    found = [choice for choice in fast.fits if choice.is_pipeline]
+    assert fast.best == whole.best
+    assert len(found) == 3
+    assert set(map(str, found)) <= set(map(str, pipelines))
+    # with the vocabulary on all ranks those alone that could be the fastest
+    named = [choice for choice in pipelines[:3] if "vocabulary" not in dict(choice.candidate.options)]
+    assert set(map(str, named)) <= set(map(str, found))
     others = [[choice for choice in each.fits if not choice.is_pipeline] for each in (whole, fast)]
     assert others[0] == others[1]
     assert fast.slower > len(pipelines) - 12
