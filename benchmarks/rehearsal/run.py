@@ -47,7 +47,13 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "helix, two-fold, nothing travels": ("helix", {"travel": "none"}),
     "helix, two-fold, qkv travels": ("helix", {"travel": "qkv"}),
     "helix, two-fold, attention travels": ("helix", {"travel": "attention"}),
-}
+    "1f1b, vocabulary spread": ("1f1b", {"vocabulary": "spread"}),
+    "zb_v, vocabulary spread": ("zb_v", {"vocabulary": "spread"}),
+    "seq1f1b, k=8, vocabulary spread": ("seq1f1b", {"segments": 8, "vocabulary": "spread"}),
+    "seq1f1b_interleaved, k=8, v=2, vocabulary spread": (
+        "seq1f1b_interleaved", {"segments": 8, "stages_per_rank": 2, "vocabulary": "spread"},
+    ),
+}  # fmt: skip
 # the best of ours by simulation, and some with fewer actions, all within a fifth of torch's activations; longer steps
 BEST: dict[str, tuple[str, dict[str, Any]]] = {
     "seq1f1b_interleaved, k=12, v=2": ("seq1f1b_interleaved", {"segments": 12, "stages_per_rank": 2}),
@@ -140,11 +146,14 @@ def main() -> None:
     def rounds(count: int, step_s: float, mine: dict[str, tuple[str, dict[str, Any]]], theirs: list[str]) -> Runs:
         """Contenders one after another, the order turned from round to round; times scaled by 1F1B's."""
         scale, found = step_s / base_s, {}
-        for name, (family, options) in mine.items():
-            priced = estimate_family(setting, family, RANKS, MICROBATCHES, **options)
-            found[name] = lambda priced=priced: ours(priced, scale)
-        found |= {name: lambda name=name: torchs(setting, name, scale) for name in theirs}
-        names = [name for name in found if not words or any(word in name for word in words)]
+        names = [name for name in (*mine, *theirs) if not words or any(word in name for word in words)]
+        for name in names:
+            if name in mine:
+                family, options = mine[name]
+                priced = estimate_family(setting, family, RANKS, MICROBATCHES, **options)
+                found[name] = lambda priced=priced: ours(priced, scale)
+            else:
+                found[name] = lambda name=name: torchs(setting, name, scale)
         runs: Runs = {name: [] for name in names}
         for turn in range(count):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:

@@ -1,9 +1,11 @@
-"""What does a vocabulary on all ranks bring? `python benchmarks/vocabulary/run.py`
+"""What does a vocabulary on all ranks bring? `python benchmarks/vocabulary/run.py [--record FILE]`
 
 2 ranks, one core and one thread each; a model whose head is 30% of the FLOPs that a rank has in layers. Schedules of ours with head
 and embedding on one rank each (`last`) and in shards on all (`spread`), and torch's, which know the first alone: seconds over the
 perfect two-way split (each rank half of the micro-batches through the whole model, no messages), timed before and after each group.
 `last` and `spread` of one family run one after the other, in turn. Peaks are the most bytes of activations that a step kept.
+With --record each group is a line of a file as soon as it is timed, and what stands there is not timed again: a run that was cut
+goes on.
 
 Which rank has how many layers is the library's choice in both (`Setting.build`): a whole head has fewer layers beside it.
 """
@@ -11,6 +13,7 @@ Which rank has how many layers is the library's choice in both (`Setting.build`)
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -69,66 +72,94 @@ def worker(rank: int, args: argparse.Namespace) -> None:
     tokens, targets = (
         torch.randint(shape.vocabulary, (args.microbatches, args.length), generator=draw) for _ in range(2)
     )
+    whole = PlainParts(shape, range(shape.layers))
+    expected = everyones(split_step(whole, tokens, targets), dist.ReduceOp.SUM)
+    known = [json.loads(line) for line in args.record.read_text().splitlines()] if args.record.is_file() else []
+    dist.barrier()
     steps: dict[str, Callable[[], float]] = {}
     peaks: dict[str, str] = {}
-    names = [name for name in FAMILIES if not args.only or name in args.only.split(";")]
-    for name in names:
-        for vocabulary in ("last", "spread"):
-            pipeline = ours(shape, args, name, vocabulary)
+    for turn, group in groups(args):
+        if any(line["turn"] == turn and set(line["seconds"]) == set(group) for line in known):
+            continue
+        for name in group:
+            if name not in steps:
+                steps[name], peaks[name] = contender(shape, args, name, tokens, targets)
+                found = everyones(steps[name](), dist.ReduceOp.MAX)  # of torch's ranks one has it
+                assert abs(found - expected) < 1e-4, (name, found, expected)  # one model, one loss
+        each = {name: steps[name] for name in group}
+        seconds, splits = interleaved_beside(lambda: split_step(whole, tokens, targets), each, [group])
+        known.append({"turn": turn, "seconds": seconds, "splits": splits, "peaks": {n: peaks[n] for n in group}})
+        if rank == 0 and args.record.name:
+            with args.record.open("a") as record:
+                record.write(json.dumps(known[-1]) + "\n")
+    if rank == 0:
+        tell(known, shape, args)
 
-            def step(pipeline: Pipeline = pipeline) -> float:
-                pipeline.zero_gradients()
-                return pipeline.step(tokens, targets)
 
-            steps[f"{name}, {vocabulary}"] = step
-            step()
-            kept = pipeline.timeline().peak_activation_bytes
-            peaks[f"{name}, {vocabulary}"] = ", ".join(f"{each / 2**20:.0f}" for each in kept)
-    for name in TORCH:
-        peer = TorchPipeline(shape, args.microbatches, tokens, targets, name)
+def contender(
+    shape: ModelShape, args: argparse.Namespace, name: str, tokens: torch.Tensor, targets: torch.Tensor
+) -> tuple[Callable[[], float], str]:
+    """A step of a schedule, and the most MiB of activations that one kept on each rank, where it is ours."""
+    pipeline: Any
+    if name in TORCH:
+        pipeline, given = TorchPipeline(shape, args.microbatches, tokens, targets, name), ()
+    else:
+        pipeline, given = ours(shape, args, *name.rsplit(", ", 1)), (tokens, targets)
 
-        def step_of(peer: TorchPipeline = peer) -> float:
-            peer.zero_gradients()
-            return peer.step()
+    def step() -> float:
+        pipeline.zero_gradients()
+        return float(pipeline.step(*given))
 
-        steps[name] = step_of
-        step_of()
-    whole = PlainParts(shape, range(shape.layers))
-    losses = {name: everyones(step()) for name, step in steps.items()}
-    assert max(losses.values()) - min(losses.values()) < 1e-4, losses  # one model, one loss
-    seconds, splits = interleaved_beside(lambda: split_step(whole, tokens, targets), steps, groups(names, args.rounds))
-    if rank:
-        return
+    step()
+    kept = [] if name in TORCH else pipeline.timeline().peak_activation_bytes
+    return step, ", ".join(f"{each / 2**20:.0f}" for each in kept)
+
+
+def tell(known: list[dict[str, Any]], shape: ModelShape, args: argparse.Namespace) -> None:
+    """A table of all that was timed."""
+    took: dict[str, list[float]] = {}
+    splits: dict[str, list[float]] = {}
+    peaks: dict[str, str] = {}
+    for line in known:
+        for name, seconds in line["seconds"].items():
+            took.setdefault(name, []).extend(seconds)
+            splits.setdefault(name, []).extend(line["splits"][name])
+        peaks |= line["peaks"]
     print(
         f"{machine()}. L={shape.layers} h={shape.hidden} s={args.length} m={args.microbatches}, {shape.vocabulary} words, "
-        f"head {args.share:.0%} of a rank's layers, {args.rounds} rounds\n"
+        f"head {args.share:.0%} of a rank's layers\n"
     )
-    print("| schedule | over the perfect split (of medians) | range | spread over last | peak activations, MiB |")
-    print("| --- | --- | --- | --- | --- |")
-    for name, took in seconds.items():
-        middle, low, high = paired(took, splits[name])
-        of_medians = statistics.median(took) / statistics.median(splits[name])
-        last = seconds.get(name.replace("spread", "last"), took)
-        over = f"{paired(took, last)[0]:.3f}" if last is not took else ""
+    print(
+        "| schedule | times | over the perfect split (of medians) | range | spread over last | peak activations, MiB |"
+    )
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name in sorted(took, key=lambda name: (name in TORCH, list(took).index(name))):
+        middle, low, high = paired(took[name], splits[name])
+        of_medians = statistics.median(took[name]) / statistics.median(splits[name])
+        last = took.get(name.removesuffix("spread") + "last", []) if name.endswith("spread") else []
+        over = f"{paired(took[name], last)[0]:.3f}" if len(last) == len(took[name]) else ""
         print(
-            f"| {name} | {middle:.3f} ({of_medians:.3f}) | {low:.3f} to {high:.3f} | {over} | {peaks.get(name, '')} |"
+            f"| {name} | {len(took[name])} | {middle:.3f} ({of_medians:.3f}) | {low:.3f} to {high:.3f} | {over} | {peaks[name]} |"
         )
 
 
-def everyones(mine: float) -> float:
-    """The loss, which one rank of torch's has and all of ours."""
+def everyones(mine: float, how: dist.ReduceOp.RedOpType) -> float:
+    """Of what each rank has of the loss, the whole."""
     found = torch.tensor([mine])
-    dist.all_reduce(found, dist.ReduceOp.MAX)
+    dist.all_reduce(found, how)
     return float(found)
 
 
-def groups(names: list[str], rounds: int) -> Iterator[list[str]]:
-    """Who runs between two timings of the split; the order turns from round to round."""
-    for turn in range(rounds):
-        each = [[f"{name}, last", f"{name}, spread"][:: 1 if turn % 2 else -1] for name in names]
+def groups(args: argparse.Namespace) -> Iterator[tuple[int, list[str]]]:
+    """Of each round, who runs between two timings of the split; the order turns from round to round."""
+    words = [word for word in args.only.split(";") if word]
+    for turn in range(args.rounds):
+        each = [[f"{name}, last", f"{name}, spread"][:: 1 if turn % 2 else -1] for name in FAMILIES]
         each += [[name] for name in TORCH]
+        each = [group for group in each if not words or any(group[0].startswith(word) for word in words)]
         at = turn % len(each)
-        yield from each[at:] + each[:at]
+        for group in each[at:] + each[:at]:
+            yield turn, group
 
 
 if __name__ == "__main__":
@@ -138,5 +169,6 @@ if __name__ == "__main__":
     ):  # fmt: skip
         parser.add_argument(f"--{flag}", type=int, default=default)
     parser.add_argument("--share", type=float, default=0.3, help="of the head, beside a rank's layers")
-    parser.add_argument("--only", default="", help="names of our schedules, separated by ;")
+    parser.add_argument("--only", default="", help="what names of schedules begin with, separated by ;")
+    parser.add_argument("--record", type=Path, default=Path(), help="a file of what was timed, to go on from")
     launch(RANKS, worker, parser.parse_args())
