@@ -29,7 +29,7 @@ from helixpipe.predict.beside import beside, built_like, leanest
 from helixpipe.predict.building import decided_by
 from helixpipe.predict.candidates import RECOMPUTE, Candidate, candidates, chunk_sizes, setting_of, slices, spread
 from helixpipe.predict.estimate import Estimate, Setting, check_actions
-from helixpipe.predict.steps import Batches, RankFigures, figures, mean, price_step, typical
+from helixpipe.predict.steps import Batches, RankFigures, figures, mean, order_of_steps, price_step, typical
 from helixpipe.schedule import families
 from helixpipe.schedule.lower import lower
 from helixpipe.schedule.program import Program
@@ -295,10 +295,12 @@ def estimate_step(
     if decided not in shared.schedules:
         shared.schedules[decided] = setting.build(candidate.family, ranks, microbatches, **options)
     schedule = shared.schedules[decided]
+    order = order_of_steps(setting, schedule, candidate.family, options)
 
     def program(batches: Batches) -> Program:
         if (decided, batches) not in shared.programs:
-            shared.programs[decided, batches] = lower(schedule, setting.shape, batches)
+            ordered = schedule if order is None else order(batches)
+            shared.programs[decided, batches] = lower(ordered, setting.shape, batches)
         return shared.programs[decided, batches]
 
     return price_step(schedule, setting, step, program)
