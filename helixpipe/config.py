@@ -7,10 +7,9 @@ A key is `section.name` everywhere: in a TOML file under `[section]`, on the com
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from helixpipe.config_data import DataConfig
 from helixpipe.config_lora import LoraConfig
@@ -22,9 +21,10 @@ from helixpipe.mesh import MeshShape
 from helixpipe.parts.freezing import freeze
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.shapes import named_shape
-from helixpipe.parts.work import Batch, Keeping
+from helixpipe.parts.work import Keeping
 from helixpipe.predict.estimate import Setting
 from helixpipe.predict.profile import Profile
+from helixpipe.predict.steps import Order, order_of_steps
 from helixpipe.schedule import families
 from helixpipe.schedule.partition import check_cut, refuse_bidirectional
 from helixpipe.schedule.schedule import Schedule
@@ -143,7 +143,7 @@ class ScheduleConfig:
     placement: Literal["looped", "v", "line"] | None = None
     """constructed: stages round the ranks, there and back, or one a rank."""
     memory: str | None = None
-    """constructed: what a rank's forwards may keep, as 24GiB, or as 1.5 times what one micro-batch leaves; ranks times it when unset."""
+    """constructed: what a rank's forwards may keep, as 24GiB, or as 1.5 times what one micro-batch leaves; unset, ranks times that."""
     tries: int | None = None
     """constructed: runs against the clock that improve an order; 0 chooses."""
     delay: float | None = None
@@ -334,33 +334,30 @@ class Config:
         """What the model is called."""
         return self.model.name or (Path(self.model.path).name if self.model.path else DEFAULT_MODEL)
 
-    def build_schedule(self, batches: Sequence[Batch] = ()) -> Schedule:
-        """The schedule, checked; of these micro-batches, where they take places by what they cost. Raises ConfigError."""
-        asked = self.schedule
-        family, ranks, microbatches = asked.family, asked.ranks, asked.microbatches
-        given = {key: value for key in FAMILY_OPTIONS if (value := getattr(asked, key)) is not None}
-        for key in given:
-            if key not in families.options(family):
-                having = [name for name in families.FAMILIES if key in families.options(name)]
-                raise ConfigError(
-                    f"schedule.{key}: {family} has no such option, {', '.join(having)} has; remove the key"
-                )
-        setting = self.setting()
+    def build_schedule(self) -> Schedule:
+        """The schedule, checked. Raises ConfigError."""
+        asked, setting = self.schedule, self.setting()
+        options = self.schedule_options()
         if asked.segments is not None and asked.segments > 1:  # far too many would take minutes to build first
             refuse_bidirectional(setting.shape, asked.segments)
             check_cut(setting.sequence_length, asked.segments, setting.segment_multiple)
-        given |= setting.known(family, asked.vocabulary, batches)
-        if batches and asked.balance == "work":
-            given["work"] = setting.attention_costs(batches)
-        return families.build_schedule(
-            family,
-            ranks=ranks,
-            layers=setting.shape.layers,
-            microbatches=microbatches,
-            vocabulary=asked.vocabulary,
-            layers_per_stage=asked.layers_per_stage or (),
-            **given,
-        )
+        return setting.build(asked.family, asked.ranks, asked.microbatches, **options)
+
+    def schedule_options(self) -> dict[str, Any]:
+        """What of the section [schedule] is the family's own, and what is every family's. Raises ConfigError."""
+        asked = self.schedule
+        given = {key: value for key in FAMILY_OPTIONS if (value := getattr(asked, key)) is not None}
+        for key in given:
+            if key not in families.options(asked.family):
+                having = [name for name in families.FAMILIES if key in families.options(name)]
+                raise ConfigError(
+                    f"schedule.{key}: {asked.family} has no such option, {', '.join(having)} has; remove the key"
+                )
+        return given | {"vocabulary": asked.vocabulary, "layers_per_stage": asked.layers_per_stage or ()}
+
+    def order_of_steps(self, schedule: Schedule) -> Order | None:
+        """A step's micro-batches -> the order in which they run; None where it is always that of the config's schedule."""
+        return order_of_steps(self.setting(), schedule, self.schedule.family, self.schedule_options())
 
     def setting(self, device: str = "") -> Setting:
         """What predictions need to know of this run; of the machine, only its profile.

@@ -21,7 +21,7 @@ from typing import Any
 from helixpipe.errors import ConfigError
 from helixpipe.parts.shapes import named_shape
 from helixpipe.parts.work import Batch, Keeping, microbatches
-from helixpipe.predict.building import prices
+from helixpipe.predict.building import kept_bytes, prices
 from helixpipe.predict.estimate import Estimate, Setting, estimate
 from helixpipe.predict.hardware import named_accelerator, named_link
 from helixpipe.predict.peak import peak_kept
@@ -44,13 +44,14 @@ GRID: tuple[tuple[str, dict[str, Any]], ...] = (
     ("helix", {"folds": 1}), ("helix", {"folds": 2}),
 )  # fmt: skip
 BUILT = (
+    (8, 1, "line", ""),
     (8, 1, "line", "3"),
-    (8, 1, "line", "4.5"),
+    (8, 2, "v", ""),
     (8, 2, "v", "3"),
+    (8, 4, "looped", ""),
     (8, 4, "looped", "1.5"),
-    (8, 4, "looped", "1.75"),
 )
-"""Segments, stages a rank, placement and memory of constructed."""
+"""Segments, stages a rank, placement and memory of constructed; "": as much as the best named one's forwards keep."""
 
 
 def main() -> None:
@@ -153,9 +154,11 @@ def best_of(
         found.append((estimate(schedule, where, batches(schedule.segments)), told(family, given)))
     best = min(found, key=lambda each: each[0].step_s)
     built = []
+    as_named = kept(best[0].schedule, where, batches)
     for k, v, placement, room in BUILT:
+        room = room or f"{as_named:.6f}GiB"
         given = {"segments": k, "stages_per_rank": v, "placement": placement, "memory": room, "vocabulary": vocabulary}
-        known = where.known("constructed", vocabulary)
+        known = where.known("constructed", vocabulary, batches(k))
         known["prices"] = partial(prices, where, where.costs, batches(k))
         sizes = {"ranks": RANKS, "model": where.shape, "microbatches": MICROBATCHES}
         try:
@@ -165,6 +168,21 @@ def best_of(
         built.append((estimate(schedule, where, batches(k)), told("constructed", given | {"vocabulary": None})))
     fitting = [each for each in built if each[0].peak_bytes <= best[0].peak_bytes]
     return best, min(fitting or built, key=lambda each: each[0].step_s)
+
+
+def kept(schedule: Schedule, where: Setting, batches: Callable[[int], tuple[Batch, ...]]) -> float:
+    """GiB that forwards keep on the fullest rank, those of the vocabulary's shards not counted."""
+    keeps, most = kept_bytes(where, batches(schedule.segments), schedule), 0.0
+    layers = {s for s, stage in enumerate(schedule.stages) if any(part.about.attends for part in stage.parts)}
+    for order in schedule.ranks:
+        live = 0.0
+        for action in order:
+            forward = action.sibling(Pass.F)
+            if action.stage in layers and action.kind is not Pass.R:
+                held, late = keeps.until_backward(forward), keeps.put_off(forward)
+                live += {Pass.F: held, Pass.B: -held, Pass.I: late - held, Pass.W: -late}[action.kind]
+                most = max(most, live)
+    return most / 2**30
 
 
 def told(family: str, given: dict[str, Any]) -> str:

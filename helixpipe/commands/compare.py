@@ -115,6 +115,8 @@ def _predicted(
     documents = _documents(config)
     # cut as the run cut them; the measured pipeline is the first replica's
     batches = step_batches(setting, schedule, documents)[0]
+    if (order := config.order_of_steps(schedule)) is not None:
+        schedule = order(batches)
     joined = None if link is None else named_link(link)
     if profile is not None:
         costs = load_profile(profile)

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 from helixpipe.commands.documents import ACROSS, Read, open_reading, packing_told
 from helixpipe.commands.setting import as_flags, duration, gibibytes, schedule_from
 from helixpipe.config_data import DataConfig
+from helixpipe.flags import given_options
 from helixpipe.parts.work import Lengths
 from helixpipe.predict.estimate import Estimate, Setting
-from helixpipe.predict.steps import Figures, figures, nearest_median, percentile, price_step
+from helixpipe.predict.steps import Figures, figures, nearest_median, order_of_steps, percentile, price_step
 from helixpipe.predict.steps import mean as mean_of
 
 TAIL = 0.95
@@ -67,6 +68,7 @@ class Steps:
 def simulate_steps(args: argparse.Namespace, read: Read) -> Steps:
     """Price the first steps of a run over data. Raises ConfigError, DataError."""
     setting, schedule = schedule_from(args)
+    order = order_of_steps(setting, schedule, args.family, given_options(args))
     data, seed, count = read
     reading = open_reading(data, setting, args.microbatches, seed)
     known: dict[Lengths, Figures] = {}  # windows of text are all alike
@@ -75,14 +77,14 @@ def simulate_steps(args: argparse.Namespace, read: Read) -> Steps:
         rows, documents = reading.step(number), reading.documents(number)
         if documents not in known:
             with as_flags():
-                known[documents] = figures(price_step(schedule, setting, documents))
+                known[documents] = figures(price_step(schedule, setting, documents, order=order))
         filled = sum(int(row.counts.sum()) for row in rows)
         padding = 1 - filled / (len(rows) * setting.sequence_length)
         steps.append(Step(number, known[documents], padding, reading.imbalance(rows)))
         if sys.stderr.isatty():
             print(f"\r{number} of {count} steps priced", end="\n" * (number == count), file=sys.stderr, flush=True)
     number = steps[nearest_median([step.figures.step_s for step in steps])].number
-    replicas = price_step(schedule, setting, reading.documents(number))
+    replicas = price_step(schedule, setting, reading.documents(number), order=order)
     slowest = max(range(len(replicas)), key=lambda at: replicas[at].step_s)
     return Steps(setting, data, seed, tuple(steps), replicas[slowest], number, slowest)
 

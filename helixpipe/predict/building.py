@@ -9,18 +9,20 @@ told of none, builds the same order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from helixpipe.parts.kind import Kept
 from helixpipe.parts.part import Part, layer_parts
-from helixpipe.parts.work import Batch, Work
+from helixpipe.parts.work import Batch, Work, first_alike
 from helixpipe.predict.cost import PartCosts, action_seconds
 from helixpipe.predict.keeping import kept, key_values
 from helixpipe.schedule import families
 from helixpipe.schedule.action import Action
 from helixpipe.schedule.chunks import chunks
+from helixpipe.schedule.lower import of_each
+from helixpipe.schedule.problem import Keeps
 from helixpipe.schedule.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -49,13 +51,16 @@ def prices(
     return action_seconds(schedule, setting.shape, each, costs, setting.keeping)
 
 
-def kept_bytes(setting: Setting, schedule: Schedule) -> tuple[Callable[[Action], float], Callable[[Action], float]]:
-    """What a forward keeps on one accelerator until its backward, and what an I leaves of that for its W."""
-    batch, keeping = setting.batch(schedule.segments), setting.keeping
+def kept_bytes(setting: Setting, batches: Sequence[Batch], schedule: Schedule) -> Keeps:
+    """What forwards keep on one accelerator, in bytes; of these micro-batches, or where there are none of the setting's."""
+    shape, keeping, usual = setting.shape, setting.keeping, setting.batch(schedule.segments)
+    each = of_each(schedule, batches or usual)
+    alike, known = first_alike(each), dict[Hashable, int]()
+    stages = [known.setdefault(tuple(map(shape.alike, stage.parts)), s) for s, stage in enumerate(schedule.stages)]
 
     @cache
-    def of(stage: int, segment: int) -> tuple[float, float]:
-        work = Work(setting.shape, batch, segment, keeping)
+    def of(stage: int, like: int | None, segment: int) -> tuple[float, float]:
+        work = Work(shape, usual if like is None else each[like], segment, keeping)
         found: Kept = {}
         late: Kept = {}
         for chunk in chunks(schedule.stages[stage], not keeping.recomputes, schedule.outputs[stage]):
@@ -65,13 +70,14 @@ def kept_bytes(setting: Setting, schedule: Schedule) -> tuple[Callable[[Action],
                 found |= key_values(part, chunk, work) if schedule.segments > 1 else {}
         return sum(found.values()) / setting.group, sum(late.values()) / setting.group
 
-    def keeps(forward: Action) -> float:
-        return of(forward.stage, forward.segment)[0]
+    def of_its_own(forward: Action) -> tuple[float, float]:
+        return of(stages[forward.stage], alike[forward.microbatch], forward.segment)
 
-    def puts_off(forward: Action) -> float:
-        return of(forward.stage, forward.segment)[1]
-
-    return keeps, puts_off
+    return Keeps(
+        lambda forward: of_its_own(forward)[0],
+        lambda forward: of_its_own(forward)[1],
+        lambda forward: of(stages[forward.stage], None, forward.segment)[0],
+    )
 
 
 def layer_costs(setting: Setting, costs: PartCosts) -> tuple[float, ...]:

@@ -17,8 +17,9 @@ from helixpipe.predict.bounds import ROUNDING, makespan_of_order
 from helixpipe.predict.building import decided_by
 from helixpipe.predict.candidates import RECOMPUTE, Candidate, chunk_sizes, setting_of, slices
 from helixpipe.predict.cost import action_seconds
-from helixpipe.predict.estimate import Estimate, Setting, check_actions, reduction_s
-from helixpipe.predict.steps import Batches, RankFigures, figures, mean, price_step
+from helixpipe.predict.estimate import Estimate, Setting, check_actions
+from helixpipe.predict.reduction import reduction_s
+from helixpipe.predict.steps import Batches, RankFigures, figures, mean, order_of_steps, price_step
 from helixpipe.schedule.lower import lower
 from helixpipe.schedule.program import Program
 from helixpipe.schedule.schedule import Schedule
@@ -144,10 +145,12 @@ def estimate_step(
     setting = setting_of(setting, candidate)
     shared = Made() if made is None else made
     schedule, decided = _schedule(setting, ranks, microbatches, candidate, shared)
+    order = order_of_steps(setting, schedule, candidate.family, dict(candidate.options))
 
     def program(batches: Batches) -> Program:
         if (decided, batches) not in shared.programs:
-            shared.programs[decided, batches] = lower(schedule, setting.shape, batches)
+            ordered = schedule if order is None else order(batches)
+            shared.programs[decided, batches] = lower(ordered, setting.shape, batches)
         return shared.programs[decided, batches]
 
     return price_step(schedule, setting, step, program)

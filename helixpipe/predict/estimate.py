@@ -291,9 +291,11 @@ class Setting:
                 total += share * (costs.input_s(part, batch, segment) + costs.weight_s(part, batch, segment))
         return total
 
-    def build(self, family: str, ranks: int, microbatches: int, **options: Any) -> Schedule:
-        """The family's schedule, balanced by this setting's costs unless options say otherwise; checked."""
-        known = self.known(family, options.get("vocabulary", "last"))
+    def build(
+        self, family: str, ranks: int, microbatches: int, batches: Sequence[Batch] = (), **options: Any
+    ) -> Schedule:
+        """The family's schedule, balanced by this setting's costs unless options say otherwise; checked. `batches`: see `known`."""
+        known = self.known(family, options.get("vocabulary", "last"), batches)
         return families.build_schedule(
             family, ranks=ranks, model=self.shape, microbatches=microbatches, **(known | options)
         )
@@ -308,7 +310,7 @@ class Setting:
             found.pop("ends", None)
         built = {
             "prices": partial(building.prices, self, self.balancing, tuple(batches)),
-            "kept": partial(building.kept_bytes, self),
+            "kept": partial(building.kept_bytes, self, tuple(batches)),
             "layer_costs": self.layer_costs,
         }
         return found | built

@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from helixpipe.errors import ConfigError
 from helixpipe.parts.work import Batch, Lengths, microbatches
 from helixpipe.predict.estimate import Estimate, Setting, priced
+from helixpipe.schedule.cap import NoRoom
 from helixpipe.schedule.lower import lower
 from helixpipe.schedule.program import Program
 from helixpipe.schedule.schedule import Schedule
 
 Batches = tuple[Batch, ...]
+
+
+Order = Callable[[Sequence[Batch]], Schedule]
 
 
 class RankFigures(NamedTuple):
@@ -68,15 +72,44 @@ def step_batches(setting: Setting, schedule: Schedule, documents: Lengths = ()) 
     return tuple(tuple(microbatches(whole, schedule.microbatches, documents[at : at + rows], cut)) for at in starts)
 
 
+def order_of_steps(setting: Setting, schedule: Schedule, family: str, options: Mapping[str, Any]) -> Order | None:
+    """A step's micro-batches -> the schedule that they run, where it follows from what they cost; None where it is always this one.
+
+        helix, balance "work"    which micro-batches are a group
+        constructed              the order of all actions
+
+    `schedule`: the setting's, of this family with these options; stages stay as they are there. It follows from the micro-batches
+    alone, so every rank has the same, and whoever asks later.
+    """
+    is_constructed = family == "constructed"
+    if not is_constructed and options.get("balance") != "work":
+        return None
+    usual = setting.batch(schedule.segments)
+
+    def order(batches: Sequence[Batch]) -> Schedule:
+        if is_constructed and all(batch == usual for batch in batches):
+            return schedule
+        own = {"like": schedule} if is_constructed else {"work": setting.attention_costs(batches)}
+        try:
+            return setting.build(family, len(schedule.ranks), schedule.microbatches, batches, **options, **own)
+        except NoRoom:  # cut by documents, a window's segments may keep a little more than these do
+            return schedule
+
+    return order
+
+
 def price_step(
     schedule: Schedule,
     setting: Setting,
     documents: Lengths = (),
     program: Callable[[Batches], Program] | None = None,
+    order: Order | None = None,
 ) -> tuple[Estimate, ...]:
-    """A checked schedule's estimate for each replica; a single one where all are alike. `program`: lowers, in place of `lower`."""
+    """A checked schedule's estimate for each replica; a single one where all are alike. `program`: lowers, in place of `lower`;
+    `order`: see `order_of_steps`.
+    """
     replicas = step_batches(setting, schedule, documents)
-    lowered = program or (lambda batches: lower(schedule, setting.shape, batches))
+    lowered = program or (lambda batches: lower(order(batches) if order else schedule, setting.shape, batches))
     found = {batches: priced(lowered(batches), setting) for batches in dict.fromkeys(replicas)}
     return tuple(found[batches] for batches in replicas) if len(found) > 1 else tuple(found.values())
 

@@ -6,8 +6,8 @@ Times are whole numbers, of which an action takes `GRAIN` on average: sums are e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from helixpipe.schedule.action import Action
@@ -51,6 +51,12 @@ class Graph:
         for i, rank in enumerate(self.rank):
             found[rank].append(i)
         return tuple(map(tuple, found))
+
+    def taking(self, takes: Sequence[int]) -> Graph:
+        """The same actions with other times; what is known of who waits for whom is not found out anew."""
+        found = replace(self, takes=tuple(takes))
+        found.__dict__.update(number=self.number, waits=self.waits, own=self.own)
+        return found
 
     @cached_property
     def backwards(self) -> Graph:
@@ -113,5 +119,10 @@ def graph(
     number = {action: i for i, action in enumerate(actions)} if after else {}
     for action, first in (after or {}).items():
         followers[number[first]].append((number[action], 0))
-    takes = tuple(max(1, round(each / unit)) for each in taken)
+    takes = rounded(taken, unit)
     return Graph(len(schedule.ranks), actions, rank, takes, tuple(map(tuple, followers)), unit)
+
+
+def rounded(costs: Iterable[float], unit: float) -> tuple[int, ...]:
+    """Costs as times of a graph."""
+    return tuple(max(1, round(each / unit)) for each in costs)

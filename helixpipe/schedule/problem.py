@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from helixpipe.schedule.action import Action
 from helixpipe.schedule.cap import Cap, cap_of
 from helixpipe.schedule.construct import Built, list_schedule, schedule_of
-from helixpipe.schedule.graph import Graph, graph
+from helixpipe.schedule.graph import Graph, graph, rounded
 from helixpipe.schedule.improve import fits, improve
 from helixpipe.schedule.schedule import Schedule
 from helixpipe.schedule.vocabulary import Prices, deeper, delay, with_shards
@@ -23,8 +24,20 @@ ACTIONS_TRIED, MOST_TRIES = 400_000, 3000
 PATIENCE = (0.0, 0.5)
 
 Orders = Sequence[Sequence[Action]]
-Kept = Callable[[Schedule], tuple[Callable[[Action], float], Callable[[Action], float]]]
-"""Of a schedule, what each forward keeps until its backward, and what an I leaves of that for its W."""
+
+
+class Keeps(NamedTuple):
+    """What forwards keep, each asked by its forward, in one unit."""
+
+    until_backward: Callable[[Action], float]
+    put_off: Callable[[Action], float]
+    """What an I leaves of that for its W."""
+    usual: Callable[[Action], float]
+    """`until_backward` where every micro-batch is like the others: by it micro-batches of memory are counted."""
+
+
+Kept = Callable[[Schedule], Keeps]
+"""What the forwards of a schedule keep."""
 
 
 @dataclass(frozen=True)
@@ -35,36 +48,39 @@ class Problem:
     own: int
     """Stages that are no shards of the vocabulary: those are taken as soon as they can be."""
     known: Graph
+    costs: Callable[[Action], float]
     numbers: tuple[int, ...]
     """By the place at which it is finished, the number of each micro-batch."""
     cap: Cap | None = None
 
     @staticmethod
-    def of(
-        orders: Schedule, vocabulary: str, prices: Prices, share: float, numbers: Sequence[int], unit: float = 0.0
-    ) -> Problem:
+    def of(orders: Schedule, vocabulary: str, prices: Prices, share: float, unit: float = 0.0) -> Problem:
         """Of the actions of a schedule, whatever their order, with shards where the vocabulary is spread; `share`: see `delay`.
 
-        Its micro-batches are places, and `numbers` are theirs. `unit`: of time; chosen when 0.
+        `unit`: of time; chosen when 0.
         """
         draft, paced = with_shards(orders) if vocabulary == "spread" else (orders, {})
-        priced, own = prices(draft), len(orders.stages)
-
-        def costs(action: Action) -> float:
-            return priced(action._replace(microbatch=numbers[action.microbatch]))
-
+        costs, own = prices(draft), len(orders.stages)
         known = graph(draft, costs, delay(draft, costs, own, share), paced, unit)
-        return Problem(draft, own, known, tuple(numbers))
+        return Problem(draft, own, known, costs, tuple(range(draft.microbatches)))
 
-    def capped(
-        self, limits: Sequence[float], kept: Callable[[Action], float], put_off: Callable[[Action], float]
-    ) -> Problem:
+    def taken_as(self, numbers: Sequence[int]) -> Problem:
+        """The same with micro-batches finished in another order."""
+        found = replace(self, numbers=tuple(numbers))
+        takes = rounded(map(self.costs, map(found.numbered, self.known.actions)), self.known.unit)
+        return replace(found, known=self.known.taking(takes))
+
+    def capped(self, limits: Sequence[float], keeps: Keeps) -> Problem:
         """The same with a cap on every rank. What shards keep is not counted: it is gone again when the unit's loss is known."""
 
         def of_own(keeps: Callable[[Action], float]) -> Callable[[Action], float]:
-            return lambda forward: keeps(forward) if forward.stage < self.own else 0.0
+            return lambda forward: keeps(self.numbered(forward)) if forward.stage < self.own else 0.0
 
-        return replace(self, cap=cap_of(self.known, limits, of_own(kept), of_own(put_off)))
+        return replace(self, cap=cap_of(self.known, limits, of_own(keeps.until_backward), of_own(keeps.put_off)))
+
+    def numbered(self, action: Action) -> Action:
+        """An action of the micro-batch that is finished at a place."""
+        return action._replace(microbatch=self.numbers[action.microbatch])
 
     def begun(self, orders: Orders) -> Iterator[Built]:
         """From an order of each rank's own actions: as it is, with more forwards ahead of shards, and as a preference."""
@@ -93,8 +109,7 @@ class Problem:
     def schedule(self, built: Built) -> Schedule:
         """What was built, micro-batches by their numbers."""
         found = schedule_of(self.draft, self.known, built)
-        ranks = (tuple(a._replace(microbatch=self.numbers[a.microbatch]) for a in order) for order in found.ranks)
-        return Schedule(found.stages, tuple(ranks))
+        return Schedule(found.stages, tuple(tuple(map(self.numbered, order)) for order in found.ranks))
 
 
 def shortest(

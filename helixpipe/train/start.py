@@ -40,7 +40,7 @@ def make_pipeline(config: Config, device: str, checkpoint: Path | None) -> Pipel
             communicators=runtime.communicators,
             compiled=runtime.compile,
             attention=runtime.attention,
-            arrange=config.build_schedule if config.schedule.balance == "work" else None,
+            arrange=config.order_of_steps(schedule),
         )
 
 

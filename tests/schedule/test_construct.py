@@ -51,9 +51,13 @@ def test_the_docstring_draws_what_it_builds() -> None:
     assert drawn == [line for rows in made for line in rows]
 
 
+@pytest.mark.parametrize("left", [0.3, 1.7])
 @pytest.mark.parametrize("placement", [[0, 1, 2], [0, 1, 2, 0, 1, 2], [0, 1, 2, 2, 1, 0], [0], [0, 1, 0, 1, 0, 1]])
-def test_ranks_that_are_full_always_drain(placement: list[int]) -> None:
-    """Whatever is preferred, costs and bytes differ, and each rank has room for the dearest micro-batch and little more."""
+def test_ranks_that_are_full_always_drain(placement: list[int], left: float) -> None:
+    """Whatever is preferred, costs and bytes differ, and each rank has room for the dearest micro-batch and little more.
+
+    `left`: what an I leaves for its W, of what the forward kept.
+    """
     stages, ranks = even(len(placement)), max(placement) + 1
     grid = itertools.product((1, 2, 5), (1, 3), (False, True), (False, True), (0.0, 1.0), (1.0, 1.1, 2.3))
     for number, (m, k, splits, forward_first, patience, room) in enumerate(grid):
@@ -68,11 +72,15 @@ def test_ranks_that_are_full_always_drain(placement: list[int]) -> None:
             return keeps[forward.stage, forward.microbatch, forward.segment]
 
         def put_off(forward: Action, keeps: dict = keeps) -> float:
-            return 0.3 * kept(forward, keeps)
+            return left * kept(forward, keeps)
 
         of = {(r, mb): 0.0 for r in range(ranks) for mb in range(m)}
+        most = dict.fromkeys(of, 0.0)
         for (stage, mb, _), each in keeps.items():
             of[placement[stage], mb] += each
+            most[placement[stage], mb] = max(most[placement[stage], mb], each)
+        if splits:  # one I at a time may leave more than its forward kept
+            of = {key: each + max(0.0, left - 1) * most[key] for key, each in of.items()}
         limits = [room * max(of[r, mb] for mb in range(m)) for r in range(ranks)]
         built = construct(stages, wish, costs.__getitem__, limits, kept=kept, put_off=put_off, patience=patience)
         check(built)
@@ -85,6 +93,20 @@ def test_ranks_that_are_full_always_drain(placement: list[int]) -> None:
                     action.kind
                 ]
                 assert live <= limits[rank] * (1 + 1e-6)
+
+
+def test_room_for_a_w_is_there_once_and_not_for_each_forward() -> None:
+    """An I leaves twice what its forward kept: four forwards and one growth are 5, where room for each from its forward on is 8."""
+    wish = wishes([0, 1], 6, 1, True, forward_first=True)
+    built = construct(even(2), wish, lambda action: 1.0, (5, 5), put_off=lambda forward: 2.0)
+    ahead = 0
+    for action in built.ranks[0]:
+        if action.kind is not Pass.F:
+            break
+        ahead += 1
+    assert ahead == 4
+    with pytest.raises(ConfigError, match=r"^schedule.memory: 1.5, and rank 0 keeps 2 of one micro-batch"):
+        construct(even(2), wish, lambda action: 1.0, (1.5, 1.5), put_off=lambda forward: 2.0)
 
 
 def test_without_a_cap_forwards_run_as_far_ahead_as_they_are_preferred() -> None:

@@ -83,6 +83,7 @@ def build_schedule(
     layer_costs: Sequence[float] = (),
     prices: Prices | None = None,
     kept: Kept | None = None,
+    like: Schedule | None = None,
     **given: Any,
 ) -> Schedule:
     """The schedule of a family, checked.
@@ -91,7 +92,8 @@ def build_schedule(
     `vocabulary`). `layers_per_stage`: those of each stage, in order, where the family is not to choose, and `layer_costs`
     those of layers that differ, in their mean's, by which it chooses. `prices`: of a
     schedule, what its actions take, by which orders are built where a family has none of its own; some units for each
-    kind of part when not given. `kept`: and what its forwards keep, in bytes, where `memory` says how many.
+    kind of part when not given. `kept`: and what its forwards keep, in bytes, where `memory` says how many. `like`: a schedule
+    of `constructed` that was built for other costs: the same stages in an order for these ones, found in little time.
 
     `model` says how many layers there are, and which of them are one block; without one, `layers` does. `given` are the
     family's own options (`options(family)` names them), such as `folds` and `travel` of `helix`; `opaque=True` is all
@@ -131,6 +133,7 @@ def build_schedule(
     prices = prices or unit_durations
     around = {
         "vocabulary": vocabulary, "layers_per_stage": layers_per_stage, "layer_costs": layer_costs, "prices": prices, "kept": kept,
+        "like": like,
     }  # fmt: skip
     parameters = inspect.signature(FAMILIES[family]).parameters
     schedule = FAMILIES[family](

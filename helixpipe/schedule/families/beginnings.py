@@ -8,6 +8,7 @@ v         0 1 2 2 1 0      split: zb_v, v_half, v_min              a mix: dualpi
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 from helixpipe.errors import ConfigError
 from helixpipe.schedule.action import BACKWARD, Action, Pass
@@ -40,10 +41,21 @@ def ranks_of_stages(placement: str, ranks: int, stages_per_rank: int) -> tuple[i
     return tuple(r for turn in range(stages_per_rank) for r in (back if placement == "v" and turn % 2 else there))
 
 
+Mode = tuple[tuple[tuple[Action, ...], ...], list[Orders]]
+"""Each rank's actions, and the orders of named families that are of these."""
+
+
+@lru_cache(maxsize=8)  # every step may ask
 def modes(
     placement: str, ranks: int, microbatches: int, segments: int, stages_per_rank: int, stages: tuple[Stage, ...]
-) -> Iterator[tuple[tuple[tuple[Action, ...], ...], list[Orders]]]:
-    """Each rank's actions, and the orders of named families that are of these: with whole backwards, split ones, and DualPipeV's mix."""
+) -> tuple[Mode, ...]:
+    """With whole backwards, split ones, and DualPipeV's mix."""
+    return tuple(_modes(placement, ranks, microbatches, segments, stages_per_rank, stages))
+
+
+def _modes(
+    placement: str, ranks: int, microbatches: int, segments: int, stages_per_rank: int, stages: tuple[Stage, ...]
+) -> Iterator[Mode]:
     whole: list[Orders] = []
     split: list[Orders] = []
     if placement == "v" and stages_per_rank > 1:

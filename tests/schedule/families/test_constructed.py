@@ -10,13 +10,16 @@ import pytest
 
 from helixpipe.errors import ConfigError
 from helixpipe.parts.shapes import SHAPES
+from helixpipe.predict.building import kept_bytes
 from helixpipe.predict.estimate import Setting
 from helixpipe.predict.memory import held_bytes
 from helixpipe.predict.peak import peak_kept
 from helixpipe.predict.simulate import simulate_schedule
+from helixpipe.schedule import improve, problem
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.check import check
 from helixpipe.schedule.families import FAMILIES, build_schedule, options
+from helixpipe.schedule.families.constructed import STEP
 from helixpipe.schedule.lower import lower
 from helixpipe.schedule.schedule import Schedule
 
@@ -186,6 +189,55 @@ def test_the_same_order_on_every_machine() -> None:
         return build_schedule("constructed", **sizes, prices=prices, tries=60)
 
     assert built(1.0) == built(1.0) == built(1e12 * (1 + 2e-16))
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+def test_one_for_other_costs_begins_with_the_one_there_is(segments: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same stages, never longer than that one's order would be, in a number of runs that is known before."""
+    sizes = {"ranks": 3, "layers": 6, "microbatches": 6, "segments": segments, "stages_per_rank": 2}
+    own = {"placement": "v", "delay": 0.0}
+    usual = build_schedule("constructed", **sizes, **own, prices=alike(COSTS[1]))
+    draw = random.Random(segments)
+    longer = [draw.choice((1, 2, 5)) for _ in range(6)]
+
+    def prices(schedule: Schedule):
+        before = alike(COSTS[1])(schedule)
+        return lambda action: before(action) * longer[action.microbatch]
+
+    ran = []
+    for module, name in ((problem, "list_schedule"), (improve, "list_schedule"), (improve, "in_order")):
+        run = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda known, *a, run=run, **b: (ran.append(len(known.actions)), run(known, *a, **b))[1]
+        )
+    found = build_schedule("constructed", **sizes, **own, prices=prices, like=usual)
+    assert found.stages == usual.stages
+    assert sum(ran) <= STEP + 8 * ran[0]
+    assert span(found, prices) < span(usual, prices) - 1e-3
+    assert kept(found) <= 3 + 1e-9
+    assert found == build_schedule("constructed", **sizes, **own, prices=prices, like=usual)
+    with pytest.raises(
+        ConfigError, match=r"^like: a schedule with other actions on its ranks; give one of these sizes"
+    ):
+        build_schedule("constructed", **(sizes | {"microbatches": 5}), **own, like=usual)
+
+
+def test_documents_keep_what_their_own_segments_do() -> None:
+    """Cut by documents, segments keep more or less than others do, and a micro-batch never more than one without."""
+    setting = Setting(SHAPES["tiny"], 1024)
+    rows = ((100, 824, 100), (1024,), (300, 300, 424), (1, 1023))
+    batches = [setting.batch(2, (row,)) for row in rows]
+    schedule = build_schedule("seq1f1b", ranks=2, layers=setting.shape.layers, microbatches=4, segments=2)
+    keeps = kept_bytes(setting, batches, schedule)
+    alone = lower(schedule.forward_only(), setting.shape, batches)
+    for rank, order in enumerate(schedule.forward_only().ranks):
+        left = [held.left_bytes for held in held_bytes(alone, setting.keeping)[rank]]
+        each = [after - before for before, after in itertools.pairwise((0, *left))]
+        assert [keeps.until_backward(action) for action in order] == each
+        for mb in range(4):
+            mine = [action for action in order if action.microbatch == mb]
+            assert sum(map(keeps.until_backward, mine)) <= sum(map(keeps.usual, mine))
+    assert len({keeps.until_backward(Action(0, Pass.F, mb, 0)) for mb in range(4)}) > 1
 
 
 def test_memory_in_bytes_bounds_what_forwards_keep() -> None:
