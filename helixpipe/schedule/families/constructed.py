@@ -85,6 +85,7 @@ def constructed(
         raise ConfigError(f"schedule.tries: {tries}; give how many, or 0 to have it chosen")
     of_stage = ranks_of_stages(placement, ranks, stages_per_rank)
     check_filled(ranks, layers, stages_per_rank, ends)
+    cuts: list[Sequence[int]]
     if like is not None:
         cuts = [layers_of(like, len(of_stage))]
     elif layers_per_stage:
