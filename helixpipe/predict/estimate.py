@@ -291,11 +291,9 @@ class Setting:
                 total += share * (costs.input_s(part, batch, segment) + costs.weight_s(part, batch, segment))
         return total
 
-    def build(
-        self, family: str, ranks: int, microbatches: int, batches: Sequence[Batch] = (), **options: Any
-    ) -> Schedule:
-        """The family's schedule, balanced by this setting's costs unless options say otherwise; checked. `batches`: see `known`."""
-        known = self.known(family, options.get("vocabulary", "last"), batches)
+    def build(self, family: str, ranks: int, microbatches: int, **options: Any) -> Schedule:
+        """The family's schedule, balanced by this setting's costs unless options say otherwise; checked."""
+        known = self.known(family, options.get("vocabulary", "last"))
         return families.build_schedule(
             family, ranks=ranks, model=self.shape, microbatches=microbatches, **(known | options)
         )

@@ -17,6 +17,7 @@ from helixpipe.errors import ConfigError
 from helixpipe.parts.work import Batch, Lengths, microbatches
 from helixpipe.predict.estimate import Estimate, Setting, priced
 from helixpipe.schedule.cap import NoRoom
+from helixpipe.schedule.families import build_schedule
 from helixpipe.schedule.lower import lower
 from helixpipe.schedule.program import Program
 from helixpipe.schedule.schedule import Schedule
@@ -89,9 +90,11 @@ def order_of_steps(setting: Setting, schedule: Schedule, family: str, options: M
     def order(batches: Sequence[Batch]) -> Schedule:
         if is_constructed and all(batch == usual for batch in batches):
             return schedule
-        own = {"like": schedule} if is_constructed else {"work": setting.attention_costs(batches)}
+        own: dict[str, Any] = {"like": schedule} if is_constructed else {"work": setting.attention_costs(batches)}
+        given: dict[str, Any] = setting.known(family, options.get("vocabulary", "last"), batches)
+        given |= {"model": setting.shape, **options, **own}
         try:
-            return setting.build(family, len(schedule.ranks), schedule.microbatches, batches, **options, **own)
+            return build_schedule(family, ranks=len(schedule.ranks), microbatches=schedule.microbatches, **given)
         except NoRoom:  # cut by documents, a window's segments may keep a little more than these do
             return schedule
 

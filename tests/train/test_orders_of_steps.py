@@ -16,8 +16,7 @@ from test_freezing import state
 import helixpipe as hp
 from helixpipe.cli import main
 from helixpipe.config import Config
-from helixpipe.config_text import build_config, read_saved
-from helixpipe.predict.timeline_text import load
+from helixpipe.config_text import build_config
 from helixpipe.train.job import prepare
 from helixpipe.train.loop import train
 from helixpipe.train.stop import Stop
@@ -101,8 +100,5 @@ def test_a_run_over_documents_goes_on_bit_for_bit_and_is_compared_with_its_own_o
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
 
-    told = build_config(read_saved(tmp_path / "run/config.toml"))
-    measured = load(tmp_path / "run/timeline.json")
-    assert measured.order != told.build_schedule().ranks  # the step had an order of its own
     assert main(["compare", str(tmp_path / "run")]) == 0
     capsys.readouterr()
