@@ -169,6 +169,7 @@ def predicted_step(program: Program, profile: Profile, keeping: Keeping) -> Time
         lambda message: link.seconds(sizes[message.number]),
         lambda message: sizes[message.number],
         keeping,
+        host_seconds=lambda message: sizes[message.number] * link.host_s_per_byte,
     )
 
 

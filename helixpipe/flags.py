@@ -7,7 +7,7 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, NoReturn, get_args, get_type_hints
@@ -88,15 +88,21 @@ def decimal(text: str) -> float:
 
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "b": 10**9, "t": 10**12}
+_OF_A_CORPUS = {**_UNITS, "k": 10**3, "m": 10**6}
 
 
-def amount(text: str) -> int:
-    """A number as people write it: 4096, 128k, 1.5M, 100B. k and M are 1,024 and its square, B and T 10^9 and 10^12."""
+def amount(text: str, units: Mapping[str, int] = _UNITS) -> int:
+    """A number as people write it: 4096, 128k, 4M. Lengths and batches are powers of two: k is 1,024, M its square."""
     match = re.fullmatch(r"(\d{1,15}|\d{1,9}\.\d{1,6})([kKmMbBtT]?)", text, re.ASCII)
-    value = float(match[1]) * _UNITS[match[2].lower()] if match else -1.0
+    value = float(match[1]) * units[match[2].lower()] if match else -1.0
     if value < 0 or value != int(value):
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number, such as 4096, 128k, 4M or 100B")
     return int(value)
+
+
+def corpus(text: str) -> int:
+    """Tokens of a whole training, which are counted in tens: 500M is 500,000,000, 100B a hundred billion."""
+    return amount(text, _OF_A_CORPUS)
 
 
 def tokens(text: str) -> int:

@@ -70,7 +70,11 @@ class Law:
 
 
 # name -> the median as a share of the sequence, sigma, how often one fills it
-LAWS = {"long tail": (1 / 16, 1.3, 0.0), "some fill a sequence": (1 / 32, 1.0, 0.03)}
+LAWS = {
+    "long tail": (1 / 16, 1.3, 0.0),
+    "some fill a sequence": (1 / 32, 1.0, 0.03),
+    "one fills each sequence": (1 / 32, 1.0, 1.0),
+}
 
 
 @dataclass(frozen=True)
@@ -185,6 +189,8 @@ def worker(rank: int, args: argparse.Namespace) -> None:
     pipelines = {str(each): pipeline_of(each, shape, args) for each in contenders(args)}
     reference = alone(shape, args)
     for name, (median, sigma, fills) in LAWS.items():
+        if args.law not in ("", name):
+            continue
         law = Law(name, median * args.length, sigma, fills)
         read = readings(shape, law, args.length, args.microbatches, args.seed)
         splits = {packing: f"{SPLIT}, {packing}" for packing in read}  # packings deal the same documents to other steps
@@ -366,6 +372,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bidirectional", action="store_true")
     parser.add_argument("--only", default="", help="comma separated: words that are all in the names of those to run")
+    parser.add_argument("--law", default="", help="a law's name: that one alone")
     parser.add_argument("--predicted", action="store_true")
     parser.add_argument("--simulated", action="store_true", help="instead: 8 ranks, simulated; no process is started")
     parser.add_argument("--simulated-steps", type=int, default=20)

@@ -23,11 +23,12 @@ from helixpipe.commands.setting import (
     gibibytes,
     holding_told,
     setting_from,
+    wrapped,
 )
 from helixpipe.config_data import DataConfig
 from helixpipe.errors import ConfigError
 from helixpipe.files import json_text, write_text
-from helixpipe.flags import Parser, amount, decimal, flag, number
+from helixpipe.flags import Parser, amount, corpus, decimal, flag, number
 from helixpipe.parts.work import Lengths
 from helixpipe.predict.estimate import Setting
 from helixpipe.predict.holding import holding
@@ -143,8 +144,10 @@ def _parser() -> Parser:
     parser = Parser("plan", usage, ABOUT, EPILOG)
     parser.add_argument("--accelerators", type=number, metavar="N", help="how many there are: the mesh is searched")
     parser.add_argument("--batch", type=amount, metavar="B", help="sequences of a step, on all of them")
-    parser.add_argument("--batch-tokens", type=amount, metavar="T", help="or its tokens, such as 4M")
-    parser.add_argument("--tokens", type=amount, metavar="T", help="of the whole training, such as 100B: what it takes")
+    parser.add_argument("--batch-tokens", type=amount, metavar="T", help="or its tokens: 4M is 4 x 1,024 x 1,024")
+    parser.add_argument(
+        "--tokens", type=corpus, metavar="T", help="of the whole training, 100B or 500M (million): what it takes"
+    )
     parser.add_argument("--ranks", type=number, metavar="P", help="pipeline ranks")
     parser.add_argument("--microbatches", type=number, metavar="M", help="micro-batches of a step on one mesh")
     parser.add_argument("--memory", type=decimal, metavar="GIB", help="of each accelerator [92%% of the hardware's]")
@@ -187,17 +190,17 @@ def _table(
     front = set(map(id, found.front))
     pipelines = [choice for choice in found.fits if choice.is_pipeline]
     if not pipelines:
-        return [*lines, found.nothing, *_not_pipelines(found)]
-    lines.append(f"{'':>4} {'step':>9}  {'of ideal':>8}  {'bubble':>6}  {'fullest rank':>12}  schedule")
-    for place, choice in enumerate(pipelines, start=1):
-        if place > args.top:
-            break
+        return wrapped([*lines, found.nothing, *_not_pipelines(found)])
+    lines = wrapped(lines)
+    lines.append(f"{'':>4} {'step':>9}  {'of ideal':>8}  {'bubble':>6}  {'fullest':>9}  schedule")
+    for place, choice in enumerate(pipelines[: args.top], start=1):
         mark = "*" if id(choice) in front else " "
-        lines.append(
+        first = (
             f"{place:>3}{mark} {duration(choice.makespan_s):>9}  {choice.makespan_s / choice.ideal_s:>8.3f}  "
-            f"{choice.bubble_ratio:>6.1%}  {gibibytes(choice.peak_bytes):>12}  {choice}"
+            f"{choice.bubble_ratio:>6.1%}  {gibibytes(choice.peak_bytes):>9}  "
         )
-    return [*lines, "", "* no pipeline that fits is better in both time and memory", *_not_pipelines(found)]
+        lines += wrapped([str(choice)], first)
+    return [*lines, *wrapped(["", "* no pipeline that fits is better in both time and memory", *_not_pipelines(found)])]
 
 
 def _held_back(found: Plan, setting: Setting, args: argparse.Namespace) -> list[str]:
@@ -205,7 +208,7 @@ def _held_back(found: Plan, setting: Setting, args: argparse.Namespace) -> list[
     if not any(choice.is_pipeline for choice in found.fits):
         return []
     held = holding(estimate_candidate(setting, args.ranks, args.microbatches, found.best.candidate))
-    return [f"the first is held back by {holding_told(held)}", ""] if held else []
+    return wrapped([f"the first is held back by {holding_told(held)}", ""]) if held else []
 
 
 def _data_told(found: Plan, data: DataConfig, seed: int, steps: int) -> list[str]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import shutil
 import sys
-import textwrap
 import time
 from dataclasses import replace
 from typing import Any
@@ -21,6 +19,7 @@ from helixpipe.commands.setting import (
     holding_told,
     nodes_from,
     setting_from,
+    wrapped,
 )
 from helixpipe.errors import ConfigError
 from helixpipe.files import json_text, write_text
@@ -34,7 +33,6 @@ from helixpipe.predict.worth import Worth, worth
 
 RESERVE = 0.08
 PER_NODE = 8
-NARROWEST = 60
 GIVEN = {"ranks": "pp", "data_parallel": "dp", "context_parallel": "cp", "tensor_parallel": "tp"}
 
 
@@ -144,10 +142,7 @@ def told(
     answer: Answer, asked: Asked, best: Estimate, found: Worth, args: argparse.Namespace, taken_s: float
 ) -> list[str]:
     """The answer as lines that fit the terminal."""
-    width = max(NARROWEST, shutil.get_terminal_size().columns)
-    lines = []
-    for text in _head(answer, asked, args, taken_s):
-        lines += textwrap.wrap(text, width, subsequent_indent="  ")
+    lines = wrapped(_head(answer, asked, args, taken_s))
     lines += ["", f"{'':>3} {'step':>9} {'tokens/s':>9} {'of peak':>7} {'fullest':>9}  mesh; schedule"]
     accelerators = asked.accelerators
     peak = accelerators * asked.setting.accelerator.rate(asked.setting.keeping.element_bytes)
@@ -156,12 +151,8 @@ def told(
         used = f"{done / (row.step_s * peak):.1%}" if done else "-"
         each = asked.tokens / row.step_s / accelerators
         first = f"{place:>3} {duration(row.step_s):>9} {each:>9,.0f} {used:>7} {gibibytes(row.peak_bytes):>9}  "
-        text = f"{', '.join([str(row.layout), *row.layout.told])}; {row.schedule_told}"
-        lines += textwrap.wrap(text, width, initial_indent=first, subsequent_indent=" " * len(first))
-    lines.append("")
-    for text in [*best_told(answer.rows[0], asked, best, found, args.tokens), *_apart(asked, best)]:
-        lines += textwrap.wrap(text, width, subsequent_indent="  ")
-    return lines
+        lines += wrapped([f"{', '.join([str(row.layout), *row.layout.told])}; {row.schedule_told}"], first)
+    return lines + wrapped(["", *best_told(answer.rows[0], asked, best, found, args.tokens), *_apart(asked, best)])
 
 
 def _head(answer: Answer, asked: Asked, args: argparse.Namespace, taken_s: float) -> list[str]:
@@ -171,7 +162,7 @@ def _head(answer: Answer, asked: Asked, args: argparse.Namespace, taken_s: float
     sequences = "1 sequence" if asked.sequences == 1 else f"{asked.sequences:,} sequences"
     lines = [
         f"{args.model}, {_parameters(setting.shape.parameter_count)} parameters; a step of {sequences} of "
-        f"{setting.sequence_length:,} tokens",
+        f"{setting.sequence_length:,} tokens" + (f", {asked.tokens:,} in all" if asked.sequences > 1 else ""),
         f"{asked.accelerators} x {setting.machine}, {memory}; {nodes.inside.name} among {min(nodes.per_node, asked.accelerators)} of a node{across}",
     ]
     if setting.profile is None and not setting.only_ratios:

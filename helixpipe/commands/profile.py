@@ -152,4 +152,6 @@ def _words(found: Profile) -> list[str]:
         )
     if found.link is None:
         return [*lines, "link: not measured, with one device; name one where a prediction asks for it"]
-    return [*lines, f"link: {found.link.bytes_per_s / 1e9:.2f} GB/s, latency {found.link.latency_s * 1e6:.0f} us"]
+    link = found.link
+    taken = f", and {1e9 * link.host_s_per_byte:.2f} s of each rank's computing a GB" if link.host_s_per_byte else ""
+    return [*lines, f"link: {link.bytes_per_s / 1e9:.2f} GB/s, latency {link.latency_s * 1e6:.0f} us{taken}"]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import sys
-from collections.abc import Collection, Iterator
+import textwrap
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -25,6 +27,8 @@ from helixpipe.predict.profile import Profile
 from helixpipe.schedule.families import FAMILIES
 from helixpipe.schedule.schedule import Schedule
 
+NARROWEST = 60
+"""Columns: lines are not wrapped for a terminal that has fewer."""
 OPTIMIZERS = ("replicated", "sharded")
 RECOMPUTE = ("none", "selective", "full")
 ONLY_RATIOS = "hardware ideal is no machine: only ratios of predicted times mean anything; name --hardware or --profile for seconds"
@@ -232,6 +236,17 @@ def duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.4g} {unit}"
     return f"{seconds:.3g} s"
+
+
+def wrapped(texts: Iterable[str], first: str = "") -> list[str]:
+    """Texts as lines that fit the terminal; `first` begins each, and what follows stands under its end."""
+    width = max(NARROWEST, shutil.get_terminal_size().columns)
+    found: list[str] = []
+    for text in texts:
+        found += textwrap.wrap(
+            text, width, initial_indent=first, subsequent_indent=" " * (len(first) or 2), break_on_hyphens=False
+        ) or [first]
+    return found
 
 
 def options_told(options: dict[str, Any]) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from helixpipe.errors import ConfigError, ScheduleError
-from helixpipe.predict.bounds import Bound, Costs, PolicyBound
+from helixpipe.parts.work import Keeping
+from helixpipe.predict.bounds import Bound, PolicyBound
 from helixpipe.predict.candidates import (
     CONSTRUCTED,
     KEPT_SHARE,
@@ -53,6 +54,7 @@ def _bounds(
 ) -> Iterator[tuple[Candidate, Bound]]:
     """Each with the vocabulary on all ranks, but those that cannot be."""
     layout = Layout(setting.mesh, setting.optimizer, microbatches, setting.microbatch_size)
+    policies: dict[Keeping, PolicyBound] = {}
     for candidate in map(spread, asked):
         mine = setting_of(setting, candidate)
         try:
@@ -60,9 +62,8 @@ def _bounds(
             batch = mine.batch(dict(candidate.options).get("segments", 1))
         except (ConfigError, ScheduleError):
             continue
-        yield candidate, PolicyBound(mine, ranks, microbatches).of_placement(
-            small, Costs(mine, batch), small.standing(mine), small.reduction_s(mine), together(candidate, ranks, microbatches)
-        )  # fmt: skip
+        policy = policies.setdefault(mine.keeping, PolicyBound(mine, ranks, microbatches))
+        yield candidate, policy.of_placement(small, batch, together(candidate, ranks, microbatches))
 
 
 def built_like(

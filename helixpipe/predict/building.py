@@ -31,7 +31,7 @@ def decided_by(setting: Setting, family: str, options: Mapping[str, Any]) -> tup
     """What of a setting a family's schedule follows from: settings of one model that agree in it build the same schedule."""
     names = families.options(family)
     balance = tuple((name, value) for name, value in setting.balance.items() if name in names)
-    cut = layer_costs(setting, setting.balancing)
+    cut = setting.layer_costs
     if family != "constructed" and options.get("vocabulary") != "spread":
         return balance, cut
     segments = setting.segment_lengths(options.get("segments", 1))  # the order too, by what actions cost and keep

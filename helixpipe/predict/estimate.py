@@ -183,6 +183,11 @@ class Setting:
         # to three digits, not decimals: where attention is nearly all, W is little but never nothing
         return {name: tuple(float(f"{each / layer:.3g}") for each in times) for name, times in found.items()}
 
+    @cached_property
+    def layer_costs(self) -> tuple[float, ...]:
+        """What each layer costs, in those of the mean layer; none where all are alike."""
+        return building.layer_costs(self, self.balancing)
+
     @property
     def balancing(self) -> PartCosts:
         """What families are balanced by."""
@@ -211,10 +216,18 @@ class Setting:
 
         `documents`: of each sequence its documents' lengths (tokens), by whose cost it is cut.
         """
+        if not documents and segments in self._batches:
+            return self._batches[segments]
         rows = tuple(map(tuple, documents))
         lengths = self.segment_lengths(segments, Batch(self.microbatch_size, (self.sequence_length,), rows).documents)
         self._check(lengths)
-        return Batch(self.microbatch_size, lengths, rows)
+        found = Batch(self.microbatch_size, lengths, rows)
+        return found if documents else self._batches.setdefault(segments, found)
+
+    @cached_property
+    def _batches(self) -> dict[int, Batch]:
+        """Those of sequences of one document, by segments."""
+        return {}
 
     def _check(self, lengths: tuple[int, ...]) -> None:
         """Whether the mesh divides this model and such segments."""
@@ -267,7 +280,7 @@ class Setting:
         built = {
             "prices": partial(building.prices, self, self.balancing, tuple(batches)),
             "kept": partial(building.kept_bytes, self),
-            "layer_costs": building.layer_costs(self, self.balancing),
+            "layer_costs": self.layer_costs,
         }
         return found | built
 
@@ -388,6 +401,9 @@ def priced(program: Program, setting: Setting) -> Estimate:
     def travel(message: Message) -> float:
         return travels[message.number]
 
+    def host(message: Message) -> float:
+        return sizes[message.number] * setting.link.host_s_per_byte
+
     timeline = simulate_program(
         program,
         seconds,
@@ -396,6 +412,7 @@ def priced(program: Program, setting: Setting) -> Estimate:
         keeping,
         setting.share,
         setting.link.communicators,
+        host if setting.link.host_s_per_byte else None,
     )
     timeline = per_accelerator(timeline, setting.group)
     shards = setting.data_parallel * setting.context_parallel if setting.optimizer == "sharded" else 1

@@ -111,6 +111,8 @@ class Link:
     latency_s: float
     source: str
     communicators: Communicators = "direction"
+    host_s_per_byte: float = 0.0
+    """What a byte takes, at each end, of the time in which the rank would compute: of ranks whose own cores copy messages."""
 
     def seconds(self, nbytes: float) -> float:
         """From the moment both ends are ready until it is there."""

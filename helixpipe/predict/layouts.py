@@ -8,12 +8,12 @@ Directions that are given stay. What does not divide the model, the sequence or 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 from helixpipe.errors import ConfigError
-from helixpipe.mesh import METHODS, MeshShape
+from helixpipe.mesh import AXES, METHODS, MeshShape
 from helixpipe.predict.estimate import Setting
 from helixpipe.predict.nodes import Nodes
 
@@ -69,7 +69,7 @@ class Layout:
 
     def __str__(self) -> str:
         """`pp 2 x dp 4 x tp 8`; of a mesh without a pipeline `dp 8 x tp 8`."""
-        sizes = [(name, getattr(self.mesh, name)) for name in ("pp", "dp", "cp", "tp")]
+        sizes = [(name, getattr(self.mesh, name)) for name in AXES]
         told = [f"{name} {size}" for name, size in sizes if size > 1] or ["one accelerator"]
         return " x ".join(told)
 
@@ -102,58 +102,96 @@ class Found:
     """All layouts, and what was refused."""
 
     layouts: tuple[Layout, ...]
-    refused: tuple[str, ...]
+    refused: Counter[str]
+    """Reasons, and how many each of them refused."""
 
-    @cached_property
+    @property
     def why(self) -> str:
-        """The reason for the most of what was refused."""
-        return max(self.refused, key=self.refused.count, default="")
+        return commonest(self.refused)
+
+
+def commonest(reasons: Counter[str]) -> str:
+    """The one that refused most, the first of several; nothing where there is none."""
+    return reasons.most_common(1)[0][0] if reasons else ""
 
 
 def layouts(asked: Asked) -> Found:
     """Every layout that divides model, sequence and batch; in a fixed order."""
     found: list[Layout] = []
-    refused: list[str] = []
-    given = {name: getattr(asked, name) for name in ("pp", "dp", "cp", "tp")}
-    meshes = list(_factors(asked.accelerators, tuple(given.values())))
-    if not meshes:
-        named = {name: size for name, size in given.items() if size is not None}
-        product, told = math.prod(named.values()), " x ".join(f"{name} {size}" for name, size in named.items())
-        refused.append(f"{told} are {product}" if asked.accelerators % product == 0 else f"{told} does not divide them")
-    for pp, dp, cp, tp in meshes:
-        if pp > asked.setting.shape.layers:
-            refused.append(f"pp {pp}: the model has {asked.setting.shape.layers} layers")
-            continue
+    refused: Counter[str] = Counter()
+    for pp, dp, cp, tp in _meshes(asked, refused):
         for method in _methods(asked, cp):
             mesh = MeshShape(pp, dp, cp, tp, method, asked.setting.layout)
             try:
                 mesh.check(asked.setting.shape, (asked.setting.sequence_length,))
                 _check_heads(asked, mesh)
             except ConfigError as error:
-                refused.append(str(error))
+                refused[str(error)] += 1
                 continue
             sizes = [size for size in _sizes(asked) if asked.sequences % (dp * size) == 0]
             if not sizes:
-                refused.append(f"batch: {asked.sequences} sequences do not divide over dp {dp}")
+                refused[_undivided(asked, dp)] += 1
             for size in sizes:
                 of_mesh = [
                     Layout(mesh, kind, asked.sequences // (dp * size), size) for kind in _optimizers(asked, mesh)
                 ]
                 found += of_mesh
-    return Found(tuple(found), tuple(refused))
+    return Found(tuple(found), refused)
 
 
-def _factors(number: int, given: Sequence[int | None]) -> Iterator[tuple[int, ...]]:
-    """All ways to write a number as a product of as many, some of which are given."""
-    if not given:
-        if number == 1:
-            yield ()
+def _meshes(asked: Asked, refused: Counter[str]) -> Iterator[tuple[int, ...]]:
+    """All ways to write the accelerators as pp x dp x cp x tp, but for sizes of one direction that no mesh can have."""
+    given = {name: getattr(asked, name) for name in AXES}
+    named = {name: size for name, size in given.items() if size is not None}
+    product, whole = math.prod(named.values()), asked.accelerators
+    if whole % product or (len(named) == len(given) and product < whole):
+        told = " x ".join(f"{name} {size}" for name, size in named.items())
+        refused[f"{told} does not divide them" if whole % product else f"{told} are {product}"] += 1
         return
-    first, *rest = given
-    for size in [first] if first is not None else [n for n in range(1, number + 1) if number % n == 0]:
-        if number % size == 0:
-            for others in _factors(number // size, rest):
-                yield size, *others
+    divisors = _divisors(whole)
+    known: dict[tuple[str, int], str] = {}
+
+    def can(name: str, size: int) -> bool:
+        if (name, size) not in known:
+            known[name, size] = _why_not(asked, name, size)
+            refused.update([known[name, size]] if known[name, size] else [])
+        return not known[name, size]
+
+    def ways(names: Sequence[str], left: int) -> Iterator[tuple[int, ...]]:
+        name, *others = names
+        sizes = divisors if others else [left]
+        for size in sizes if given[name] is None else [given[name]]:
+            if left % size == 0 and (others or size == left) and can(name, size):
+                for behind in ways(others, left // size) if others else [()]:
+                    yield size, *behind
+
+    yield from ways(AXES, whole)
+
+
+def _divisors(number: int) -> list[int]:
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
+
+
+def _why_not(asked: Asked, name: str, size: int) -> str:
+    """Why no mesh has so many ranks in a direction, whatever the others are; nothing where one may."""
+    shape, length = asked.setting.shape, asked.setting.sequence_length
+    if name == "pp":
+        return f"pp {size}: the model has {shape.layers} layers" if size > shape.layers else ""
+    if name == "dp":
+        return _undivided(asked, size) if asked.sequences % size else ""
+    why = ""
+    for method in _methods(asked, size) if name == "cp" else METHODS[:1]:
+        try:
+            MeshShape(**{name: size}, context_method=method, layout=asked.setting.layout).check(shape, (length,))
+            return ""
+        except ConfigError as error:
+            why = why or str(error)
+    return why
+
+
+def _undivided(asked: Asked, dp: int) -> str:
+    return f"batch: {asked.sequences} sequences do not divide over dp {dp}"
 
 
 def _methods(asked: Asked, cp: int) -> tuple[str, ...]:

@@ -180,7 +180,7 @@ class Profile:
         older = {name: defaults[name] for name in known if name in _LATER}  # a file from before there were such models
         given["shape"] = ModelShape(**_checked(older | given["shape"], "shape.", known))
         if given["link"] is not None:
-            given["link"] = Link(**_checked(given["link"], "link.", _kinds(Link)))
+            given["link"] = Link(**_checked({"host_s_per_byte": 0.0} | given["link"], "link.", _kinds(Link)))
             if not given["link"].bytes_per_s:
                 raise ConfigError("link.bytes_per_s: 0 is not a rate; measure again, or set link to null")
         given["timings"] = tuple(_timing(row, f"timings[{at}]") for at, row in enumerate(given["timings"]))

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 from helixpipe.errors import ConfigError, ScheduleError
 from helixpipe.parts.work import Batch
-from helixpipe.predict.bounds import Bound, Placement, PolicyBound, makespan_of_order, peak_of_order
+from helixpipe.predict.bounds import Bound, PolicyBound, makespan_of_order, peak_of_order
 from helixpipe.predict.building import decided_by
 from helixpipe.predict.candidates import CONSTRUCTED, Candidate, setting_of
 from helixpipe.predict.cost import action_seconds
 from helixpipe.predict.estimate import Estimate, Setting, priced
 from helixpipe.predict.layouts import Asked, Layout
-from helixpipe.predict.steps import RankFigures, figures
+from helixpipe.predict.placement import Placement
+from helixpipe.predict.steps import Figures, figures
 from helixpipe.schedule.lower import lower
 from helixpipe.schedule.program import Program
 from helixpipe.schedule.schedule import Schedule
@@ -27,14 +28,15 @@ class Row(NamedTuple):
 
     layout: Layout
     candidate: Candidate
-    step_s: float
-    ideal_s: float
-    bubble_ratio: float
-    ranks: tuple[RankFigures, ...]
+    figures: Figures
+
+    @property
+    def step_s(self) -> float:
+        return self.figures.step_s
 
     @property
     def peak_bytes(self) -> int:
-        return max(rank.peak_bytes for rank in self.ranks)
+        return self.figures.peak_bytes
 
     @property
     def schedule_told(self) -> str:
@@ -77,7 +79,9 @@ def placed(setting: Setting, layout: Layout, candidate: Candidate, ranks: int = 
             schedule = setting.build(candidate.family, ranks, min(m, 2), **options)
         except ConfigError:
             schedule = setting.build(candidate.family, ranks, min(m, 2 * ranks), **options)
-        made = Placement(schedule, candidate.family == CONSTRUCTED)  # which decides it by what is shorter
+        made = Placement(
+            schedule, setting.shape, candidate.family == CONSTRUCTED
+        )  # which decides it by what is shorter
         # families with the same stages on the same ranks are one
         same = (setting.shape, schedule.stages, schedule.ranks_of, made.splits)
         _placements[key] = _placements.setdefault(same, made)
@@ -103,8 +107,7 @@ def refine(task: Task) -> Result:
     if least_s > limit_s:
         return Result(bound=Bound(least_s, least_bytes))
     estimate = priced(_program(schedule, setting, batch), setting)
-    found = figures([estimate])
-    return Result(Row(layout, candidate, found.step_s, found.ideal_s, found.bubble_ratio, found.ranks))
+    return Result(Row(layout, candidate, figures([estimate])))
 
 
 def estimate_row(asked: Asked, row: Row) -> Estimate:

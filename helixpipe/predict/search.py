@@ -13,6 +13,7 @@ import gc
 import heapq
 import itertools
 import multiprocessing
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from typing import Any
 from helixpipe.errors import ConfigError, ScheduleError
 from helixpipe.parts.work import Batch
 from helixpipe.predict.beside import built_like
-from helixpipe.predict.bounds import Bound, Costs, PolicyBound
+from helixpipe.predict.bounds import Bound, PolicyBound
 from helixpipe.predict.candidates import (
     CONSTRUCTED,
     RECOMPUTE,
@@ -35,8 +36,12 @@ from helixpipe.predict.candidates import (
     spread,
     together,
 )
-from helixpipe.predict.layouts import Asked, Layout, layouts
+from helixpipe.predict.cost import PartCosts
+from helixpipe.predict.estimate import Setting
+from helixpipe.predict.layouts import Asked, Layout, commonest, layouts
+from helixpipe.predict.placement import Placement
 from helixpipe.predict.refine import Result, Row, Task, placed, refine
+from helixpipe.predict.sums import Prices
 from helixpipe.schedule import families
 
 ALONE = ("1f1b", "seq1f1b")
@@ -85,18 +90,20 @@ class _Search:
     top: int
     progress: Progress
     best: dict[tuple[int, ...], Row] = field(default_factory=dict)
-    queue: list[tuple[float, int, Any]] = field(default_factory=list)
+    queue: list[tuple[float, int, Layout, PolicyBound | Candidate]] = field(default_factory=list)
     simulated: int = 0
     schedules: int = 0
-    refusals: list[str] = field(default_factory=list)
+    refusals: Counter[str] = field(default_factory=Counter)
     least: tuple[float, str] = (float("inf"), "")
     _order: Iterator[int] = field(default_factory=itertools.count)
+    _prices: dict[PartCosts, dict[Batch, Prices]] = field(default_factory=dict)
+    _schedules: dict[tuple[int, int, int], list[Candidate]] = field(default_factory=dict)
 
     def run(self, executor: Executor, processes: int) -> Answer:
         found = layouts(self.asked)
         if not found.layouts:
             raise ConfigError(f"accelerators: no layout of {self.asked.accelerators} can be: {found.why}")
-        self.refusals += found.refused
+        self.refusals.update(found.refused)
         for layout in found.layouts:
             self._enter(layout)
         under_way: dict[Future[Result], Task] = {}
@@ -113,27 +120,35 @@ class _Search:
             self.progress(self.simulated, self._left() + len(under_way))
         self._construct(executor)
         rows = sorted(self.best.values(), key=_rank)[: self.top]
-        why = max(self.refusals, key=self.refusals.count, default="")
-        return Answer(tuple(rows), len(found.layouts), self.schedules, self.simulated, why, *self.least)
+        return Answer(
+            tuple(rows), len(found.layouts), self.schedules, self.simulated, commonest(self.refusals), *self.least
+        )
 
     def _enter(self, layout: Layout) -> None:
         """A layout under each policy, with its bound."""
         try:
             setting = layout.setting(self.asked)
         except ConfigError as error:
-            self.refusals.append(str(error))
+            self.refusals[str(error)] += 1
             return
+        prices = self._prices.setdefault(setting.costs, {})
         chunks = chunk_sizes(setting.sequence_length, layout.mesh.cp) if slices(setting.shape) else (0,)
         for recompute, chunk in itertools.product(RECOMPUTE, chunks):
             keeping = replace(setting.keeping, recompute=recompute, mlp_chunk=chunk, head_chunk=chunk)
-            policy = PolicyBound(replace(setting, keeping=keeping), layout.mesh.pp, layout.microbatches)
-            self._push(policy.bound, (layout, policy), str(layout))
+            policy = PolicyBound(replace(setting, keeping=keeping), layout.mesh.pp, layout.microbatches, prices)
+            self._push(policy.bound, layout, policy)
 
-    def _push(self, bound: Bound, item: Any, told: str) -> None:
-        if bound.peak_bytes > self.asked.memory_bytes:
-            self.least = min(self.least, (bound.peak_bytes, told))
+    def _push(self, bound: Bound, layout: Layout, item: PolicyBound | Candidate) -> None:
+        if bound.peak_bytes <= self.asked.memory_bytes:
+            heapq.heappush(self.queue, (bound.step_s, next(self._order), layout, item))
         else:
-            heapq.heappush(self.queue, (bound.step_s, next(self._order), item))
+            self._misses(bound.peak_bytes, layout, item)
+
+    def _misses(self, nbytes: float, layout: Layout, item: PolicyBound | Candidate) -> None:
+        """It needs so much at least, which is more than there is."""
+        if nbytes <= self.least[0]:
+            told = str(layout) if isinstance(item, PolicyBound) else f"{layout}, {item}"
+            self.least = min(self.least, (nbytes, told))
 
     def limit_s(self, layout: Layout) -> float:
         """What is slower is neither its mesh's best nor among the best meshes."""
@@ -143,7 +158,10 @@ class _Search:
 
     def _next(self) -> Task | None:
         """The lowest bound: refined here where it is of a policy, and handed out where it is of a schedule."""
-        bound_s, _, (layout, item) = heapq.heappop(self.queue)
+        bound_s, _, layout, item = heapq.heappop(self.queue)
+        if bound_s > self._slowest_s:
+            self.queue.clear()  # all others are slower still
+            return None
         limit_s = self.limit_s(layout)
         if bound_s > limit_s:
             return None
@@ -152,40 +170,57 @@ class _Search:
             return None
         return Task(self.asked, layout, item, limit_s)
 
+    @property
+    def _slowest_s(self) -> float:
+        """What is slower is among the best meshes of no layout."""
+        times = sorted(row.step_s for row in self.best.values())
+        return times[self.top - 1] if len(times) >= self.top else float("inf")
+
     def _expand(self, layout: Layout, policy: PolicyBound) -> None:
-        setting, keeping = policy.setting, policy.setting.keeping
-        costs: dict[Batch, Costs] = {}
-        for candidate in schedules_of(self.asked, layout):
+        keeping = policy.setting.keeping
+        settings: dict[tuple[float, str], Setting] = {}  # most candidates are alike in these, and in their stages
+        placements: dict[tuple[Any, ...], Placement | str] = {}
+        for candidate in self._schedules_of(layout, policy.setting):
             candidate = candidate._replace(recompute=keeping.recompute, chunk=keeping.mlp_chunk)
+            alike = candidate.evenness, families.default_partition(candidate.family)
+            if alike not in settings:
+                settings[alike] = setting_of(policy.setting, candidate)
+            mine = settings[alike]
+            key = alike, candidate.family, tuple(option for option in candidate.options if option[0] != "segments")
             try:
-                mine = setting_of(setting, candidate)
                 batch = mine.batch(dict(candidate.options).get("segments", 1))
-                placement = placed(mine, layout, candidate)
-            except (ConfigError, ScheduleError) as error:
-                self.refusals.append(str(error))
+                if key not in placements:
+                    placements[key] = _placed(mine, layout, candidate)
+            except ConfigError as error:
+                self.refusals[str(error)] += 1
+                continue
+            placement = placements[key]
+            if isinstance(placement, str):
+                self.refusals[placement] += 1
                 continue
             if candidate.chunk and candidate.chunk >= max(batch.segment_lengths):
                 continue  # no segment is longer: it is another candidate
             self.schedules += 1
-            if batch not in costs:
-                costs[batch] = Costs(mine, batch)
-            bound = policy.of_placement(
-                placement, costs[batch], placement.standing(mine), placement.reduction_s(mine),
-                together(candidate, layout.mesh.pp, layout.microbatches),
-            )  # fmt: skip
-            self._push(bound, (layout, candidate), f"{layout}, {candidate}")
+            bound = policy.of_placement(placement, batch, together(candidate, layout.mesh.pp, layout.microbatches))
+            self._push(bound, layout, candidate)
+
+    def _schedules_of(self, layout: Layout, setting: Setting) -> list[Candidate]:
+        key = layout.mesh.pp, layout.microbatches, setting.segment_multiple
+        if key not in self._schedules:
+            self._schedules[key] = schedules_of(self.asked, layout)
+        return self._schedules[key]
 
     def _take(self, task: Task, result: Result) -> None:
         if result.refused:
-            self.refusals.append(result.refused)
+            self.refusals[result.refused] += 1
         elif result.bound is not None:  # it is slower, or does not fit
             if result.bound.peak_bytes > self.asked.memory_bytes:
-                self.least = min(self.least, (result.bound.peak_bytes, f"{task.layout}, {task.candidate}"))
+                self._misses(result.bound.peak_bytes, task.layout, task.candidate)
         elif result.row is not None:
             self.simulated += 1
             row, key = result.row, task.layout.key
             if row.peak_bytes > self.asked.memory_bytes:
-                self.least = min(self.least, (float(row.peak_bytes), f"{row.layout}, {row.candidate}"))
+                self._misses(float(row.peak_bytes), row.layout, row.candidate)
             elif key not in self.best or _rank(row) < _rank(self.best[key]):
                 self.best[key] = row
 
@@ -193,7 +228,7 @@ class _Search:
         """Of each of the best meshes an order built for its costs, with the stages and the memory of the best that was found."""
         tasks = []
         for row in sorted(self.best.values(), key=_rank)[: self.top]:
-            fullest, ranks = max(row.ranks, key=lambda rank: rank.peak_bytes), row.layout.mesh.pp
+            fullest, ranks = max(row.figures.ranks, key=lambda rank: rank.peak_bytes), row.layout.mesh.pp
             room = min(self.asked.memory_bytes, 2 * fullest.peak_bytes) - (
                 fullest.peak_bytes - fullest.peak_activation_bytes
             )
@@ -210,7 +245,18 @@ class _Search:
 
     def _left(self) -> int:
         """How many could still change the answer."""
-        return sum(bound_s <= self.limit_s(item[0]) for bound_s, _, item in self.queue)
+        limits = {
+            layout.key: self.limit_s(layout) for layout in {layout.key: layout for *_, layout, _ in self.queue}.values()
+        }
+        return sum(bound_s <= limits[layout.key] for bound_s, _, layout, _ in self.queue)
+
+
+def _placed(setting: Setting, layout: Layout, candidate: Candidate) -> Placement | str:
+    """A candidate's stages, or why it cannot have any."""
+    try:
+        return placed(setting, layout, candidate)
+    except (ConfigError, ScheduleError) as error:
+        return str(error)
 
 
 def _rank(row: Row) -> tuple[Any, ...]:

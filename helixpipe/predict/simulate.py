@@ -6,6 +6,9 @@
                                                        communicator, where it has one for both directions
 
 Ranks are taken in the order of their clocks, so whatever shares a link is served in the order of time.
+
+Where a rank's own processor carries its messages, they take that time from its actions: the next one is longer by it. What fell
+into a wait is free.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ def simulate_program(
     keeping: Keeping | None = None,
     share: ModelShape | None = None,
     communicators: Communicators = "direction",
+    host_seconds: Callable[[Message], float] | None = None,
 ) -> Timeline:
     """A program, messages and all: linear in its instructions.
 
@@ -47,9 +51,10 @@ def simulate_program(
     its rank has come to it and the messages it waits for are here. With `keeping` the timeline has live bytes:
     activations, and `message_bytes` of what is under way (from a send's posting to its end, from a receive's posting
     until the action that reads it). `share` is what one accelerator of a rank holds of the parameters, see `held_bytes`.
-    `communicators`: whether messages of two ranks in both directions travel at once, or take turns.
+    `communicators`: whether messages of two ranks in both directions travel at once, or take turns. `host_seconds`: what a
+    message takes of each end's own processor while it travels; None is nothing.
     """
-    run = _Run(program, message_seconds, message_bytes, keeping is not None, communicators == "pair")
+    run = _Run(program, message_seconds, message_bytes, keeping is not None, communicators == "pair", host_seconds)
     while run.ready:
         clock, rank = heapq.heappop(run.ready)
         run.go_on(rank, clock, seconds)
@@ -74,6 +79,7 @@ class _Run:
     message_bytes: Callable[[Message], int]
     counts: bool
     takes_turns: bool
+    host_seconds: Callable[[Message], float] | None
     positions: list[int] = field(init=False)
     spans: list[list[Span]] = field(init=False)
     buffers: list[list[tuple[float, int]]] = field(init=False)
@@ -95,6 +101,7 @@ class _Run:
         self._posted: set[int] = set()  # numbers of messages that one side has posted
         self._arrived: dict[int, float] = {}
         self._waiting: dict[int, int] = {}  # number of a message -> the rank that waits for it
+        self._carries: list[list[tuple[float, float, float]]] = [[] for _ in range(ranks)]  # see `_taken_s`
         self._one_tensor = one_tensor(self.program) if self.counts else {}
         self._carried: dict[int, list[tuple[float, int, int]]] = {}  # of those: when, more or fewer, bytes
 
@@ -129,10 +136,21 @@ class _Run:
                     return
                 continue
             last, self._stalled[rank] = self._later(last, self._stalled[rank]), None
-            end = self._free[rank] = start + seconds(instruction.action)
+            end = start + seconds(instruction.action) + self._taken_s(rank, start)
+            self._free[rank] = end
             self.spans[rank].append(Span(instruction.action, start, end, "" if last is None else str(last)))
             heapq.heappush(self.ready, (end, rank))
             return
+
+    def _taken_s(self, rank: int, start: float) -> float:
+        """What messages took of a rank's processor since its last action began; not in the wait before this one, which is free."""
+        carries, free = self._carries[rank], self._free[rank]
+        taken_s = 0.0
+        for leaves, arrives, host_s in carries:
+            waited_s = min(arrives, start) - max(leaves, free)
+            taken_s += host_s * (1 - max(0.0, waited_s) / (arrives - leaves))
+        carries.clear()
+        return taken_s
 
     def _later(self, first: Message | None, second: Message | None) -> Message | None:
         """Of two messages the one that arrived later, if either is one."""
@@ -156,6 +174,9 @@ class _Run:
             self._pair[pair] = leaves + takes
         self._arrived[number] = self._way_out[src] = self._way_in[dst] = leaves + takes
         self._holds(src, leaves + takes, -1, message)
+        if self.host_seconds is not None and takes:
+            for end in (src, dst):
+                self._carries[end].append((leaves, leaves + takes, self.host_seconds(message)))
         if number in self._waiting:
             heapq.heappush(self.ready, (leaves + takes, self._waiting.pop(number)))
 

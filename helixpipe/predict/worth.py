@@ -10,11 +10,11 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from helixpipe.predict.bounds import Costs
 from helixpipe.predict.cost import action_seconds
 from helixpipe.predict.estimate import Estimate, Setting
 from helixpipe.predict.hardware import named_link
 from helixpipe.predict.holding import Holding, holding
+from helixpipe.predict.sums import Costs
 
 _FREE = named_link("free")
 

@@ -68,12 +68,26 @@ class Needs:
             self._forward[key] = self._share(self.work.forward_workspace(part, graph))
         return self._forward[key]
 
-    def backward_bytes(self, chunk: Chunk, place: int) -> int:
-        """Workspace of a part's backward, and the gradients that wait in the chunk when it begins."""
+    def backward_bytes(self, chunk: Chunk, place: int, splits: bool) -> int:
+        """Workspace of a part's backward, and the gradients that wait in the chunk when it begins.
+
+        0 where it cannot be the chunk's most: the backward of a part behind it, which comes before, needs no less while no less is
+        kept. What is kept grows only in backwards that keep gradients: of linear layers, where the chunk `splits` into I and W,
+        and of the keys and values of earlier segments.
+        """
         part = chunk.parts[place]
         if part not in self._backward:
-            self._backward[part] = self._share(chunk.backward_bytes(place, self.work))
+            most = 0
+            for at, each in reversed(list(enumerate(chunk.parts))):
+                nbytes = self._share(chunk.backward_bytes(at, self.work))
+                self._backward[each] = nbytes if nbytes > most else 0
+                most = 0 if self._keeps_gradients(each, splits) else max(most, nbytes)
         return self._backward[part]
+
+    def _keeps_gradients(self, part: Part, splits: bool) -> bool:
+        cut = len(self.work.batch.segment_lengths) > 1
+        inside = [inner.about for inner in part.about.inside(part)]
+        return any((splits and kind.splits) or (cut and kind.attends) for kind in inside)
 
     def check(
         self, part: Part, module: torch.nn.Module, made: Collection[Tensor], losses: tuple[int, ...] = ()

@@ -47,6 +47,7 @@ from helixpipe.runtime.tensor import TensorParallel
 from helixpipe.runtime.transport import Transport
 from helixpipe.runtime.weights import Weights
 from helixpipe.runtime.words import Told, Word, flagged, flags, numbers, told
+from helixpipe.schedule.action import Pass
 from helixpipe.schedule.check import check
 from helixpipe.schedule.lower import lower
 from helixpipe.schedule.partition import Cut, as_training
@@ -157,8 +158,9 @@ class Pipeline:
             program = lower(schedule, self._shape, model.shape.example(schedule.segments))
             self._transport.meet(program.messages, self.mesh.lines)
         collect = self._weights.multiply_in if self._weights.adds_wide else None
+        splits = any(action.kind is Pass.I for order in schedule.ranks for action in order)
         self._tapes = {
-            s: Tape(stage, self._weights.modules, recompute, self._ledger, schedule.outputs[s], collect)
+            s: Tape(stage, self._weights.modules, recompute, self._ledger, schedule.outputs[s], collect, splits)
             for s, stage in enumerate(schedule.stages)
             if self.rank in schedule.ranks_of[s]
         }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,8 +90,9 @@ class Stages:
             past = self._key_values.setdefault(mb, KeyValuesByLayer(self.ledger, self.feeds[mb, seg].batch))
         needs = self._needs(mb, seg) if self._needs else None
         stream = self._streams(mb, seg) if self._streams else None
-        feed = replace(self.feeds[mb, seg], key_values=past, needs=needs, stream=stream)
-        self._fed[mb, seg] = found = replace(feed, microbatch=mb, by_token=not self.training)
+        more: dict[str, Any] = {"microbatch": mb, "by_token": not self.training}
+        found = replace(self.feeds[mb, seg], key_values=past, needs=needs, stream=stream, **more)
+        self._fed[mb, seg] = found
         return found
 
     def _forward(self, action: Action) -> None:

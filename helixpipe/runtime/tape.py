@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -107,9 +108,11 @@ class Tape:
         ledger: Ledger,
         outputs: Sequence[Value] | frozenset[Value],
         collect: Callable[[nn.Parameter, Tensor, Tensor], None] | None = None,
+        splits: bool = True,
     ) -> None:
-        """`collect`: see `WeightQueue`."""
+        """`collect`: see `WeightQueue`. `splits`: whether it may be asked for an input backward alone."""
         self.stage, self.modules, self.policy, self.ledger = stage, modules, policy, ledger
+        self._splits = splits
         self.chunks = chunks(stage, policy == "none", outputs)
         self.queue = WeightQueue(ledger.keep, collect)
         self._calls = {part: _Call(modules[part], part.reads, part.makes, part.about.attends) for part in stage.parts}
@@ -259,8 +262,9 @@ class Tape:
             made = [each if each.requires_grad else each.detach().requires_grad_() for each in made]
         if feed.needs is not None:
             feed.needs.check(part, module, made, feed.targets.shape if feed.by_token else ())
-            if graph and made[-1].requires_grad and (nbytes := feed.needs.backward_bytes(chunk, place)):
-                made[-1].register_hook(lambda _: self.ledger.works(nbytes))
+            nbytes = feed.needs.backward_bytes(chunk, place, self._splits) if graph else 0
+            if nbytes and made[-1].requires_grad:
+                _before_backward(made[-1], partial(_works, self.ledger, nbytes))
         if self.probe is not None:
             if lean is None:  # what a recompute makes was seen, and may be a stand-in that nobody reads
                 self.probe.made(part, feed.microbatch, feed.segment, made)
@@ -277,6 +281,18 @@ class _Call(NamedTuple):
     reads: tuple[Value, ...]
     makes: tuple[Value, ...]
     attends: bool
+
+
+def _before_backward(made: Tensor, works: Callable[[object], None]) -> None:
+    """Call it when the backward of what made this begins. A hook of a node costs less than one of a tensor."""
+    if made.grad_fn is None:
+        made.register_hook(works)
+    else:
+        made.grad_fn.register_prehook(works)
+
+
+def _works(ledger: Ledger, nbytes: int, _: object) -> None:
+    ledger.works(nbytes)
 
 
 class _Root(Function):

@@ -31,7 +31,7 @@ SIZES += [Size(1, 1024, 1024), Size(1, 256, 256), Size(1, 256, 1792)]
 PRICES = {kind: {"start": 1e-5 * i, "tokens": 1e-6 * i} for i, kind in enumerate(PROFILED, start=1)}
 PRICES["attn"] = {"start": 2e-5, "tokens": 1e-7, "own": 3e-9, "earlier": 5e-9, "gathered": 2e-8, "merged": 4e-7}
 FACTOR = {"forward": 1.0, "input": 2.0, "weight": 1.5}
-LINK = Link("measured", 1.5e9, 8e-5, "ping-pong between two ranks of this machine over gloo")
+LINK = Link("measured", 1.5e9, 8e-5, "ping-pong between two ranks of this machine over gloo", host_s_per_byte=3e-10)
 
 
 def cost(kind: str, name: str, at: Size) -> float:
@@ -304,6 +304,13 @@ def test_a_broken_file_is_refused(tmp_path: Path, text: str, message: str) -> No
     with pytest.raises(ConfigError) as error:
         Profile.load(file)
     assert str(error.value) == f"{file}: {message}"
+
+
+def test_a_file_from_before_processors_carried_messages() -> None:
+    link = {"name": "x", "bytes_per_s": 1e9, "latency_s": 0.1, "source": ""}
+    found = Profile.from_json(edited(link=link)).link
+    assert found is not None
+    assert found.host_s_per_byte == 0.0
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from helixpipe.errors import ConfigError, ScheduleError
 from helixpipe.parts.shape import ModelShape
 from helixpipe.parts.work import Keeping
 from helixpipe.predict import search as module
-from helixpipe.predict.bounds import Costs, PolicyBound, makespan_of_order, peak_of_order
+from helixpipe.predict.bounds import PolicyBound, makespan_of_order, peak_of_order
 from helixpipe.predict.candidates import CONSTRUCTED, RECOMPUTE, Candidate, chunk_sizes, setting_of, together
 from helixpipe.predict.cost import action_seconds
 from helixpipe.predict.estimate import Setting, priced
@@ -49,18 +49,12 @@ def everything(asked: Asked) -> list[Row]:
             except (ConfigError, ScheduleError):
                 continue
             found = figures([priced(lower(schedule, SHAPE, batch), setting)])
-            row = Row(layout, candidate, found.step_s, found.ideal_s, found.bubble_ratio, found.ranks)
+            row = Row(layout, candidate, found)
             rows.append(row)
             policy, small = PolicyBound(setting, layout.mesh.pp, m), placed(setting, layout, candidate)
             bounds = [
                 policy.bound,
-                policy.of_placement(
-                    small,
-                    Costs(setting, batch),
-                    small.standing(setting),
-                    small.reduction_s(setting),
-                    together(candidate, layout.mesh.pp, m),
-                ),
+                policy.of_placement(small, batch, together(candidate, layout.mesh.pp, m)),
             ]
             for bound in bounds:
                 assert bound.step_s <= row.step_s, row
@@ -118,13 +112,7 @@ def test_a_model_whose_layers_differ_keeps_its_bounds(monkeypatch: pytest.Monkey
             schedule = mine.build(candidate.family, 2, layout.microbatches, **dict(candidate.options))
             found = figures([priced(lower(schedule, shape, batch), mine)])
             policy, small = PolicyBound(mine, 2, layout.microbatches), placed(mine, layout, candidate)
-            bound = policy.of_placement(
-                small,
-                Costs(mine, batch),
-                small.standing(mine),
-                small.reduction_s(mine),
-                together(candidate, 2, layout.microbatches),
-            )
+            bound = policy.of_placement(small, batch, together(candidate, 2, layout.microbatches))
             assert bound.step_s <= found.step_s
             assert bound.peak_bytes <= found.peak_bytes
 

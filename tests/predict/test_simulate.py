@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -159,3 +160,20 @@ def test_a_weight_gradient_still_needs_what_was_kept() -> None:
     assert peak_kept(from_csv(stage + "0F0,0I0,0F1,0I1,0W0,0W1\n")) == (2,)
     assert peak_kept(from_csv(stage + "0F0,0I0,0W0,0F1,0I1,0W1\n")) == (1,)
     assert peak_kept(from_csv(stage + "0F0,0R0,0B0,0F1,0B1\n")) == (1,)
+
+
+def test_a_message_takes_its_ends_own_processor_from_their_actions() -> None:
+    """Rank 0 sends three values while it computes; rank 1 waits for the first, which is free there."""
+    program = program_of(build_schedule("gpipe", ranks=2, layers=2, microbatches=3))
+    messages: dict[str, Any] = {"message_seconds": lambda message: 1.0, "host_seconds": lambda message: 0.25}
+    timeline = simulate_program(program, lambda action: 1.0, **messages)
+    first, second = ([(s.start_s, s.end_s) for s in spans[:4]] for spans in timeline.spans)
+    assert first[:3] == [(0, 1), (1, 2.25), (2.25, 3.5)]
+    # the first value came in a wait; the second left at 2.25 and came at 3.25, when rank 1 had waited since 3
+    assert second[:2] == [(2, 3), (3.25, 4.25 + 0.75 * 0.25)]
+
+
+def test_a_processor_that_carries_nothing_changes_nothing() -> None:
+    program = program_of(build_schedule("1f1b", ranks=3, layers=3, microbatches=4))
+    costs = lambda action: 1.0, lambda message: 0.5
+    assert simulate_program(program, *costs, host_seconds=lambda message: 0.0) == simulate_program(program, *costs)
