@@ -6,8 +6,8 @@ Times are whole numbers, of which an action takes `GRAIN` on average: sums are e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from helixpipe.schedule.action import Action
@@ -51,6 +51,13 @@ class Graph:
         for i, rank in enumerate(self.rank):
             found[rank].append(i)
         return tuple(map(tuple, found))
+
+    def behind(self, pairs: Iterable[tuple[int, int]]) -> Graph:
+        """The same where, of each pair, the second is not to be taken before the first has ended."""
+        found = list(map(list, self.followers))
+        for first, second in pairs:
+            found[first].append((second, 0))
+        return replace(self, followers=tuple(map(tuple, found)))
 
     @cached_property
     def backwards(self) -> Graph:
