@@ -58,6 +58,13 @@ class Graph:
         found.__dict__.update(number=self.number, waits=self.waits, own=self.own)
         return found
 
+    def behind(self, pairs: Iterable[tuple[int, int]]) -> Graph:
+        """The same where, of each pair, the second is not to be taken before the first has ended."""
+        found = list(map(list, self.followers))
+        for first, second in pairs:
+            found[first].append((second, 0))
+        return replace(self, followers=tuple(map(tuple, found)))
+
     @cached_property
     def backwards(self) -> Graph:
         """Time reversed: what an action waited for waits for it."""

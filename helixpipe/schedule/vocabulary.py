@@ -6,7 +6,9 @@
 
 Each rank keeps the family's own order. Shards and the loss come between, each as soon as all it waits for is there and its rank is
 free; they are short, and others wait for them. A backward now waits until all ranks have come to the shards of its unit. So
-the family's forwards are taken earlier, some more of them before each backward, as far as that pays:
+the family's forwards are taken earlier, some more of them before each backward, as far as that pays. Where weight gradients are
+put off, a second way is tried with each number of forwards: that order as what a rank prefers, and W, I and F run past one
+another where it would stand still, but for forwards, which keep their distance.
 
     1f1b, p=2, m=2: stages 0 and 1 are the layers', 2 and 3 look up, 4 and 5 are logits, 6 is the loss
 
@@ -19,13 +21,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from helixpipe.errors import ConfigError
 from helixpipe.parts.part import Part, chain, ends
 from helixpipe.schedule.action import Action, Pass
 from helixpipe.schedule.chains import in_chains
-from helixpipe.schedule.construct import Built, schedule_of
+from helixpipe.schedule.construct import Built, list_schedule, schedule_of
 from helixpipe.schedule.durations import unit_durations
 from helixpipe.schedule.graph import Graph, graph
 from helixpipe.schedule.order import Stuck
@@ -52,11 +55,11 @@ VAIN = 2
 def spread(schedule: Schedule, prices: Prices = unit_durations) -> Schedule:
     """The schedule with embedding and head in shards, one of each a rank; `prices` decide the order. Stages keep their numbers."""
     draft, paced = with_shards(schedule)
-    costs = prices(draft)
-    known = graph(draft, costs, delay(draft, costs, len(schedule.stages)), paced)
+    costs, own = prices(draft), len(schedule.stages)
+    known = graph(draft, costs, delay(draft, costs, own), paced)
     tries = deeper(known, schedule.ranks, lambda built: True)
     best = next(tries)  # the family's own order can always be run
-    counts = [_counted(action, len(schedule.stages)) for action in known.actions]
+    counts = [_counted(action, own) for action in known.actions]
     kept = _kept(counts, best)
     for built in tries:
         more = _kept(counts, built)
@@ -132,23 +135,49 @@ def _cut(whole: Sequence[Part], ranks: int) -> tuple[Sequence[Part], Part, Part,
 
 
 def deeper(known: Graph, orders: Sequence[Sequence[Action]], fits: Callable[[Built], bool]) -> Iterator[Built]:
-    """Each rank's own actions in order, shards as soon as they can be, with more and more forwards ahead while that pays and fits."""
+    """Shards as soon as they can be, and more and more of each rank's own forwards ahead while that pays and fits."""
     best, vain = 0, 0
+    ways = (_strictly, _loosely) if any(action.kind is Pass.W for order in orders for action in order) else (_strictly,)
     for more in MORE:
-        chains = [[known.number[action] for action in ahead(order, more)] for order in orders]
-        try:
-            built = in_chains(known, chains)
-        except Stuck:  # so many forwards wait for backwards that come behind them
+        built = [each for way in ways for each in way(known, orders, more) if fits(each)]
+        if not built:
             return
-        if not fits(built):
-            return
-        if not best or built.makespan < best * (1 - GAIN):
-            best, vain = built.makespan, 0
-            yield built
+        shortest = min(built, key=lambda each: each.makespan)
+        if not best or shortest.makespan < best * (1 - GAIN):
+            best, vain = shortest.makespan, 0
+            yield shortest
             continue
         vain += 1
         if vain == VAIN:
             return
+
+
+def _strictly(known: Graph, orders: Sequence[Sequence[Action]], more: int) -> Iterator[Built]:
+    """Each rank's own actions in order; none where so many forwards wait for backwards that come behind them."""
+    chains = [[known.number[action] for action in ahead(order, more)] for order in orders]
+    with suppress(Stuck):
+        yield in_chains(known, chains)
+
+
+def _loosely(known: Graph, orders: Sequence[Sequence[Action]], more: int) -> Iterator[Built]:
+    """Forwards in their order, W in theirs and all else in its own, each rank preferring the whole; no forward earlier in it."""
+    rank_of = list(range(len(known.actions)))
+    chains: list[list[int]] = []
+    after: list[tuple[int, int]] = []
+    for order in orders:
+        for place, action in enumerate(ahead(order, more)):
+            rank_of[known.number[action]] = len(rank_of) + place
+        lanes: dict[Pass, list[int]] = {Pass.F: [], Pass.I: [], Pass.W: []}
+        before = []  # of each forward, how many of the other lanes the order has before it
+        for action in order:
+            if action.kind is Pass.F:
+                before.append((len(lanes[Pass.I]), len(lanes[Pass.W])))
+            lanes.get(action.kind, lanes[Pass.I]).append(known.number[action])
+        for forward, counts in zip(lanes[Pass.F][more:], before, strict=False):
+            others = zip((lanes[Pass.I], lanes[Pass.W]), counts, strict=True)
+            after += [(lane[count - 1], forward) for lane, count in others if count]
+        chains += lanes.values()
+    yield list_schedule(known.behind(after), rank_of, chains=chains)
 
 
 def ahead(order: Sequence[Action], more: int) -> Iterator[Action]:

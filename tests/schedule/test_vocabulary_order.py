@@ -25,6 +25,13 @@ from helixpipe.schedule.text import from_csv, from_json, to_csv, to_json
 from helixpipe.schedule.vocabulary import ahead, with_shards
 from helixpipe.view.text import staircase
 
+LANES = (
+    lambda kind: kind is Pass.F,
+    lambda kind: kind is Pass.W,
+    lambda kind: kind not in (Pass.F, Pass.W),
+)
+"""What stays in a family's order among itself."""
+
 
 def shares(head: float):
     """F 1 and B 2 of a rank's layers and micro-batch, evenly over segments; the head is so much of them, in all."""
@@ -110,16 +117,40 @@ def test_every_family_keeps_its_order_between_shards(family: str, data: st.DataO
     for rank, (order, before) in enumerate(zip(spread.ranks, last.ranks, strict=True)):
         mine = [a for a in order if a.stage < own]
         if family != "constructed":
-            for forward in (True, False):
-                assert [a for a in mine if (a.kind is Pass.F) == forward] == [
-                    a for a in before if (a.kind is Pass.F) == forward
-                ]
+            for of_lane in LANES:
+                assert [a for a in mine if of_lane(a.kind)] == [a for a in before if of_lane(a.kind)]
         shards = {str(part) for a in order if a.stage >= own for part in spread.stages[a.stage].parts}
         assert {name for name in shards if not name.startswith("loss")} == {
             str(Part("lookup", 0, rank, p)), str(Part("logits", p * v + 1, rank, p)),
         }  # fmt: skip
     assert from_json(to_json(spread)) == from_csv(to_csv(spread)) == spread
     check(spread.forward_only(), forward_only=True)
+
+
+@pytest.mark.parametrize(("family", "v", "segments"), [("zb_v", 2, 1), ("seq1f1b_zb", 1, 4)])
+def test_weight_gradients_let_others_pass(family: str, v: int, segments: int) -> None:
+    """Mostly attention: an I takes two F, and a W next to nothing. One chain of them all stands still at each late I."""
+
+    def prices(schedule: Schedule):
+        layers = {Pass.F: 1.0, Pass.I: 2.0, Pass.W: 0.2}
+        shards = {Pass.F: 0.05, Pass.B: 0.1}
+        heads = [stage.parts[0].kind == "logits" for stage in schedule.stages]
+        pieces = [
+            heads[s] or any(part.kind == "attn" for part in stage.parts) for s, stage in enumerate(schedule.stages)
+        ]
+        return lambda a: pieces[a.stage] * (shards if heads[a.stage] else layers).get(a.kind, 0.0) / (v * segments)
+
+    sizes = {"ranks": 4, "layers": 4 * v, "microbatches": 8} | ({"segments": segments} if segments > 1 else {})
+    own = build_schedule(family, **sizes)
+    draft, paced = vocabulary.with_shards(own)
+    known = graph(draft, prices(draft), vocabulary.delay(draft, prices(draft), len(own.stages)), paced)
+    chained = [built for more in vocabulary.MORE for built in vocabulary._strictly(known, own.ranks, more)]
+    spread = build_schedule(family, **sizes, vocabulary="spread", prices=prices)
+    order = [[known.number[action] for action in order] for order in spread.ranks]
+    made = list_schedule(known, range(len(known.actions)), chains=order)
+    kept = vocabulary._kept(known, made, len(own.stages))
+    as_much = [built.makespan for built in chained if vocabulary._kept(known, built, len(own.stages)) <= kept]
+    assert made.makespan < 0.99 * min(as_much), (made.makespan, min(as_much), kept)
 
 
 def test_words_are_looked_up_just_before_they_are_needed() -> None:
