@@ -168,8 +168,9 @@ def _head(answer: Answer, asked: Asked, args: argparse.Namespace, taken_s: float
     if setting.profile is None and not setting.only_ratios:
         lines.append(f"attention: {setting.accelerator.attention}")
         lines += [f"not called by training: {kernel}" for kernel in setting.accelerator.other_attention]
+    more = f" by more than {answer.within:.0%}" if answer.within else ""
     lines.append(
-        f"{answer.layouts} layouts; {answer.simulated} schedules simulated in {taken_s:.0f} s, of named families no other is faster"
+        f"{answer.layouts} layouts; {answer.simulated} schedules simulated in {taken_s:.0f} s, of named families no other is faster{more}"
     )
     return lines + ([ONLY_RATIOS] if setting.only_ratios else [])
 
@@ -290,7 +291,7 @@ def _as_json(answer: Answer, asked: Asked, found: Worth, taken_s: float) -> dict
     }
     kernel = asked.setting.accelerator.attention
     return {
-        "rows": rows, "best": best, "layouts": answer.layouts, "simulated": answer.simulated, "taken_s": taken_s,
+        "rows": rows, "best": best, "layouts": answer.layouts, "simulated": answer.simulated, "within": answer.within, "taken_s": taken_s,
         "only_ratios": asked.setting.only_ratios,
         "attention": {"kernel": kernel.name, "forward": kernel.forward, "backward": kernel.backward, "source": kernel.source},
     }  # fmt: skip

@@ -5,6 +5,10 @@
 
 Whatever has the lowest bound is refined; the search ends when no bound is below the times found. What is never simulated is
 therefore no faster than what is told, or does not fit: each mesh's best is its best, and so are the best meshes.
+
+With many micro-batches nearly all schedules are nearly ideal, and to tell the last of them apart would take hours. So each time
+that `PATIENCE` actions were refined, what could be faster by one percent at most, then by two, and so on, is let go: the answer
+says `within`.
 """
 
 from __future__ import annotations
@@ -48,6 +52,8 @@ ALONE = ("1f1b", "seq1f1b")
 """Of one pipeline rank: whole sequences, or segments, each forward followed by its backward. All others keep more."""
 UNEVEN = ("slimpipe",)
 """Not tried unless asked for: seq1f1b_interleaved has its order, with segments that cost the same."""
+PATIENCE, LET_GO = 1_500_000, 0.01
+"""Actions, and the share of a step's time that is let go after each so many."""
 MOST_ACTIONS = 32768
 """A schedule may have more only if it is the one with the fewest of its family: beyond, pieces gain next to nothing."""
 
@@ -66,13 +72,21 @@ class Answer:
     least_bytes: float = 0.0
     """Where nothing fits: what any needs at least, and which."""
     least: str = ""
+    within: float = 0.0
+    """No plan of a named family is faster by more than this share of its time."""
 
 
 Progress = Callable[[int, int], None]
 """Called with how many are simulated, and how many could still be faster."""
 
 
-def search(asked: Asked, top: int = 1, processes: int = 1, progress: Progress = lambda done, left: None) -> Answer:
+def search(
+    asked: Asked,
+    top: int = 1,
+    processes: int = 1,
+    progress: Progress = lambda done, left: None,
+    patience: int = PATIENCE,
+) -> Answer:
     """The `top` best meshes, each with its best schedule. Raises ConfigError where there is no layout at all."""
     for name in asked.families:
         families.options(name)
@@ -81,7 +95,7 @@ def search(asked: Asked, top: int = 1, processes: int = 1, progress: Progress = 
     asked.setting.shape.check_length(asked.setting.sequence_length)
     _ = asked.setting.costs  # what nothing can be priced by is refused before the search
     with _executor(processes) as executor:
-        return _Search(asked, top, progress).run(executor, processes)
+        return _Search(asked, top, progress, patience).run(executor, processes)
 
 
 @dataclass
@@ -89,10 +103,13 @@ class _Search:
     asked: Asked
     top: int
     progress: Progress
+    patience: int
     best: dict[tuple[int, ...], Row] = field(default_factory=dict)
     queue: list[tuple[float, int, Layout, PolicyBound | Candidate]] = field(default_factory=list)
     simulated: int = 0
     schedules: int = 0
+    refined: int = 0
+    """Actions of all that was handed out."""
     refusals: Counter[str] = field(default_factory=Counter)
     least: tuple[float, str] = (float("inf"), "")
     _order: Iterator[int] = field(default_factory=itertools.count)
@@ -121,8 +138,9 @@ class _Search:
         self._construct(executor)
         rows = sorted(self.best.values(), key=_rank)[: self.top]
         return Answer(
-            tuple(rows), len(found.layouts), self.schedules, self.simulated, commonest(self.refusals), *self.least
-        )
+            tuple(rows), len(found.layouts), self.schedules, self.simulated, commonest(self.refusals), *self.least,
+            self.within,
+        )  # fmt: skip
 
     def _enter(self, layout: Layout) -> None:
         """A layout under each policy, with its bound."""
@@ -150,11 +168,16 @@ class _Search:
             told = str(layout) if isinstance(item, PolicyBound) else f"{layout}, {item}"
             self.least = min(self.least, (nbytes, told))
 
+    @property
+    def within(self) -> float:
+        """The share of a step's time by which others may be faster: they are let go."""
+        return min(0.5, LET_GO * (self.refined // self.patience))
+
     def limit_s(self, layout: Layout) -> float:
-        """What is slower is neither its mesh's best nor among the best meshes."""
+        """What is slower is neither its mesh's best nor among the best meshes, or is let go."""
         others = sorted(row.step_s for key, row in self.best.items() if key != layout.key)
         mine = self.best[layout.key].step_s if layout.key in self.best else float("inf")
-        return min(mine, others[self.top - 1] if len(others) >= self.top else float("inf"))
+        return min(mine, others[self.top - 1] if len(others) >= self.top else float("inf")) * (1 - self.within)
 
     def _next(self) -> Task | None:
         """The lowest bound: refined here where it is of a policy, and handed out where it is of a schedule."""
@@ -168,13 +191,14 @@ class _Search:
         if isinstance(item, PolicyBound):
             self._expand(layout, item)
             return None
+        self.refined += _actions(item, layout)
         return Task(self.asked, layout, item, limit_s)
 
     @property
     def _slowest_s(self) -> float:
-        """What is slower is among the best meshes of no layout."""
+        """What is slower is among the best meshes of no layout, or is let go."""
         times = sorted(row.step_s for row in self.best.values())
-        return times[self.top - 1] if len(times) >= self.top else float("inf")
+        return times[self.top - 1] * (1 - self.within) if len(times) >= self.top else float("inf")
 
     def _expand(self, layout: Layout, policy: PolicyBound) -> None:
         keeping = policy.setting.keeping
@@ -289,8 +313,18 @@ def _is_worth(asked: Asked, candidate: Candidate, layout: Layout) -> bool:
     given = dict(candidate.options)
     if asked.setting.shape.causal and (given.get("folds") == 1 or (SPREAD in candidate.options and candidate.evenness)):
         return False  # twice as many folds hide their messages; evenness is for memory, which a spread head leaves
-    pieces = given.get("segments", 1) * given.get("stages_per_rank", 1)
-    return bool(pieces <= 4) or 2 * layout.microbatches * pieces * layout.mesh.pp <= MOST_ACTIONS
+    return bool(_pieces(candidate) <= 4) or _actions(candidate, layout) <= MOST_ACTIONS
+
+
+def _pieces(candidate: Candidate) -> int:
+    """Units of a micro-batch on each rank."""
+    given = dict(candidate.options)
+    return int(given.get("segments", 1) * given.get("stages_per_rank", 1))
+
+
+def _actions(candidate: Candidate, layout: Layout) -> int:
+    """Forwards and backwards of its layers, about."""
+    return 2 * layout.microbatches * _pieces(candidate) * layout.mesh.pp
 
 
 class _Here(Executor):

@@ -89,6 +89,15 @@ def test_the_answer_is_that_of_trying_everything(rows: list[Row]) -> None:
         assert found.simulated < len(rows)
 
 
+def test_what_is_let_go_is_faster_by_no_more_than_it_says(rows: list[Row]) -> None:
+    exact = search(ASKED)
+    found = search(ASKED, patience=64)
+    assert exact.within == 0
+    assert 0.01 <= found.within <= 0.5
+    assert found.simulated < exact.simulated
+    assert found.rows[0].step_s * (1 - found.within) <= exact.rows[0].step_s == best_of(rows, math.inf, 1)[0].step_s
+
+
 def test_every_family_keeps_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """On one mesh, head and embedding on all ranks or not."""
     for name, values in (("SEGMENTS", (4,)), ("STAGES_PER_RANK", (2,)), ("EVENNESS", (0.0,))):
