@@ -54,6 +54,7 @@ def once(function: Callable[..., Any]) -> Callable[..., Any]:
 def test_no_machine_has_only_ratios(
     command: str, run: Path, profile: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # no line is wrapped
     if command == "rehearse":  # what is said of a machine needs no processes of its own each time
         from helixpipe.runtime import emulated
 

@@ -176,7 +176,7 @@ def test_numbers_as_people_write_them(capsys: pytest.CaptureFixture[str]) -> Non
         (TINY.replace("--accelerators 4", "--accelerators 1000000000000"), "--accelerators: '1000000000000' is not a whole number below a billion"),
         (TINY.replace("1k", "0"), "--sequence-length: 0; give at least 1"),
         (f"{TINY} --optimizer divided", "--optimizer: 'divided' is not known; known: replicated, sharded"),
-        (f"{TINY} --profile a", "--profile: it is measured on one device alone; leave it out, or --accelerators"),
+        (f"{TINY} --profile a", "--profile: it is of one tp and cp; leave it out, or --accelerators"),
         (f"{TINY} --heads 3", "--heads: 3 heads do not divide hidden size 128"),
         (TINY.replace("1f1b,seq1f1b", "1f2b"), "--families: '1f2b' is not known; did you mean '1f1b'?"),
         (TINY.replace("tiny", "llama3-70b"), "--model: 'llama3-70b' is not known; did you mean 'llama3.1-70b'?"),

@@ -271,6 +271,7 @@ def test_the_guide_s_example_is_what_the_commands_say(
     section = page.split("## What it will take\n")[1].split("\n## ")[0]
     simulating, planning = re.findall(r"(?m)^    helixpipe (.*) \\\n +(.*)$", section)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")  # no line is wrapped
     (tmp_path / "FOLDER").symlink_to(folders["page"])
     capsys.readouterr()
     assert main(" ".join(simulating).split()) == 0

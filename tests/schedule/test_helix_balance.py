@@ -141,6 +141,9 @@ def test_a_config_places_micro_batches_by_the_pairs_of_their_documents() -> None
     costs = config.setting().attention_costs(batches)
     pairs = [sum(n * n for n in batch.documents[0]) for batch in batches]
     assert [each / costs[0] for each in costs] == pytest.approx([each / pairs[0] for each in pairs])
-    by_number, by_work = config.build_schedule(), config.build_schedule(batches)
+    by_number = config.build_schedule()
+    order = config.order_of_steps(by_number)
+    assert order is not None
+    by_work = order(batches)
     assert places(by_number, 2) == [(0, [1, 3]), (1, [0, 2])]
     assert places(by_work, 2) == [(0, [0, 3]), (1, [2, 1])]

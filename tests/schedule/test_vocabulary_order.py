@@ -148,8 +148,9 @@ def test_weight_gradients_let_others_pass(family: str, v: int, segments: int) ->
     spread = build_schedule(family, **sizes, vocabulary="spread", prices=prices)
     order = [[known.number[action] for action in order] for order in spread.ranks]
     made = list_schedule(known, range(len(known.actions)), chains=order)
-    kept = vocabulary._kept(known, made, len(own.stages))
-    as_much = [built.makespan for built in chained if vocabulary._kept(known, built, len(own.stages)) <= kept]
+    counts = [vocabulary._counted(action, len(own.stages)) for action in known.actions]
+    kept = vocabulary._kept(counts, made)
+    as_much = [built.makespan for built in chained if vocabulary._kept(counts, built) <= kept]
     assert made.makespan < 0.99 * min(as_much), (made.makespan, min(as_much), kept)
 
 
