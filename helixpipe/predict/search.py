@@ -3,7 +3,8 @@
     bound of (layout, policy) ─► of (layout, policy, schedule) ─► the schedule's own, built ─► simulated
          cheap, for all              for what could still win            in order, the lowest bound first
 
-Whatever has the lowest bound is refined; the search ends when no bound is below the times found. What is never simulated is
+First a few schedules that are quick to price are, so that there is something to be faster than: bounds know of no messages, and
+what sends most has the lowest. Then whatever has the lowest bound is refined; the search ends when no bound is below the times found. What is never simulated is
 therefore no faster than what is told, or does not fit: each mesh's best is its best, and so are the best meshes.
 
 With many micro-batches nearly all schedules are nearly ideal, and to tell the last of them apart would take hours. So each time
@@ -52,7 +53,10 @@ ALONE = ("1f1b", "seq1f1b")
 """Of one pipeline rank: whole sequences, or segments, each forward followed by its backward. All others keep more."""
 UNEVEN = ("slimpipe",)
 """Not tried unless asked for: seq1f1b_interleaved has its order, with segments that cost the same."""
-PATIENCE, LET_GO = 1_500_000, 0.01
+FIRST = ("1f1b", "interleaved")
+"""Families that are priced before all others, on so many layouts, of no more than so many actions each."""
+FIRST_LAYOUTS, FIRST_ACTIONS = 8, 4096
+PATIENCE, LET_GO = 1_000_000, 0.01
 """Actions, and the share of a step's time that is let go after each so many."""
 MOST_ACTIONS = 32768
 """A schedule may have more only if it is the one with the fewest of its family: beyond, pieces gain next to nothing."""
@@ -110,6 +114,8 @@ class _Search:
     schedules: int = 0
     refined: int = 0
     """Actions of all that was handed out."""
+    done: set[tuple[Layout, Candidate]] = field(default_factory=set)
+    """What was priced at first."""
     refusals: Counter[str] = field(default_factory=Counter)
     least: tuple[float, str] = (float("inf"), "")
     _order: Iterator[int] = field(default_factory=itertools.count)
@@ -123,6 +129,8 @@ class _Search:
         self.refusals.update(found.refused)
         for layout in found.layouts:
             self._enter(layout)
+        for first, future in [(task, executor.submit(refine, task)) for task in self._first()]:
+            self._take(first, future.result())
         under_way: dict[Future[Result], Task] = {}
         while self.queue or under_way:
             while self.queue and len(under_way) < processes + (processes > 1):
@@ -141,6 +149,29 @@ class _Search:
             tuple(rows), len(found.layouts), self.schedules, self.simulated, commonest(self.refusals), *self.least,
             self.within,
         )  # fmt: skip
+
+    def _first(self) -> list[Task]:
+        """What is priced before bounds are asked: of the layouts with the lowest, whole sequences of which all is kept."""
+        found: list[Task] = []
+        known: set[tuple[int, ...]] = set()
+        for _, _, layout, policy in sorted(self.queue, key=lambda each: each[:2]):
+            if not isinstance(policy, PolicyBound) or layout.key in known or len(known) == FIRST_LAYOUTS:
+                continue
+            keeping = policy.setting.keeping
+            if keeping.recompute != "none" or keeping.mlp_chunk:
+                continue
+            whole = [
+                candidate
+                for candidate in self._schedules_of(layout, policy.setting)
+                if candidate.family in FIRST
+                and SPREAD not in candidate.options
+                and _actions(candidate, layout) <= FIRST_ACTIONS
+            ]
+            if whole:
+                known.add(layout.key)
+                found.append(Task(self.asked, layout, max(whole, key=_pieces), float("inf")))
+        self.done.update((task.layout, task.candidate) for task in found)
+        return found
 
     def _enter(self, layout: Layout) -> None:
         """A layout under each policy, with its bound."""
@@ -186,7 +217,7 @@ class _Search:
             self.queue.clear()  # all others are slower still
             return None
         limit_s = self.limit_s(layout)
-        if bound_s > limit_s:
+        if bound_s > limit_s or (layout, item) in self.done:
             return None
         if isinstance(item, PolicyBound):
             self._expand(layout, item)
