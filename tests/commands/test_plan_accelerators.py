@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from helixpipe.cli import main
+from helixpipe.commands import plan_accelerators
 from helixpipe.commands.planned import launch_line, slurm_script
 from helixpipe.flags import amount, corpus
 
@@ -25,6 +27,14 @@ def told(capsys: pytest.CaptureFixture[str], line: str) -> list[str]:
     shown = capsys.readouterr()
     assert shown.err == ""
     return shown.out.splitlines()
+
+
+def test_what_was_let_go_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_accelerators, "search", partial(plan_accelerators.search, patience=1))
+    text = " ".join(" ".join(told(capsys, f"{H100} --top 3")).split())
+    found = re.search(r"of named families no other is faster by more than (\d+)%", text)
+    assert found is not None
+    assert 1 <= int(found[1]) <= 50
 
 
 def test_the_answer(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
